@@ -1,0 +1,12 @@
+"""Gradient estimators for discrete latent variables in Pyro, chosen site by site.
+
+* :mod:`pyro_gumbel.distributions`: what is drawn (Gumbel, one-hot and relaxed distributions).
+* :mod:`pyro_gumbel.estimators`: how a gradient passes a site that has none of its own.
+* :mod:`pyro_gumbel.infer`: which site gets which estimator, and the ELBO that asks them.
+"""
+
+from __future__ import annotations
+
+__all__ = ["__version__"]
+
+__version__ = "0.1.0"
