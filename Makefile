@@ -1,0 +1,68 @@
+# Every verb makes the environment it needs, once. Where another Python is wanted:
+#   make test PYTHON=python3.12
+# and where another build of torch is wanted:
+#   make test TORCH='torch==2.9.1'
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+# Tests and examples are many small operations: more threads only wait for one another.
+export OMP_NUM_THREADS ?= 1
+export MPLBACKEND ?= Agg
+
+PYTEST_ARGS ?= -n 2
+DEMO_OUT ?= out/demo
+
+.PHONY: help demo test test-slow lint format benchmark clean
+
+help:
+	@echo 'make demo       train and compare estimators on scikit-learn digits (minutes)'
+	@echo 'make test       the test suite (minutes)'
+	@echo 'make test-slow  the long statistical tests and the long examples'
+	@echo 'make lint       ruff and mypy'
+	@echo 'make format     rewrite the sources in the one format'
+	@echo 'make benchmark  time what the package does against plain PyTorch and Pyro'
+
+demo: $(STAMP)
+	$(BIN)/python examples/vae.py --out $(DEMO_OUT) --seeds 2 $(DEMO_FLAGS) \
+	  --compare reinmax,gumbel_straight_through,straight_through,score:4
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+format: $(STAMP)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+benchmark: $(STAMP)
+	@found=; for script in tests/benchmarks/[a-z]*.py; do \
+	  [ -e "$$script" ] || continue; found=1; \
+	  echo "== $$script"; $(BIN)/python "$$script" || exit 1; \
+	done; [ -n "$$found" ] || echo 'no script in tests/benchmarks/ yet: nothing to time'
+
+clean:
+	rm -rf $(VENV) out build dist .mypy_cache .pytest_cache .ruff_cache
+
+# The torch of a machine without an NVIDIA GPU is pinned on the Python that the tests run on, so
+# that pip can take the CPU build; with a GPU pip takes its default build, which brings CUDA.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11: name a newer one, make PYTHON=python3.12"; exit 1; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || \
+	  { echo 'no venv module: install the package python3-venv (or the like)'; exit 1; }
+	torch='$(TORCH)'; \
+	if [ -z "$$torch" ]; then torch='torch>=2.4'; \
+	  if ! command -v nvidia-smi >/dev/null 2>&1 && \
+	    $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; \
+	  then torch='torch==2.13.0'; fi; fi; \
+	$(BIN)/python -m pip install --quiet "$$torch" --editable '.[dev]'
+	@touch $@

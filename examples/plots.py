@@ -1,0 +1,88 @@
+"""Pictures for the examples; each function writes one PNG and returns its path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import torch
+import xarray as xr
+
+mpl.use("Agg")  # no display is needed
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def image_grid(rows: dict[str, torch.Tensor], shape: tuple[int, int], path: Path) -> Path:
+    """Draw labelled rows of images, given as values in [0, 1] of shape ``(N, pixels)``."""
+    columns = max(len(images) for images in rows.values())
+    figure, axes = plt.subplots(
+        len(rows),
+        columns,
+        figsize=(0.62 * columns + 1.2, 0.66 * len(rows) + 0.1),
+        squeeze=False,
+        layout="constrained",
+    )
+    for line, (label, images) in zip(axes, rows.items(), strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        for axis, image in zip(line, images.cpu(), strict=False):
+            axis.imshow(image.reshape(shape), cmap="gray_r", vmin=0, vmax=1)
+        line[0].text(
+            -0.15, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=9
+        )
+    return _write(figure, path)
+
+
+def sample_grid(images: torch.Tensor, shape: tuple[int, int], path: Path) -> Path:
+    """Draw images in one square, without labels."""
+    side = int(np.ceil(np.sqrt(len(images))))
+    height, width = shape
+    canvas = np.zeros((side * (height + 1) - 1, side * (width + 1) - 1))
+    for index, image in enumerate(images.cpu().numpy()):
+        top, left = (index // side) * (height + 1), (index % side) * (width + 1)
+        canvas[top : top + height, left : left + width] = image.reshape(shape)
+    figure, axis = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
+    axis.imshow(canvas, cmap="gray_r", vmin=0, vmax=1)
+    axis.set_axis_off()
+    return _write(figure, path)
+
+
+def training_curves(history: xr.Dataset, path: Path) -> Path:
+    """Draw the loss of every epoch, training and held out; one colour an estimator."""
+    panels = {"train_loss": "training images", "held_out_loss": "held-out images"}
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    for axis, (variable, title) in zip(axes, panels.items(), strict=True):
+        for number, gradient in enumerate(history.gradient.values):
+            curves = history[variable].sel(gradient=gradient)
+            mean = curves.mean("chain")
+            axis.plot(history.draw, mean, color=f"C{number}", label=str(gradient))
+            if history.sizes["chain"] > 1:
+                axis.fill_between(
+                    history.draw,
+                    curves.min("chain"),
+                    curves.max("chain"),
+                    color=f"C{number}",
+                    alpha=0.2,
+                    linewidth=0,
+                )
+        axis.set(title=title, xlabel="epoch")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("negative ELBO, nats an image")
+    axes[0].set_ylim(*_limits(history))
+    axes[1].legend(frameon=False, fontsize=9)
+    return _write(figure, path)
+
+
+def _limits(history: xr.Dataset) -> tuple[float, float]:
+    """Leave the first steep epochs out of sight: what differs between estimators comes later."""
+    losses = xr.concat([history.train_loss, history.held_out_loss], "split").values
+    low = float(np.nanmin(losses))
+    high = float(np.nanmax(losses[:, :, losses.shape[2] // 10 :]))
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
+
+
+def _write(figure: mpl.figure.Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
