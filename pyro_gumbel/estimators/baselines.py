@@ -1,0 +1,172 @@
+"""Baselines: what to subtract from a cost so that the score function's variance falls."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_gumbel.estimators._repr import rebuilding_repr
+from pyro_gumbel.estimators.base import Call, Site
+
+__all__ = ["Baseline", "LeaveOneOut", "MovingAverage", "NeuralBaseline"]
+
+
+class Baseline(nn.Module):
+    """A quantity independent of a particle's own draw, subtracted from its cost: the mean gradient is unchanged."""
+
+    min_particles: int = 1
+
+    def forward(self, site: Site) -> tuple[Tensor | float, Tensor | None]:
+        """Return the baseline, broadcastable to ``(R,) + batch_shape``, and a loss to train it, or ``None``."""
+        raise NotImplementedError
+
+    __repr__ = rebuilding_repr
+
+
+class LeaveOneOut(Baseline):
+    r"""The mean cost of the other particles.
+
+    .. math:: b_r = \frac{1}{R - 1} \sum_{s \ne r} f_s
+
+    No state, no network; each element of a plate has its own. Needs ``num_particles >= 2``. In one dimension the
+    variance falls as :math:`1 / (R (R - 1))`-times a constant where the plain score function's falls as :math:`1 / R`.
+
+    References:
+        Buy 4 REINFORCE Samples, Get a Baseline for Free! (Kool, van Hoof, Welling, 2019),
+        https://openreview.net/forum?id=r1lgTGL5DE
+
+    Example:
+        >>> LeaveOneOut()
+        LeaveOneOut()
+    """
+
+    min_particles = 2
+
+    def forward(self, site: Site) -> tuple[Tensor, None]:
+        cost = site.cost[0]
+        return (cost.sum(0) - cost) / (cost.shape[0] - 1), None
+
+
+class MovingAverage(Baseline):
+    """An exponential moving average of past costs, one number a site.
+
+    The average never contains the draw it is subtracted from, and is corrected for its start from nothing (the first
+    step has no baseline). It does not depend on positions in a minibatch, so minibatches may differ in size. The state is
+    part of ``state_dict``.
+
+    Args:
+        decay: Weight of the past, from 0 (the last step alone) to below 1.
+
+    Raises:
+        ValueError: If ``decay`` is outside [0, 1).
+
+    References:
+        Simple statistical gradient-following algorithms for connectionist reinforcement learning (Williams, 1992)
+
+    Example:
+        >>> MovingAverage(decay=0.95)
+        MovingAverage(0.95)
+    """
+
+    def __init__(self, decay: float = 0.9) -> None:
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ValueError(f"MovingAverage: decay must lie in [0, 1); got {decay!r}.")
+        self.decay = decay
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def forward(self, site: Site) -> tuple[Tensor | float, None]:
+        mean = site.cost[0].mean()
+        past = self._sums.get(site.name)
+        count = self._counts.get(site.name, 0)
+        if past is None:
+            baseline: Tensor | float = 0.0
+            past = torch.zeros_like(mean)
+        else:
+            past = past.to(mean.device)
+            baseline = past / (1 - self.decay**count)
+        self._sums[site.name] = self.decay * past + (1 - self.decay) * mean
+        self._counts[site.name] = count + 1
+        return baseline, None
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+
+
+class NeuralBaseline(Baseline):
+    """A network's prediction of the cost, trained by its squared error through the user's own optimiser.
+
+    Args:
+        module: Maps the input to a prediction that broadcasts to the site's batch shape (a trailing dimension of one is
+            dropped where it does not fit).
+        input: The name of an argument of the guide or the model, or a callable of their arguments.
+
+    Raises:
+        ValueError: If no argument has that name, or the prediction does not fit the site.
+
+    References:
+        Neural Variational Inference and Learning in Belief Networks (Mnih, Gregor, 2014),
+        https://arxiv.org/abs/1402.0030
+
+    Example:
+        >>> NeuralBaseline(nn.Linear(3, 1), "x").input
+        'x'
+    """
+
+    def __init__(self, module: nn.Module, input: str | Callable[..., Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.input = input
+
+    def forward(self, site: Site) -> tuple[Tensor, Tensor]:
+        prediction = self._fit(self.module(self._read_input(site)), site)
+        error = site.cost[0] - prediction
+        # The mean over particles; the sum over plates is scaled like the cost itself.
+        return prediction.detach(), (error**2).sum() / error.shape[0]
+
+    def _read_input(self, site: Site) -> Any:
+        call = site.call
+        if callable(self.input):
+            return self.input(*call.args, **call.kwargs)
+        for program in (call.guide, call.model):
+            bound = _bind(program, call)
+            if self.input in bound:
+                return bound[self.input]
+        names = sorted(
+            {name for program in (call.guide, call.model) for name in _bind(program, call)}
+        )
+        raise ValueError(
+            f"NeuralBaseline at site {site.name!r}: input={self.input!r} names no argument of the guide or the model; "
+            f"they have {names}. Name one of these, or give a callable of the arguments."
+        )
+
+    def _fit(self, prediction: Tensor, site: Site) -> Tensor:
+        shape = site.cost.shape[2:]
+        for candidate in (prediction, prediction.squeeze(-1) if prediction.dim() else prediction):
+            try:
+                if torch.broadcast_shapes(candidate.shape, shape) == shape:
+                    return candidate
+            except RuntimeError:
+                continue
+        raise ValueError(
+            f"NeuralBaseline at site {site.name!r}: the module returned shape {tuple(prediction.shape)}, which does not "
+            f"broadcast to the site's batch shape {tuple(shape)}; return one prediction for each element of the plate."
+        )
+
+
+def _bind(program: Callable[..., Any], call: Call) -> dict[str, Any]:
+    function = program.forward if isinstance(program, nn.Module) else program
+    try:
+        bound = inspect.signature(function).bind(*call.args, **call.kwargs)
+    except (TypeError, ValueError):
+        return {}
+    bound.apply_defaults()
+    return dict(bound.arguments)

@@ -1,0 +1,80 @@
+"""What an estimator may know of a distribution: its family, its logits, an exact draw."""
+
+from __future__ import annotations
+
+import torch
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
+from torch import Tensor
+from torch.distributions import Bernoulli, Categorical, Independent, OneHotCategorical
+from torch.nn.functional import softplus
+
+from pyro_gumbel.distributions import OneHot, RelaxedBernoulli, RelaxedOneHot
+from pyro_gumbel.distributions.one_hot import draw_one_hot, multilinear_log_prob
+
+__all__ = [
+    "exact_draw",
+    "is_bit",
+    "is_categorical",
+    "is_one_hot",
+    "log_mass",
+    "one_hot_logits",
+    "unwrap",
+]
+
+
+def unwrap(fn: Distribution) -> Distribution:
+    """Strip ``to_event`` and ``mask``: neither changes a value's shape or its law."""
+    while isinstance(fn, (Independent, MaskedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def is_one_hot(fn: Distribution) -> bool:
+    """Tell whether the values of ``fn`` are one-hot vectors and their log-mass is linear in them."""
+    return isinstance(fn, (OneHotCategorical, OneHot)) or (
+        isinstance(fn, RelaxedOneHot) and fn.straight_through
+    )
+
+
+def is_bit(fn: Distribution) -> bool:
+    """Tell whether the values of ``fn`` are 0 or 1."""
+    return isinstance(fn, Bernoulli) or (isinstance(fn, RelaxedBernoulli) and fn.straight_through)
+
+
+def is_categorical(fn: Distribution) -> bool:
+    """Tell whether the values of ``fn`` are category indices."""
+    return isinstance(fn, Categorical)
+
+
+def one_hot_logits(fn: Distribution) -> Tensor:
+    """Logits ``batch_shape + (C,)`` of a discrete site; a bit is a one-hot of two, its first category being 1."""
+    if is_bit(fn):
+        return torch.stack([fn.logits, torch.zeros_like(fn.logits)], -1)
+    return fn.logits
+
+
+def log_mass(fn: Distribution, value: Tensor) -> Tensor:
+    """Score a latent ``value`` by the multilinear extension of its mass where there is one.
+
+    The value is one of our own draws (or a relaxed one), so its membership of the support is not checked again.
+    """
+    if is_one_hot(fn):
+        return multilinear_log_prob(value, fn.logits)
+    if is_bit(fn):
+        logits = fn.logits
+        # An infinite logit meets a value that agrees with it: 0 * inf would be nan.
+        finite = torch.finfo(logits.dtype)
+        logits = logits.clamp(finite.min, finite.max)
+        return value * logits - softplus(logits)
+    return fn.log_prob(value)
+
+
+@torch.no_grad()
+def exact_draw(fn: Distribution) -> Tensor:
+    """Draw from ``fn`` without gradient; noise of categories is Gumbel noise in float32 or better."""
+    if is_one_hot(fn):
+        return draw_one_hot(fn.logits)
+    if is_categorical(fn):
+        return draw_one_hot(fn.logits).argmax(-1)
+    return fn.sample()

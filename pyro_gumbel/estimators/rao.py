@@ -1,0 +1,200 @@
+"""Gumbel-softmax gradients averaged over the noise that the hard draw leaves open."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
+from torch import Tensor
+
+from pyro_gumbel.distributions.gumbel import gumbel_noise
+from pyro_gumbel.distributions.one_hot import draw_one_hot
+from pyro_gumbel.distributions.relaxed import straight_through
+from pyro_gumbel.estimators.families import is_one_hot
+from pyro_gumbel.estimators.schedules import Schedule, check_temperature
+from pyro_gumbel.estimators.straight_through import (
+    OneHotEstimator,
+    current_temperature,
+    reinmax_midpoint,
+)
+
+__all__ = ["GumbelRao", "ReinMaxRao", "conditional_scores"]
+
+
+def conditional_scores(
+    log_probs: Tensor, hard: Tensor, sample_shape: tuple[int, ...] = ()
+) -> Tensor:
+    r"""Draw perturbed logits :math:`\log p + G` given that their largest is at ``hard``.
+
+    With :math:`E_j \sim \mathrm{Exp}(1)` and the drawn category :math:`i`: coordinate ``i`` is :math:`-\log E_i`, every other
+    :math:`-\log(E_j / p_j + E_i)`.
+
+    Args:
+        log_probs: Normalised log-probabilities, ``batch_shape + (C,)``.
+        hard: The one-hot draw, of the same shape.
+        sample_shape: Leading shape of the noise.
+
+    Returns:
+        Scores of shape ``sample_shape + batch_shape + (C,)``, without gradient.
+    """
+    noise = (
+        -gumbel_noise((*sample_shape, *log_probs.shape), log_probs.dtype, log_probs.device)
+    ).exp()
+    top = (noise * hard).sum(-1, keepdim=True)
+    # A category of probability zero waits for ever; the clamp keeps its score finite.
+    waits = noise * (-log_probs.detach()).clamp(max=80.0).exp()
+    return -torch.where(hard > 0, top, waits + top).log()
+
+
+class _MeanSoftmaxJacobian(torch.autograd.Function):
+    """Forward the hard draw; backward the mean Jacobian of ``softmax((logits + shift) / temperature)``.
+
+    The mean of :math:`\\mathrm{diag}(y) - y y^\\top` over many draws is kept as one matrix for each variable, so that memory
+    does not grow with their number.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, hard: Tensor, jacobian: Tensor) -> Tensor:
+        return hard.view_as(hard)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (jacobian,) = ctx.saved_tensors
+        return (jacobian @ grad.unsqueeze(-1)).squeeze(-1), None, None
+
+
+@torch.no_grad()
+def mean_softmax_jacobian(
+    log_probs: Tensor, hard: Tensor, temperature: float | Tensor, num_samples: int
+) -> Tensor:
+    r"""Average :math:`J(y) / \tau`, :math:`y = \mathrm{softmax}(z / \tau)`, over scores ``z`` drawn given ``hard``.
+
+    Args:
+        log_probs: Normalised log-probabilities, ``batch_shape + (C,)``.
+        hard: The one-hot draw, of the same shape.
+        temperature: Number, or tensor of shape ``batch_shape + (1,)`` or broadcastable to it.
+        num_samples: Number of conditional draws.
+
+    Returns:
+        One matrix for each variable, ``batch_shape + (C, C)``.
+    """
+    categories = log_probs.shape[-1]
+    mean = torch.zeros_like(log_probs)
+    second = log_probs.new_zeros((*log_probs.shape, categories))
+    # A chunk of draws takes no more memory than the matrices do.
+    for size in _chunks(num_samples, categories):
+        soft = (conditional_scores(log_probs, hard, (size,)) / temperature).softmax(-1)
+        mean += soft.sum(0)
+        second += torch.einsum("k...i,k...j->...ij", soft, soft)
+    jacobian = (torch.diag_embed(mean) - second) / num_samples
+    return jacobian / (
+        temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    )
+
+
+def _chunks(total: int, size: int) -> list[int]:
+    whole, rest = divmod(total, size)
+    return [size] * whole + [rest] * (rest > 0)
+
+
+class _Rao(OneHotEstimator):
+    """Common part of the two: a temperature and a number of conditional draws."""
+
+    def __init__(self, temperature: float | Tensor | Schedule, *, num_samples: int) -> None:
+        super().__init__()
+        check_temperature(type(self).__name__, "temperature", temperature)
+        if not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(
+                f"{type(self).__name__}: num_samples must be an integer of at least 1; got {num_samples!r}."
+            )
+        self.temperature = temperature
+        self.num_samples = num_samples
+
+    def _mean_jacobian(self, log_probs: Tensor, hard: Tensor) -> Tensor:
+        temperature = current_temperature(self.temperature, log_probs, type(self).__name__)
+        return mean_softmax_jacobian(log_probs, hard, temperature, self.num_samples)
+
+
+class GumbelRao(_Rao):
+    r"""Gumbel straight-through, Rao-Blackwellised over the noise given the draw.
+
+    .. math:: \hat g = \frac1K \sum_k \tfrac1\tau J(\mathrm{softmax}(z_k / \tau))\, \nabla_D f(D), \qquad z_k \sim (\phi + G \mid \arg\max = D)
+
+    *Unbiased*: no; its mean is that of :class:`GumbelStraightThrough`, its variance never larger. *Requires*: a cost
+    differentiable at one-hot values. *Costs*: one evaluation, and ``num_samples`` softmaxes at the site. Memory does not
+    grow with ``num_samples``.
+
+    Args:
+        temperature: Positive number, tensor or schedule.
+        num_samples: Number ``K`` of conditional draws.
+
+    Raises:
+        ValueError: If the temperature is not positive, or ``num_samples`` is below 1.
+
+    References:
+        Rao-Blackwellizing the Straight-Through Gumbel-Softmax Gradient Estimator (Paulus, Maddison, Krause, 2021),
+        https://arxiv.org/abs/2010.04838
+
+    Example:
+        >>> GumbelRao(0.5, num_samples=100)
+        GumbelRao(0.5, num_samples=100)
+    """
+
+    def __init__(
+        self, temperature: float | Tensor | Schedule = 0.5, *, num_samples: int = 10
+    ) -> None:
+        super().__init__(temperature, num_samples=num_samples)
+
+    def draw_one_hot(self, logits: Tensor) -> Tensor:
+        hard = draw_one_hot(logits)
+        jacobian = self._mean_jacobian(logits.detach().log_softmax(-1), hard)
+        return _MeanSoftmaxJacobian.apply(logits, hard, jacobian)
+
+
+class ReinMaxRao(_Rao):
+    r"""ReinMax with its midpoint Jacobian averaged over Gumbel noise given the draw.
+
+    .. math:: \hat g = \frac2K \sum_k \tfrac1\tau J(\mathrm{softmax}(z_k / \tau))\, \nabla_D f(D) - \tfrac12 J(\pi)\, \nabla_D f(D), \qquad z_k \sim (\log \pi_D + G \mid \arg\max = D)
+
+    with :math:`\pi_D = (\pi + D) / 2`. *Unbiased*: no; less noise than :class:`ReinMax` and more bias, both growing with the
+    temperature. *Requires*: a cost differentiable at one-hot values. *Costs*: one evaluation, and ``num_samples``
+    softmaxes at the site.
+
+    Args:
+        temperature: Positive number, tensor or schedule.
+        num_samples: Number ``K`` of conditional draws.
+
+    Raises:
+        ValueError: If the temperature is not positive, or ``num_samples`` is below 1.
+
+    References:
+        Wang, Bui (2026), https://arxiv.org/abs/2603.08257
+
+    Example:
+        >>> ReinMaxRao(1.0)
+        ReinMaxRao(1.0, num_samples=10)
+    """
+
+    sites = "one-hot"
+
+    def __init__(
+        self, temperature: float | Tensor | Schedule = 1.0, *, num_samples: int = 10
+    ) -> None:
+        super().__init__(temperature, num_samples=num_samples)
+
+    def supports(self, fn: Distribution) -> bool:
+        return is_one_hot(fn)
+
+    def draw_one_hot(self, logits: Tensor) -> Tensor:
+        hard = draw_one_hot(logits)
+        midpoint = reinmax_midpoint(logits.detach(), hard)
+        jacobian = self._mean_jacobian(midpoint.log(), hard)
+        averaged = _MeanSoftmaxJacobian.apply(logits, hard, jacobian)
+        return straight_through(hard, 2 * averaged - 0.5 * logits.softmax(-1))

@@ -1,0 +1,301 @@
+"""Values that are one-hot on the way forward and soft on the way back: biased, one evaluation, little noise."""
+
+from __future__ import annotations
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
+from torch import Tensor
+
+from pyro_gumbel.distributions.gumbel import gumbel_noise
+from pyro_gumbel.distributions.one_hot import draw_one_hot, multilinear_log_prob
+from pyro_gumbel.distributions.relaxed import straight_through
+from pyro_gumbel.estimators.base import Estimator
+from pyro_gumbel.estimators.families import is_bit, is_one_hot, log_mass, one_hot_logits
+from pyro_gumbel.estimators.schedules import Schedule, check_temperature
+
+__all__ = [
+    "GappedStraightThrough",
+    "GumbelSoftmax",
+    "GumbelStraightThrough",
+    "OneHotEstimator",
+    "ReinMax",
+    "StraightThrough",
+]
+
+
+class OneHotEstimator(Estimator):
+    """A biased estimator whose one-hot value carries a gradient with respect to the site's logits.
+
+    A subclass writes :meth:`draw_one_hot`. A Bernoulli site is served as a one-hot of two categories. The score of the
+    guide enters the cost with its parameters held fixed: their part of the gradient has mean zero, and dropping it leaves no
+    noise where the guide equals the posterior.
+    """
+
+    unbiased = False
+    sites = "one-hot or Bernoulli"
+    pathwise = True
+
+    def supports(self, fn: Distribution) -> bool:
+        return is_one_hot(fn) or is_bit(fn)
+
+    def draw(self, fn: Distribution) -> Tensor:
+        logits = one_hot_logits(fn)
+        # Half precision would distort softmax and its Jacobian; the value itself is exact in any dtype.
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        value = self.draw_one_hot(exact).to(logits.dtype)
+        return value[..., 0] if is_bit(fn) else value
+
+    def draw_one_hot(self, logits: Tensor) -> Tensor:
+        """Draw a one-hot value, ``batch_shape + (C,)``, that carries the estimator's gradient to ``logits``."""
+        raise NotImplementedError
+
+    def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
+        if is_one_hot(fn):
+            return multilinear_log_prob(value, fn.logits.detach())
+        logits = fn.logits.detach()
+        return log_mass(torch.distributions.Bernoulli(logits=logits, validate_args=False), value)
+
+    def _tempered(self, logits: Tensor, temperature: float | Tensor | Schedule) -> Tensor:
+        return logits / current_temperature(temperature, logits, type(self).__name__)
+
+
+def current_temperature(
+    temperature: float | Tensor | Schedule, logits: Tensor, owner: str
+) -> float | Tensor:
+    """Read a temperature as a divisor of ``logits``: tensors broadcast against the batch, never against categories."""
+    if isinstance(temperature, Schedule):
+        return temperature.value
+    if not isinstance(temperature, Tensor):
+        return temperature
+    batch = logits.shape[:-1]
+    temperature = temperature.to(logits.device)
+    trailing_one = temperature.dim() == logits.dim() and temperature.shape[-1] == 1
+    candidate = temperature if trailing_one else temperature.unsqueeze(-1)
+    try:
+        fits = torch.broadcast_shapes(candidate.shape[:-1], batch) == batch
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{owner}: temperature of shape {tuple(temperature.shape)} does not broadcast to the site's batch shape "
+            f"{tuple(batch)}; give a number or one temperature for each element of the batch."
+        )
+    return candidate
+
+
+class StraightThrough(OneHotEstimator):
+    r"""The straight-through estimator: the softmax's Jacobian in place of the draw's.
+
+    .. math:: \hat g = \tfrac{1}{\tau} J(\mathrm{softmax}(\phi / \tau))\, \nabla_D f(D), \qquad J(p) = \mathrm{diag}(p) - p p^\top
+
+    *Unbiased*: no (exact at ``temperature=1`` for costs linear in the one-hot). *Requires*: a cost differentiable at
+    one-hot values. *Costs*: one evaluation. The least noise of its family, and the most bias.
+
+    Args:
+        temperature: Positive number, tensor (broadcast against the batch) or schedule.
+
+    Raises:
+        ValueError: If the temperature is not positive.
+
+    References:
+        Estimating or Propagating Gradients Through Stochastic Neurons (Bengio, Leonard, Courville, 2013),
+        https://arxiv.org/abs/1308.3432
+
+    Example:
+        >>> StraightThrough(1.3)
+        StraightThrough(1.3)
+    """
+
+    def __init__(self, temperature: float | Tensor | Schedule = 1.0) -> None:
+        super().__init__()
+        check_temperature(type(self).__name__, "temperature", temperature)
+        self.temperature = temperature
+
+    def draw_one_hot(self, logits: Tensor) -> Tensor:
+        soft = self._tempered(logits, self.temperature).softmax(-1)
+        return straight_through(draw_one_hot(logits), soft)
+
+
+class GumbelSoftmax(OneHotEstimator):
+    r"""The relaxed draw itself: the program runs on the soft value.
+
+    .. math:: y = \mathrm{softmax}((\phi + G) / \tau)
+
+    *Unbiased*: no; it is the pathwise gradient of a relaxed objective, in which log-masses are scored by their multilinear
+    extension and every parameter is trained on soft values. The loss that is reported is the discrete one. *Requires*: a
+    cost defined at relaxed values. *Costs*: one evaluation with gradient, and one without for the loss.
+
+    Args:
+        temperature: Positive number, tensor or schedule.
+
+    Raises:
+        ValueError: If the temperature is not positive.
+
+    References:
+        Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017), https://arxiv.org/abs/1611.01144;
+        The Concrete Distribution (Maddison, Mnih, Teh, 2017), https://arxiv.org/abs/1611.00712
+
+    Example:
+        >>> GumbelSoftmax(0.5)
+        GumbelSoftmax(0.5)
+    """
+
+    relaxed = True
+
+    def __init__(self, temperature: float | Tensor | Schedule = 0.5) -> None:
+        super().__init__()
+        check_temperature(type(self).__name__, "temperature", temperature)
+        self.temperature = temperature
+
+    def draw_one_hot(self, logits: Tensor) -> Tensor:
+        scores = logits + gumbel_noise(logits.shape, logits.dtype, logits.device)
+        return self._tempered(scores, self.temperature).softmax(-1)
+
+    def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
+        # The relaxed objective is differentiated as it stands: here log q's parameters have no mean-zero part to drop.
+        return log_mass(fn, value)
+
+
+class GumbelStraightThrough(OneHotEstimator):
+    r"""Straight-through Gumbel-softmax: the hard draw forward, the relaxed draw of the same noise backward.
+
+    .. math:: D = \mathrm{onehot}(\arg\max(\phi + G)), \qquad \hat g = \tfrac{1}{\tau} J(\mathrm{softmax}((\phi + G) / \tau))\, \nabla_D f(D)
+
+    *Unbiased*: no. *Requires*: a cost differentiable at one-hot values. *Costs*: one evaluation.
+
+    Args:
+        temperature: Positive number, tensor or schedule.
+        backward_temperature: Temperature of the backward pass where it is to differ. The hard draw is the same at every
+            temperature, so the backward one alone decides the gradient.
+
+    Raises:
+        ValueError: If a temperature is not positive.
+
+    References:
+        Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017), https://arxiv.org/abs/1611.01144;
+        decoupled temperatures: Shah, Yan, Mozer, Liu (2024), https://arxiv.org/abs/2410.13331
+
+    Example:
+        >>> GumbelStraightThrough(1.0, backward_temperature=0.5)
+        GumbelStraightThrough(1.0, backward_temperature=0.5)
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor | Schedule = 0.5,
+        *,
+        backward_temperature: float | Tensor | Schedule | None = None,
+    ) -> None:
+        super().__init__()
+        check_temperature(type(self).__name__, "temperature", temperature)
+        if backward_temperature is not None:
+            check_temperature(type(self).__name__, "backward_temperature", backward_temperature)
+        self.temperature = temperature
+        self.backward_temperature = backward_temperature
+
+    def draw_one_hot(self, logits: Tensor) -> Tensor:
+        scores = logits + gumbel_noise(logits.shape, logits.dtype, logits.device)
+        temperature = (
+            self.temperature if self.backward_temperature is None else self.backward_temperature
+        )
+        hard = one_hot_argmax(scores.detach())
+        return straight_through(hard, self._tempered(scores, temperature).softmax(-1))
+
+
+class GappedStraightThrough(OneHotEstimator):
+    r"""Straight-through with the drawn category lifted to the top by a gap, without Gumbel noise.
+
+    .. math:: \hat g = \tfrac{1}{\tau} J(\mathrm{softmax}((\phi + m) / \tau))\, \nabla_D f(D)
+
+    where ``m`` (held fixed) raises the drawn logit to the largest one and lowers every other that is closer than ``gap``
+    to it. *Unbiased*: no. *Requires*: a cost differentiable at one-hot values. *Costs*: one evaluation.
+
+    Args:
+        temperature: Positive number, tensor or schedule.
+        gap: Least distance of the drawn logit from the others after the shift, not negative.
+
+    Raises:
+        ValueError: If the temperature is not positive, or the gap is negative.
+
+    References:
+        Training Discrete Deep Generative Models via Gapped Straight-Through Estimator (Fan, Chi, Rudnicky, Ramadge, 2022),
+        https://arxiv.org/abs/2206.07235
+
+    Example:
+        >>> GappedStraightThrough(0.7)
+        GappedStraightThrough(0.7, gap=1.0)
+    """
+
+    sites = "one-hot"
+
+    def __init__(self, temperature: float | Tensor | Schedule = 0.5, *, gap: float = 1.0) -> None:
+        super().__init__()
+        check_temperature(type(self).__name__, "temperature", temperature)
+        if gap < 0:
+            raise ValueError(f"GappedStraightThrough: gap must not be negative; got {gap!r}.")
+        self.temperature = temperature
+        self.gap = gap
+
+    def supports(self, fn: Distribution) -> bool:
+        return is_one_hot(fn)
+
+    def draw_one_hot(self, logits: Tensor) -> Tensor:
+        hard = draw_one_hot(logits)
+        with torch.no_grad():
+            top = logits.amax(-1, keepdim=True)
+            shift = torch.where(hard > 0, top - logits, -(logits + self.gap - top).clamp(min=0))
+        return straight_through(hard, self._tempered(logits + shift, self.temperature).softmax(-1))
+
+
+class ReinMax(OneHotEstimator):
+    r"""The second-order straight-through estimator (Heun's rule in place of Euler's).
+
+    .. math:: \hat g = 2 J(\pi_D)\, \nabla_D f(D) - \tfrac12 J(\pi)\, \nabla_D f(D), \qquad \pi_D = \tfrac12 (\mathrm{softmax}(\phi / \tau) + D)
+
+    *Unbiased*: no, but exact at ``temperature=1`` for costs quadratic in the one-hot. *Requires*: a cost differentiable
+    at one-hot values. *Costs*: one evaluation.
+
+    Args:
+        temperature: Positive number, tensor or schedule; above one it trades bias for variance.
+
+    Raises:
+        ValueError: If the temperature is not positive.
+
+    References:
+        Bridging Discrete and Backpropagation: Straight-Through and Beyond (Liu, Dong, Liu, Yu, Gao, 2023),
+        https://arxiv.org/abs/2304.08612
+
+    Example:
+        >>> ReinMax(1.3)
+        ReinMax(1.3)
+    """
+
+    def __init__(self, temperature: float | Tensor | Schedule = 1.0) -> None:
+        super().__init__()
+        check_temperature(type(self).__name__, "temperature", temperature)
+        self.temperature = temperature
+
+    def draw_one_hot(self, logits: Tensor) -> Tensor:
+        hard = draw_one_hot(logits)
+        midpoint = reinmax_midpoint(self._tempered(logits.detach(), self.temperature), hard)
+        soft = 2 * softmax_at(midpoint, logits) - 0.5 * logits.softmax(-1)
+        return straight_through(hard, soft)
+
+
+def one_hot_argmax(scores: Tensor) -> Tensor:
+    """One-hot of the largest score along the last dimension."""
+    index = scores.max(-1, keepdim=True).indices
+    return torch.zeros_like(scores).scatter_(-1, index, 1.0)
+
+
+def reinmax_midpoint(tempered: Tensor, hard: Tensor) -> Tensor:
+    """The probabilities halfway between the (tempered) softmax and the draw."""
+    return (tempered.softmax(-1) + hard) / 2
+
+
+def softmax_at(probs: Tensor, logits: Tensor) -> Tensor:
+    """A tensor of value ``probs`` whose Jacobian with respect to ``logits`` is that of a softmax there."""
+    smallest = torch.finfo(probs.dtype).tiny
+    anchor = probs.clamp(min=smallest).log()
+    finite = logits.clamp(min=torch.finfo(logits.dtype).min)
+    return (anchor + (finite - finite.detach())).softmax(-1)

@@ -1,0 +1,6 @@
+"""How an ELBO is built: who gets which estimator, on which particles, at what cost."""
+
+from pyro_gumbel.infer.config import config_gradient, estimator_names
+from pyro_gumbel.infer.elbo import Estimator_ELBO
+
+__all__ = ["Estimator_ELBO", "config_gradient", "estimator_names"]

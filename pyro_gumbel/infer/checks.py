@@ -1,0 +1,121 @@
+"""What a model and a guide must agree on, said by name before anything is scored."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pyro.distributions as dist
+import torch.distributions as torch_dist
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
+
+from pyro_gumbel.estimators.families import unwrap
+
+__all__ = ["check_programs", "latent_sites"]
+
+_PYRO_STRAIGHT_THROUGH = (
+    dist.RelaxedOneHotCategoricalStraightThrough,
+    dist.RelaxedBernoulliStraightThrough,
+)
+
+
+def latent_sites(trace: Trace) -> dict[str, Any]:
+    """Return the trace's sites that are sampled, not observed."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+    }
+
+
+def check_programs(model_trace: Trace, guide_trace: Trace) -> None:
+    """Check that each latent site of the model has a guide's site of the same shape and measure.
+
+    Raises:
+        ValueError: If a latent site is missing from the guide, an observed one is in it, shapes differ, or a density faces a
+            mass.
+    """
+    model, guide = latent_sites(model_trace), latent_sites(guide_trace)
+    for name, site in model.items():
+        if name not in guide:
+            raise ValueError(
+                f"The model's latent site {name!r} is missing from the guide, whose sites are {list(guide)}. Sample it in the "
+                "guide, observe it in the model, or marginalise it out of the model."
+            )
+        _check_event(name, site["fn"], guide[name]["fn"])
+        _check_measure(name, site["fn"], guide[name]["fn"])
+    for name, site in guide.items():
+        if name not in model:
+            _check_guide_only(name, site, model_trace)
+
+
+def _check_guide_only(name: str, site: Any, model_trace: Trace) -> None:
+    twin = model_trace.nodes.get(name)
+    if twin is not None and twin["type"] == "sample":
+        raise ValueError(
+            f"Site {name!r} is observed in the model and sampled in the guide; remove it from the guide, or leave it latent in "
+            "the model."
+        )
+    _refuse_pyro_straight_through(name, site["fn"], "guide")
+    if not site["infer"].get("is_auxiliary"):
+        warnings.warn(
+            f"Site {name!r} is in the guide and not in the model; if that is meant, write "
+            "infer={'is_auxiliary': True}.",
+            stacklevel=2,
+        )
+
+
+def _check_event(name: str, model_fn: Any, guide_fn: Any) -> None:
+    if model_fn.event_shape == guide_fn.event_shape:
+        return
+    if model_fn.event_dim != guide_fn.event_dim:
+        raise ValueError(
+            f"At site {name!r}, model and guide disagree on event_dim: the model's {_name(model_fn)} has event shape "
+            f"{tuple(model_fn.event_shape)}, the guide's {_name(guide_fn)} has {tuple(guide_fn.event_shape)}. Use the same family "
+            "(a Categorical draws an index, a OneHotCategorical a vector) and the same .to_event(...) in both."
+        )
+    raise ValueError(
+        f"At site {name!r}, model and guide disagree on the event shape: {_name(model_fn)} has {tuple(model_fn.event_shape)} "
+        f"in the model, {_name(guide_fn)} has {tuple(guide_fn.event_shape)} in the guide."
+    )
+
+
+def _check_measure(name: str, model_fn: Any, guide_fn: Any) -> None:
+    _refuse_pyro_straight_through(name, guide_fn, "guide")
+    _refuse_pyro_straight_through(name, model_fn, "model")
+    guide_mass, model_mass = _is_discrete(guide_fn), _is_discrete(model_fn)
+    if None in (guide_mass, model_mass) or guide_mass == model_mass:
+        return
+    kinds = {True: "a mass", False: "a density"}
+    discrete = model_fn if model_mass else guide_fn
+    raise ValueError(
+        f"At site {name!r}, the guide's {_name(guide_fn)} has {kinds[bool(guide_mass)]} and the model's {_name(model_fn)} has "
+        f"{kinds[bool(model_mass)]}: their ratio is no ELBO. Leave both discrete, {_name(discrete)}(...), and choose how the "
+        f"gradient passes: config_gradient(guide, {{{name!r}: ReinMax()}}) or another estimator."
+    )
+
+
+def _refuse_pyro_straight_through(name: str, fn: Any, program: str) -> None:
+    fn = unwrap(fn)
+    if isinstance(fn, _PYRO_STRAIGHT_THROUGH):
+        plain = "OneHotCategorical" if isinstance(fn, _PYRO_STRAIGHT_THROUGH[0]) else "Bernoulli"
+        raise ValueError(
+            f"At site {name!r}, the {program}'s {_name(fn)} draws hard values and scores them by the density of soft ones: that is "
+            f"no ELBO. Write {plain}(logits=...) in the model and in the guide, and "
+            f"config_gradient(guide, {{{name!r}: GumbelStraightThrough(temperature)}})."
+        )
+
+
+def _is_discrete(fn: Any) -> bool | None:
+    if isinstance(unwrap(fn), dist.Delta):
+        return None  # a point mass faces anything
+    try:
+        support = fn.support
+    except NotImplementedError:
+        return None
+    return None if support is None else bool(support.is_discrete)
+
+
+def _name(fn: torch_dist.Distribution) -> str:
+    return type(unwrap(fn)).__name__

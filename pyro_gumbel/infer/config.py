@@ -1,0 +1,304 @@
+"""Who gets what: attach an estimator to each sample site of a guide."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from pyro.poutine.util import site_is_subsample
+from torch import nn
+
+from pyro_gumbel import estimators
+from pyro_gumbel.estimators import Estimator, LeaveOneOut, MovingAverage, Pathwise, Score
+from pyro_gumbel.estimators.families import unwrap
+
+__all__ = ["Auto", "config_gradient", "estimator_names", "resolve"]
+
+Choice = Estimator | str | None
+Config = Estimator | str | Mapping[str, Choice] | Callable[[Message], Choice]
+
+_CLASSES = {
+    "enumerate": estimators.Enumerate,
+    "gapped_straight_through": estimators.GappedStraightThrough,
+    "gumbel_rao": estimators.GumbelRao,
+    "gumbel_softmax": estimators.GumbelSoftmax,
+    "gumbel_straight_through": estimators.GumbelStraightThrough,
+    "pathwise": estimators.Pathwise,
+    "reinmax": estimators.ReinMax,
+    "reinmax_rao": estimators.ReinMaxRao,
+    "straight_through": estimators.StraightThrough,
+}
+
+# What Pyro itself, and nothing else, may leave in a latent site's `infer`.
+_PYRO_INFER_KEYS = {"is_auxiliary", "prior", "was_observed", "num_samples", "expand", "tmc"}
+
+
+class Auto:
+    """The default choice: pathwise where a site can, else the score function with a baseline that needs no tuning.
+
+    That is :class:`~pyro_gumbel.estimators.LeaveOneOut` where there are two particles or more, else
+    :class:`~pyro_gumbel.estimators.MovingAverage`.
+    """
+
+    def __init__(self) -> None:
+        self.pathwise = Pathwise()
+        self.leave_one_out = Score(LeaveOneOut())
+        self.moving_average = Score(MovingAverage())
+
+    def score(self, num_particles: int) -> Estimator:
+        """Choose the score function's baseline."""
+        return self.leave_one_out if num_particles > 1 else self.moving_average
+
+    def __call__(self, fn: Any, num_particles: int) -> Estimator:
+        """Choose for distribution ``fn``."""
+        return self.pathwise if fn.has_rsample else self.score(num_particles)
+
+
+def estimator_names() -> list[str]:
+    """Return every name that stands for an estimator."""
+    return sorted([*_CLASSES, "auto", "score"])
+
+
+class GradientMessenger(Messenger):
+    """Writes the configured estimator into ``infer["gradient"]`` of each latent site."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = _check_config(config)
+        self._unseen = set(config) if isinstance(config, Mapping) else set()
+        self._names: list[str] = []
+        # One object for each name, so that a named estimator keeps its state from step to step.
+        self._named: dict[str, Estimator] = {}
+
+    def __enter__(self) -> GradientMessenger:
+        self._names = []
+        return super().__enter__()
+
+    def __exit__(self, *exc_info: Any) -> None:
+        super().__exit__(*exc_info)
+        if exc_info[0] is None and self._unseen:
+            self._refuse_unknown_sites()
+
+    def _pyro_sample(self, msg: Message) -> None:
+        if msg["is_observed"] or site_is_subsample(msg):
+            return
+        name = cast(str, msg["name"])
+        self._names.append(name)
+        self._unseen.discard(name)
+        choice = self._choose(msg)
+        if choice is not None:
+            # A new dict: the model's site shares the guide's, and a handler must not change either.
+            msg["infer"] = cast(Any, {**(msg["infer"] or {}), "gradient": choice})
+
+    def _choose(self, msg: Message) -> Choice:
+        config = self.config
+        if isinstance(config, Mapping):
+            choice = config.get(cast(str, msg["name"]))
+        elif isinstance(config, (Estimator, str)):
+            choice = config
+        else:
+            choice = config(msg)
+            check_choice(choice, f"at site {msg['name']!r}, the config callable returned")
+        if isinstance(choice, str) and choice in _CLASSES:
+            return self._named.setdefault(choice, _CLASSES[choice]())
+        return choice
+
+    def _refuse_unknown_sites(self) -> None:
+        unknown = sorted(self._unseen)
+        close = difflib.get_close_matches(unknown[0], self._names, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"config_gradient: the guide has no latent site {unknown[0]!r}; its sites are {self._names}.{hint} "
+            "(For sites that appear in some runs only, give a callable msg -> estimator or None.)"
+        )
+
+    def estimators(self) -> list[Estimator]:
+        """Return the estimator objects that the config names outright."""
+        values = self.config.values() if isinstance(self.config, Mapping) else [self.config]
+        return [value for value in values if isinstance(value, Estimator)]
+
+
+def _check_config(config: Config) -> Config:
+    if isinstance(config, Mapping):
+        for site, choice in config.items():
+            check_choice(choice, f"config_gradient: for site {site!r} got")
+    elif isinstance(config, Estimator) or not callable(config):
+        if config is None:
+            raise TypeError(
+                "config_gradient: config is missing; give an estimator, a name, a dict or a callable."
+            )
+        check_choice(config, "config_gradient: got")
+    return config
+
+
+def check_choice(choice: Any, prefix: str) -> None:
+    if choice is None or isinstance(choice, Estimator):
+        return
+    if isinstance(choice, str):
+        if choice not in estimator_names():
+            close = difflib.get_close_matches(choice, estimator_names(), n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"{prefix} {choice!r}, which names no estimator; names are {estimator_names()}.{hint}"
+            )
+        return
+    if isinstance(choice, type) and issubclass(choice, Estimator):
+        raise TypeError(
+            f"{prefix} the class {choice.__name__}; give an object: {choice.__name__}()."
+        )
+    raise TypeError(
+        f"{prefix} {choice!r}; give an estimator such as ReinMax(), or a name such as 'reinmax'."
+    )
+
+
+def config_gradient(
+    guide: Callable[..., Any] | None = None, config: Config | None = None
+) -> Callable[..., Any]:
+    """Attach an estimator to each latent site of a guide.
+
+    Args:
+        guide: A function or a module (``PyroModule``, autoguide). Left out, a decorator is returned. A module gives a module of
+            the same class with the same parameters and attributes: it shares all of them with the original, which itself
+            stays unconfigured.
+        config: One of
+
+            * an estimator, or a name such as ``"reinmax"``, for every site;
+            * a dict ``{site: estimator or name}``, other sites being left to the default of ``Estimator_ELBO``;
+            * a callable ``msg -> estimator, name or None``.
+
+            ``"auto"`` is pathwise where a site can and else the score function with leave-one-out (two particles or more) or a
+            moving average; ``"score"`` is the latter at every site. The outermost configuration wins, also over
+            ``pyro.sample(..., infer={"gradient": ...})``.
+
+    Returns:
+        The configured guide.
+
+    Raises:
+        TypeError: If the config is none of these.
+        ValueError: If a name stands for no estimator; when the guide runs, if a site of the dict is not in it.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_gumbel.estimators import ReinMax
+        >>> @config_gradient(config={"z": ReinMax()})
+        ... def guide():
+        ...     pyro.sample("z", dist.OneHotCategorical(logits=pyro.param("logits", torch.zeros(3))))
+        >>> guide()
+    """
+    if config is None:
+        if guide is None:
+            raise TypeError(
+                "config_gradient: config is missing; write config_gradient(guide, config)."
+            )
+        if isinstance(guide, (Estimator, str, Mapping)):
+            raise TypeError(
+                f"config_gradient: the first argument is the guide; got {guide!r}. "
+                "Write config_gradient(guide, config), or @config_gradient(config=...) as a decorator."
+            )
+        raise TypeError(
+            "config_gradient: config is missing; write config_gradient(guide, config)."
+        )
+    if guide is None:
+        return functools.partial(_configure, config=config)
+    return _configure(guide, config)
+
+
+def _configure(guide: Callable[..., Any], config: Config) -> Callable[..., Any]:
+    messenger = GradientMessenger(config)
+    if isinstance(guide, nn.Module):
+        return _configure_module(guide, messenger)
+
+    @functools.wraps(guide)
+    def configured(*args: Any, **kwargs: Any) -> Any:
+        with messenger:
+            return guide(*args, **kwargs)
+
+    configured.gradient_messenger = messenger  # type: ignore[attr-defined]
+    return configured
+
+
+def _configure_module(guide: nn.Module, messenger: GradientMessenger) -> nn.Module:
+    """Give the module a second face: same attributes, but calls run under the messenger."""
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        with messenger:
+            return super(configured, self).__call__(*args, **kwargs)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # noqa: N807
+        return config_gradient, (guide, messenger.config)
+
+    namespace = {
+        "__call__": __call__,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": type(guide).__module__,
+        "__qualname__": type(guide).__qualname__,
+        "gradient_messenger": messenger,
+    }
+    configured = types.new_class(
+        type(guide).__name__, (type(guide),), exec_body=lambda ns: ns.update(namespace)
+    )
+    face = object.__new__(configured)
+    # One dict for both: parameters and lazily made attributes (an autoguide's prototype) are never out of step.
+    object.__setattr__(face, "__dict__", guide.__dict__)
+    return cast(nn.Module, face)
+
+
+def resolve(msg: Message, auto: Auto, default: Choice, num_particles: int) -> Estimator:
+    """Find the estimator of a latent site and check that it can serve it.
+
+    Raises:
+        TypeError: If ``infer["gradient"]`` is no estimator.
+        ValueError: If ``infer`` has an unknown option, or the estimator cannot serve the site or the number of particles.
+    """
+    infer = msg["infer"] or {}
+    _check_infer_keys(msg)
+    choice = cast(Choice, infer.get("gradient", default))
+    check_choice(choice, f"at site {msg['name']!r}, infer['gradient'] is")
+    fn = unwrap(msg["fn"])
+    if choice is None or choice == "auto":
+        return auto(fn, num_particles)
+    if choice == "score":
+        return auto.score(num_particles)
+    if isinstance(choice, str):
+        choice = auto.__dict__.setdefault(choice, _CLASSES[choice]())
+    estimator = cast(Estimator, choice)
+    if not estimator.supports(fn):
+        raise ValueError(
+            f"At site {msg['name']!r}, {estimator!r} cannot serve {_describe(msg)}: it needs {estimator.sites}. "
+            f"{_suggest(fn)}"
+        )
+    if num_particles < estimator.min_particles:
+        raise ValueError(
+            f"At site {msg['name']!r}, {estimator!r} needs num_particles >= {estimator.min_particles}; got {num_particles}. "
+            f"Write Estimator_ELBO(num_particles={estimator.min_particles}), or use Score(MovingAverage())."
+        )
+    return estimator
+
+
+def _check_infer_keys(msg: Message) -> None:
+    for key in msg["infer"] or {}:
+        if key == "gradient" or key in _PYRO_INFER_KEYS or key.startswith("_"):
+            continue
+        remedy = {
+            "baseline": "write infer={'gradient': Score(MovingAverage())} or another baseline",
+            "enumerate": "write infer={'gradient': Enumerate()}",
+        }.get(key, "the option that chooses an estimator is 'gradient'")
+        raise ValueError(
+            f"At site {msg['name']!r}, Estimator_ELBO does not know infer[{key!r}]; {remedy}."
+        )
+
+
+def _describe(msg: Message) -> str:
+    fn = unwrap(msg["fn"])
+    wrapped = "" if fn is msg["fn"] else f" (inside {type(msg['fn']).__name__})"
+    return f"a {type(fn).__name__} site{wrapped}"
+
+
+def _suggest(fn: Any) -> str:
+    candidates = [cls.__name__ for cls in _CLASSES.values() if cls().supports(fn)]
+    return f"What would work: {', '.join([*candidates, 'Score'])}."

@@ -1,0 +1,151 @@
+r"""What each site is charged with: the terms of the ELBO that its plates let it influence.
+
+A term is ``log p`` or ``-log q`` of one site, scaled and masked, of the site's batch shape. A site inside a plate cannot
+influence the plate's other elements, so its cost keeps the dimensions of the plates it shares with a term and sums over the
+term's other plates. Nothing finer is assumed: which value influenced which term is not traced.
+
+Enumerated sites have dimensions left of all plates. A term that depends on such a site has its dimension, and counts with the
+probability :math:`q(z)` of each value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from torch import Tensor
+
+from pyro_gumbel.infer.particles import Layout
+
+__all__ = ["Costs", "EnumeratedSite", "Frames", "Term"]
+
+Frames = frozenset[CondIndepStackFrame]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the ELBO: the site it is of, its value and the vectorised plates it is in."""
+
+    site: str
+    value: Tensor
+    frames: Frames
+
+
+@dataclass(frozen=True)
+class EnumeratedSite:
+    """An enumerated site: its dimension, the probability of each value with its gradient, its plates."""
+
+    name: str
+    dim: int
+    probs: Tensor
+    frames: Frames
+
+    def indexes(self, tensor: Tensor) -> bool:
+        """Tell whether ``tensor`` depends on this site."""
+        return tensor.dim() >= -self.dim and tensor.shape[self.dim] > 1
+
+
+class Costs:
+    """The terms of one run.
+
+    Args:
+        terms: Every term, with the gradient that it contributes as it stands.
+        enumerated: The enumerated sites in program order.
+        layout: Where the rows of the particle plate are.
+    """
+
+    def __init__(
+        self, terms: list[Term], enumerated: list[EnumeratedSite], layout: Layout
+    ) -> None:
+        self.terms = terms
+        self.enumerated = enumerated
+        self.layout = layout
+        self._grouped: dict[tuple[Frames, tuple[int, ...]], Tensor] | None = None
+
+    def totals(self) -> Tensor:
+        """The ELBO of each row, ``(rows,)``, with the gradient that passes through its terms."""
+        rows = []
+        for term in self.terms:
+            value = term.value
+            sites = self._closure(site for site in self.enumerated if site.indexes(value))
+            if sites:
+                _check_plates(term, sites)
+                value = _expect(value, sites, sum_over=sites)
+            rows.append(self._sum_rows(value))
+        return torch.stack(rows).sum(0)
+
+    def downstream(self, frames: Frames, like: Tensor) -> Tensor:
+        """The detached cost of a site in the plates ``frames`` with ``log q`` of the shape of ``like``."""
+        own = [site for site in self.enumerated if site.indexes(like)]
+        total = like.new_zeros(())
+        for (term_frames, _), value in self._group().items():
+            sites = self._closure(
+                site for site in self.enumerated if site in own or site.indexes(value)
+            )
+            if sites:
+                value = _expect(value, sites, sum_over=[site for site in sites if site not in own])
+            total = total + _sum_plates(value, term_frames - frames)
+        while total.dim() > like.dim():  # what was summed out left of the site's own dimensions
+            total = total.squeeze(0)
+        return total.detach().expand(like.shape)
+
+    def _group(self) -> dict[tuple[Frames, tuple[int, ...]], Tensor]:
+        """Add up terms of the same plates that depend on the same enumerated sites, once for all sites."""
+        if self._grouped is None:
+            self._grouped = {}
+            for term in self.terms:
+                value = term.value.detach()
+                key = (
+                    term.frames,
+                    tuple(site.dim for site in self.enumerated if site.indexes(value)),
+                )
+                self._grouped[key] = self._grouped[key] + value if key in self._grouped else value
+        return self._grouped
+
+    def _closure(self, sites: Iterable[EnumeratedSite]) -> list[EnumeratedSite]:
+        """Add the enumerated sites that the probabilities of ``sites`` depend on."""
+        found = list(sites)
+        for site in found:  # grows while it is walked
+            for other in self.enumerated:
+                if other not in found and other.indexes(site.probs):
+                    found.append(other)
+        return found
+
+    def _sum_rows(self, value: Tensor) -> Tensor:
+        particle_dim = self.layout.particle_dim
+        if particle_dim is None:
+            return value.sum().reshape(1)
+        dims = [dim for dim in range(-value.dim(), 0) if dim != particle_dim]
+        rows = value.sum(dims) if dims else value
+        return rows.expand(self.layout.num_rows)
+
+
+def _expect(value: Tensor, sites: list[EnumeratedSite], sum_over: list[EnumeratedSite]) -> Tensor:
+    """Weigh ``value`` by the probabilities of ``sites`` and sum out those of ``sum_over``."""
+    weight = sites[0].probs
+    for site in sites[1:]:
+        weight = weight * site.probs
+    # A value of probability zero may have an infinite cost: 0 * inf would be nan, in the gradient too.
+    value, weight = torch.broadcast_tensors(value, weight)
+    value = weight * value.masked_fill(weight == 0, 0.0)
+    dims = [site.dim for site in sum_over]
+    return value.sum(dims, keepdim=True) if dims else value
+
+
+def _sum_plates(value: Tensor, frames: Frames) -> Tensor:
+    dims = [frame.dim for frame in frames if value.shape[frame.dim] != 1]
+    return value.sum(dims, keepdim=True) if dims else value
+
+
+def _check_plates(term: Term, sites: list[EnumeratedSite]) -> None:
+    for site in sites:
+        outside = site.frames - term.frames
+        if outside and site.indexes(term.value):
+            plates = sorted(frame.name for frame in outside)
+            raise ValueError(
+                f"Site {term.site!r}, outside the plate {plates[0]!r}, depends on the enumerated site {site.name!r} inside it: "
+                "the elements of the plate cannot be summed one by one. "
+                f"Use another estimator at {site.name!r}, such as Score() or ReinMax()."
+            )

@@ -1,0 +1,266 @@
+"""The evidence lower bound, its gradient passing through each site as the site chose."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.infer.elbo import ELBO, ELBOModule
+from pyro.infer.util import is_validation_enabled
+from pyro.util import warn_if_nan
+from torch import Tensor, nn
+
+from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.infer._rng import preserved_rng
+from pyro_gumbel.infer.config import Auto, Choice, check_choice
+from pyro_gumbel.infer.particles import (
+    DrawMessenger,
+    Layout,
+    PlateNestingNeeded,
+    SharedSubsample,
+)
+from pyro_gumbel.infer.paths import LoopPaths, Paths, RowPaths, coupled_sites
+from pyro_gumbel.infer.run import Run, run_programs
+
+__all__ = ["Estimator_ELBO"]
+
+_MANY_PLATES = 20  # more than any program nests: the trial run puts enumerated values left of them
+
+
+class Estimator_ELBO(ELBO):  # noqa: N801
+    r"""The ELBO of a model and a guide whose sites choose their gradient estimators.
+
+    .. math:: \mathcal L = E_{q_\phi(z)}[\log p_\theta(x, z) - \log q_\phi(z)]
+
+    The value is always an unbiased estimate of the true (discrete) bound, from exact draws and exact masses, whichever
+    estimators are attached; only the gradient differs. Estimators are attached by
+    :func:`~pyro_gumbel.infer.config_gradient` or by ``infer={"gradient": ...}`` at the site.
+
+    Args:
+        num_particles: Number of independent repetitions to average over.
+        default: Estimator, or name of one, for sites that have none: ``"auto"`` is pathwise where a site can and else the
+            score function with leave-one-out (two particles or more) or a moving average.
+        vectorize_particles: Evaluate all particles at once, as rows of a plate left of the programs' own; else one after the
+            other, for programs that do not broadcast or whose structure varies. The estimator is the same.
+        max_plate_nesting: Bound on the number of nested plates; found by a trial run where it is not given.
+        analytic_kl: Put the closed-form KL divergence in place of a site's sampled ``log p - log q`` where it is known and
+            the order of sites allows it.
+        **kwargs: As for Pyro's ``ELBO``.
+
+    Raises:
+        TypeError: If ``default`` is no estimator.
+        ValueError: If ``num_particles`` is below 1 or ``default`` names no estimator; when run, with the site's name, if an
+            estimator cannot serve its site or the programs do not match.
+
+    References:
+        Gradient Estimation Using Stochastic Computation Graphs (Schulman et al., 2015), https://arxiv.org/abs/1506.05254
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_gumbel.estimators import ReinMax
+        >>> def model():
+        ...     pyro.sample("z", dist.OneHotCategorical(torch.tensor([0.2, 0.8])))
+        >>> def guide():
+        ...     logits = pyro.param("logits", torch.tensor([0.2, 0.8]).log())
+        ...     pyro.sample("z", dist.OneHotCategorical(logits=logits), infer={"gradient": ReinMax()})
+        >>> abs(Estimator_ELBO().loss(model, guide)) < 1e-6
+        True
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        *,
+        default: Estimator | str = "auto",
+        vectorize_particles: bool = False,
+        max_plate_nesting: float = float("inf"),
+        analytic_kl: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(num_particles, int) or num_particles < 1:
+            raise ValueError(
+                f"Estimator_ELBO: num_particles must be an integer of at least 1; got {num_particles!r}."
+            )
+        check_choice(default, "Estimator_ELBO: default is")
+        super().__init__(
+            num_particles=num_particles, vectorize_particles=vectorize_particles, **kwargs
+        )
+        self.max_plate_nesting = max_plate_nesting
+        self.default: Choice = default
+        self.analytic_kl = analytic_kl
+        self._auto = Auto()
+        self._structure: tuple[Call, Layout] | None = None
+
+    def __call__(self, model: nn.Module, guide: nn.Module) -> ELBOModule:
+        """Return a module whose call is :meth:`differentiable_loss`; parameters of learnable estimators are among its own."""
+        module = ELBOModule(model, guide, self)
+        messenger = getattr(guide, "gradient_messenger", None)
+        estimators = messenger.estimators() if messenger is not None else []
+        if isinstance(self.default, Estimator):
+            estimators.append(self.default)
+        module.estimators = nn.ModuleList(estimators)
+        return module
+
+    @torch.no_grad()
+    def loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
+        """Estimate the negative ELBO; no estimator's state changes."""
+        call = Call(model, guide, args, kwargs)
+        loss = -self._run(call, SharedSubsample(), evaluate=True).elbo()
+        warn_if_nan(loss, "loss")
+        return loss.item()
+
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Estimate the negative ELBO by a scalar whose gradient is the estimators'."""
+        loss, surrogate = self._estimate(Call(model, guide, args, kwargs))
+        return loss + (surrogate - surrogate.detach())
+
+    def loss_and_grads(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Estimate the negative ELBO and add the estimate of its gradient to ``.grad``.
+
+        Returns:
+            The loss, a detached scalar left on its device.
+        """
+        loss, surrogate = self._estimate(Call(model, guide, args, kwargs))
+        if surrogate.requires_grad:
+            surrogate.backward(retain_graph=self.retain_graph)
+        return loss
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError(
+            "Estimator_ELBO runs programs by itself; call loss or loss_and_grads."
+        )
+
+    def _estimate(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Return the detached loss and the surrogate loss."""
+        subsample = SharedSubsample()
+        paths = self._run(call, subsample, evaluate=False)
+        elbo = paths.elbo()
+        surrogate = elbo
+        for name, estimator in paths.estimators.items():
+            if not (estimator.pathwise or estimator.enumerates):
+                term = estimator.surrogate(paths.site(name, call))
+                if term is not None:
+                    surrogate = surrogate + term.sum() / self.num_particles
+        if any(estimator.relaxed for estimator in paths.estimators.values()):
+            with torch.no_grad():
+                elbo = self._run(call, subsample, evaluate=True).elbo()
+        _finish_step(paths.estimators)
+        loss = -elbo.detach()
+        if is_validation_enabled():
+            warn_if_nan(loss, "loss")
+        return loss, -surrogate
+
+    def _run(self, call: Call, subsample: SharedSubsample, *, evaluate: bool) -> Paths:
+        """Run the programs on every path of every particle."""
+        if self.vectorize_particles:
+            return self._run_rows(call, subsample, evaluate=evaluate)
+        nesting = self._known_nesting(call)
+        if nesting is not None:
+            return self._run_loop(call, subsample, nesting, evaluate=evaluate)
+        state = pyro.util.get_rng_state()
+        try:
+            return self._run_loop(call, subsample, None, evaluate=evaluate)
+        except PlateNestingNeeded:
+            pyro.util.set_rng_state(state)
+            nesting = self._trial(call).plate_nesting
+            return self._run_loop(call, subsample, nesting, evaluate=evaluate)
+
+    def _run_rows(self, call: Call, subsample: SharedSubsample, *, evaluate: bool) -> Paths:
+        layout = self._trial(call)
+        if evaluate:
+            layout = dataclasses.replace(layout, branches=())
+        draw = DrawMessenger(layout, self._auto, self.default, evaluate=evaluate)
+        return RowPaths(run_programs(call, draw, subsample, analytic_kl=self.analytic_kl), layout)
+
+    def _run_loop(
+        self, call: Call, subsample: SharedSubsample, nesting: int | None, *, evaluate: bool
+    ) -> Paths:
+        layout = Layout(self.num_particles, (), nesting)
+
+        def run(owner: str | None, branch: int, memory: dict[str, Tensor]) -> Run:
+            draw = DrawMessenger(layout, self._auto, self.default, evaluate, owner, branch, memory)
+            return run_programs(call, draw, subsample, analytic_kl=self.analytic_kl)
+
+        repetitions = []
+        for _ in range(self.num_particles):
+            memory: dict[str, Tensor] = {}
+            main = run(None, 0, memory)
+            coupled = [] if evaluate else coupled_sites(main.estimators)
+            branches = [
+                run(name, branch, memory)
+                for name, count in coupled
+                for branch in range(1, count + 1)
+            ]
+            repetitions.append([main, *branches])
+        return LoopPaths(repetitions)
+
+    def _known_nesting(self, call: Call) -> int | None:
+        if self.max_plate_nesting != float("inf"):
+            return int(self.max_plate_nesting)
+        if self._structure is not None and _same_programs(self._structure[0], call):
+            return self._structure[1].plate_nesting
+        return None
+
+    def _trial(self, call: Call) -> Layout:
+        """Find the number of plates and the coupled sites by a run whose draws are taken back."""
+        if self._structure is not None and _same_programs(self._structure[0], call):
+            return self._structure[1]
+        draw = DrawMessenger(
+            Layout(self.num_particles, plate_nesting=_MANY_PLATES),
+            self._auto,
+            self.default,
+            evaluate=True,
+        )
+        with preserved_rng(), poutine.block():
+            with draw:
+                guide_trace = poutine.trace(call.guide).get_trace(*call.args, **call.kwargs)
+            replayed = poutine.replay(call.model, trace=guide_trace)
+            model_trace = poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
+        nesting = self.max_plate_nesting
+        if nesting == float("inf"):
+            nesting = max(_plate_nesting(guide_trace), _plate_nesting(model_trace))
+        branches = tuple(coupled_sites(draw.estimators))
+        layout = Layout(self.num_particles, branches, int(nesting), self.vectorize_particles)
+        self._structure = (call, layout)
+        return layout
+
+
+def _same_programs(one: Call, other: Call) -> bool:
+    return one.model == other.model and one.guide == other.guide
+
+
+def _plate_nesting(trace: poutine.Trace) -> int:
+    dims = [
+        frame.dim
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        for frame in site["cond_indep_stack"]
+        if frame.vectorized
+    ]
+    return -min(dims, default=0)
+
+
+def _finish_step(estimators: dict[str, Estimator]) -> None:
+    """Advance each schedule once, and show learnable parameters to whoever collects parameters."""
+    schedules = {
+        id(schedule): schedule
+        for estimator in estimators.values()
+        for schedule in estimator.schedules()
+    }
+    for schedule in schedules.values():
+        schedule.advance()
+    seen: set[int] = set()
+    for name, estimator in estimators.items():
+        if id(estimator) not in seen and next(estimator.parameters(), None) is not None:
+            pyro.module(f"gradient${name}", estimator)
+        seen.add(id(estimator))

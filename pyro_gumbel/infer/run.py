@@ -1,0 +1,204 @@
+"""One run of guide and model: their traces, and the terms of the ELBO read off them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.util import scale_and_mask, sum_rightmost
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
+from pyro.util import check_site_shape
+from torch import Tensor
+from torch.distributions import Independent, kl_divergence
+
+from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.estimators.families import log_mass, unwrap
+from pyro_gumbel.infer.checks import check_programs, latent_sites
+from pyro_gumbel.infer.costs import Costs, EnumeratedSite, Frames, Term
+from pyro_gumbel.infer.particles import DrawMessenger, SharedSubsample
+
+__all__ = ["Run", "run_programs"]
+
+_PARTICLES = "num_particles_vectorized"
+
+
+@dataclass
+class Run:
+    """What one run left behind.
+
+    Attributes:
+        guide: The guide's latent sites.
+        estimators: The estimator of each of them that drew its value here.
+        log_prob: For each of these ``log q`` with its gradient, neither scaled nor masked.
+        costs: The terms of the ELBO.
+        own_kl: For each site whose terms were replaced by an analytic KL divergence, that term.
+        owner: The coupled site that owns this run's branch; ``None`` on the main path and where particles are rows.
+    """
+
+    guide: dict[str, Any]
+    estimators: dict[str, Estimator]
+    log_prob: dict[str, Tensor]
+    costs: Costs
+    own_kl: dict[str, Term]
+    owner: str | None
+
+    def frames(self, name: str) -> Frames:
+        """The vectorised plates that a site is in."""
+        return _frames(self.guide[name])
+
+    def cost(self, name: str) -> Tensor:
+        """The detached downstream cost of a site, of the shape of its ``log_prob``."""
+        cost = self.costs.downstream(self.frames(name), self.log_prob[name])
+        if name in self.own_kl:  # it does not depend on the value drawn
+            cost = cost - self.own_kl[name].value.detach()
+        return cost
+
+
+def run_programs(
+    call: Call, draw: DrawMessenger, subsample: SharedSubsample, *, analytic_kl: bool
+) -> Run:
+    """Run the guide, then the model on its values, and collect the terms.
+
+    Args:
+        call: The programs and their arguments.
+        draw: Draws the guide's values.
+        subsample: Gives every run of the step the same minibatch.
+        analytic_kl: Whether to put closed-form KL divergences in place of sampled terms.
+
+    Returns:
+        The run.
+    """
+    layout = draw.layout
+    guide, model = call.guide, call.model
+    if layout.particle_dim is not None:
+        # The plate goes inside replay: a replayed site is done, and handlers outside it do not broadcast it any more.
+        rows = pyro.plate(_PARTICLES, layout.num_rows, dim=layout.particle_dim)
+        guide, model = rows(guide), rows(model)
+    with subsample:
+        with draw:
+            guide_trace = poutine.trace(guide).get_trace(*call.args, **call.kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
+    if is_validation_enabled():
+        check_programs(model_trace, guide_trace)
+    return _collect(model_trace, guide_trace, draw, analytic_kl)
+
+
+def _collect(
+    model_trace: Trace, guide_trace: Trace, draw: DrawMessenger, analytic_kl: bool
+) -> Run:
+    nesting = draw.layout.total_nesting
+    guide = latent_sites(guide_trace)
+    kls = _analytic_kls(model_trace, guide) if analytic_kl else {}
+    terms = list(kls.values())
+    log_prob: dict[str, Tensor] = {}
+    for name, site in _samples(guide_trace).items():
+        estimator = draw.estimators.get(name)
+        raw = _guide_log_prob(site, estimator)
+        if estimator is not None:
+            log_prob[name] = _sum_events(site["fn"], raw)
+            keeps_gradient = estimator.pathwise or estimator.enumerates
+            raw = raw if keeps_gradient else raw.detach()
+        if name not in kls:
+            terms.append(_term(site, -raw, nesting))
+    for name, site in _samples(model_trace).items():
+        if name not in kls:
+            terms.append(_term(site, _model_log_prob(site), nesting))
+    enumerated = [
+        EnumeratedSite(name, dim, log_prob[name].exp(), _frames(guide[name]))
+        for name, dim in draw.enumerated.items()
+    ]
+    costs = Costs(terms, enumerated, draw.layout)
+    return Run(guide, dict(draw.estimators), log_prob, costs, kls, draw.owner)
+
+
+def _samples(trace: Trace) -> dict[str, Any]:
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site)
+    }
+
+
+def _frames(site: Any) -> Frames:
+    return frozenset(frame for frame in site["cond_indep_stack"] if frame.vectorized)
+
+
+def _guide_log_prob(site: Any, estimator: Estimator | None) -> Tensor:
+    """Score a guide's value, of the batch shape without ``to_event``, not masked."""
+    if estimator is None:  # a value that the guide itself fixed, or a factor
+        return _observed_log_prob(site)
+    return estimator.log_prob(unwrap(site["fn"]), site["value"])
+
+
+def _model_log_prob(site: Any) -> Tensor:
+    if site["is_observed"]:
+        return _observed_log_prob(site)
+    return log_mass(unwrap(site["fn"]), site["value"])
+
+
+def _observed_log_prob(site: Any) -> Tensor:
+    fn = site["fn"]
+    try:
+        return fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+    except ValueError as error:
+        shapes = f"value {tuple(site['value'].shape)}, batch {tuple(fn.batch_shape)}, event {tuple(fn.event_shape)}"
+        raise ValueError(
+            f"Scoring site {site['name']!r} ({type(fn).__name__}; {shapes}): {error}"
+        ) from error
+
+
+def _sum_events(fn: Any, raw: Tensor) -> Tensor:
+    """Sum what ``to_event`` declared dependent."""
+    return sum_rightmost(raw, fn.event_dim - unwrap(fn).event_dim)
+
+
+def _apply_wrappers(fn: Any, raw: Tensor) -> Tensor:
+    """Redo on a score what ``to_event`` and ``mask`` do to a distribution."""
+    if isinstance(fn, Independent):
+        return sum_rightmost(_apply_wrappers(fn.base_dist, raw), fn.reinterpreted_batch_ndims)
+    if isinstance(fn, MaskedDistribution):
+        return scale_and_mask(_apply_wrappers(fn.base_dist, raw), mask=fn._mask)
+    return raw
+
+
+def _term(site: Any, raw: Tensor, nesting: float) -> Term:
+    latent = not site["is_observed"]
+    value = _apply_wrappers(site["fn"], raw) if latent else raw
+    value = scale_and_mask(value, site["scale"], site["mask"])
+    if is_validation_enabled():
+        site["log_prob"] = value
+        check_site_shape(site, nesting)
+    return Term(site["name"], value, _frames(site))
+
+
+def _analytic_kls(model_trace: Trace, guide: dict[str, Any]) -> dict[str, Term]:
+    """Minus the KL divergence of each site where it is known in closed form and stands for the sampled terms.
+
+    It does where no parent of the site in the model can depend on the site's value in the guide: every latent site before it
+    in the model comes before it in the guide too.
+    """
+    order = {name: position for position, name in enumerate(guide)}
+    kls: dict[str, Term] = {}
+    latest = -1
+    for name, site in latent_sites(model_trace).items():
+        in_order = order[name] > latest
+        latest = max(latest, order[name])
+        if not in_order:
+            continue
+        q, p = guide[name]["fn"], site["fn"]
+        try:
+            kl = kl_divergence(q, p)
+        except NotImplementedError:
+            continue
+        if isinstance(kl, Tensor):
+            kl = kl.expand(torch.broadcast_shapes(kl.shape, q.batch_shape))
+            value = -scale_and_mask(kl, site["scale"], site["mask"])
+            kls[name] = Term(name, value, _frames(guide[name]))
+    return kls
