@@ -26,7 +26,7 @@ def image_grid(rows: dict[str, torch.Tensor], shape: tuple[int, int], path: Path
     for line, (label, images) in zip(axes, rows.items(), strict=True):
         for axis in line:
             axis.set_axis_off()
-        for axis, image in zip(line, images.cpu(), strict=False):
+        for axis, image in zip(line, images.cpu().numpy(), strict=False):
             axis.imshow(image.reshape(shape), cmap="gray_r", vmin=0, vmax=1)
         line[0].text(
             -0.15, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=9

@@ -1,0 +1,66 @@
+"""What a training run has to show: the table, the pictures and the history."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+import history
+import plots
+from evaluation import held_out_bounds
+from image_data import Images
+
+
+def report(
+    args: argparse.Namespace,
+    images: Images,
+    trained: dict[str, dict[int, Any]],
+    runs: dict[str, dict[int, history.Epochs]],
+) -> None:
+    """Write the history, print one row an estimator, draw the pictures.
+
+    ``trained`` and ``runs`` hold the VAE and the epochs by estimator and seed.
+    """
+    args.out.mkdir(parents=True, exist_ok=True)
+    epochs = history.to_dataset(runs, images=images.name, binarize=args.binarize, lr=args.lr)
+    history.save(epochs, args.out / "history.nc")
+    table(args, images, trained)
+    first = next(iter(next(iter(trained.values())).values()))
+    written = pictures(first, images, epochs, args.out)
+    print("\nwritten:", *written, args.out / "history.nc", sep="\n  ")
+
+
+def table(args: argparse.Namespace, images: Images, trained: dict[str, dict[int, Any]]) -> None:
+    """Print one row an estimator; every row is measured in the same way."""
+    print(
+        f"\n{images.name}, binarize {args.binarize}: {args.latents} {args.latent} latents, "
+        f"{args.epochs} epochs, {len(images.test)} held-out images.\nNats an image from "
+        f"{args.num_samples} hard draws; mean over seeds (half the range)\n"
+    )
+    print(f"{'gradient':28}{'held-out -ELBO':>18}{'importance-weighted':>22}")
+    for gradient, vaes in trained.items():
+        bounds = [
+            held_out_bounds(vae.model, vae.guide, images.test, args.num_samples)
+            for vae in vaes.values()
+        ]
+        elbo = _spread([-bound.elbo for bound in bounds])
+        weighted = _spread([-bound.importance_weighted for bound in bounds])
+        print(f"{gradient:28}{elbo:>18}{weighted:>22}")
+
+
+def _spread(values: list[float]) -> str:
+    mean, half = sum(values) / len(values), (max(values) - min(values)) / 2
+    return f"{mean:.2f} ({half:.2f})" if len(values) > 1 else f"{mean:.2f}"
+
+
+def pictures(vae: Any, images: Images, runs: xr.Dataset, folder: Path) -> list[Path]:
+    """Draw reconstructions and new samples of one Any, and the training curves of all."""
+    rows = {"image": images.test[:12], "decoded": vae.reconstruct(images.test[:12])}
+    return [
+        plots.image_grid(rows, images.shape, folder / "reconstructions.png"),
+        plots.sample_grid(vae.new_images(64), images.shape, folder / "samples.png"),
+        plots.training_curves(runs, folder / "training.png"),
+    ]

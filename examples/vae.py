@@ -1,0 +1,180 @@
+"""Train a variational auto-encoder whose latents are discrete, with an estimator of your choice.
+
+    python examples/vae.py --gradient reinmax
+    python examples/vae.py --data DIR --latents 30 --categories 10 --gradient score:4
+    python examples/vae.py --compare reinmax,straight_through,score:4 --seeds 3
+
+``NAME:K`` stands for the estimator NAME with K particles. See examples/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import SVI
+from torch import nn
+from tqdm import tqdm
+
+import checkpoint
+import gradients
+from evaluation import held_out_bounds
+from image_data import Images, load_images
+from pyro_gumbel.infer import Estimator_ELBO, config_gradient
+from report import report
+from vae_options import make_parser, settings_of
+
+
+def latent_distribution(kind: str, features: torch.Tensor) -> dist.TorchDistribution:
+    """Distribution of one image's latents from features of shape ``(..., latents, width)``."""
+    if kind == "onehot":
+        return dist.OneHotCategorical(logits=features).to_event(1)
+    if kind == "bernoulli":
+        return dist.Bernoulli(logits=features.squeeze(-1)).to_event(1)
+    loc, log_scale = features.unbind(-1)
+    return dist.Normal(loc, log_scale.exp()).to_event(1)
+
+
+class VAE(nn.Module):
+    """Latents z under a uniform (or standard normal) prior, and an image x decoded from them."""
+
+    def __init__(self, args: argparse.Namespace, num_pixels: int) -> None:
+        super().__init__()
+        width = {"onehot": args.categories, "bernoulli": 1, "normal": 2}[args.latent]
+        size = args.latents * (args.categories if args.latent == "onehot" else 1)
+        self.kind = args.latent
+        self.encoder = mlp(num_pixels, *args.hidden, args.latents * width)
+        self.decoder = mlp(size, *reversed(args.hidden), num_pixels)
+        self.register_buffer("prior", torch.zeros(args.latents, width))
+        self.grey = args.binarize == "none"
+
+    def model(self, x: torch.Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("images", len(x)):
+            z = pyro.sample("z", latent_distribution(self.kind, self.prior))
+            # A grey value counts as the expectation of a bit, outside Bernoulli's own support.
+            pixels = dist.Bernoulli(
+                logits=self.decode(z), validate_args=False if self.grey else None
+            )
+            pyro.sample("x", pixels.to_event(1), obs=x)
+
+    def guide(self, x: torch.Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("images", len(x)):
+            features = self.encoder(x).unflatten(-1, self.prior.shape)
+            pyro.sample("z", latent_distribution(self.kind, features))
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return self.decoder(z.flatten(-2) if self.kind == "onehot" else z)
+
+    @torch.no_grad()
+    def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.encoder(x).unflatten(-1, self.prior.shape)
+        return self.decode(latent_distribution(self.kind, features).sample()).sigmoid()
+
+    @torch.no_grad()
+    def new_images(self, number: int) -> torch.Tensor:
+        return self.decode(latent_distribution(self.kind, self.prior).sample((number,))).sigmoid()
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for size_in, size_out in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(size_in, size_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def train(
+    args: argparse.Namespace, gradient: str, seed: int, images: Images
+) -> tuple[VAE, list[dict[str, float]]]:
+    """Fit one VAE by SVI; return it with the losses of each epoch, in nats an image."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    vae = VAE(args, images.num_pixels).to(images.train.device)
+    estimator, num_particles = gradients.parse(
+        gradient, args.num_particles, args.temperature, reparameterized=args.latent == "normal"
+    )
+    guide = config_gradient(vae.guide, {"z": estimator})
+    elbo = Estimator_ELBO(
+        num_particles,
+        vectorize_particles=True,
+        max_plate_nesting=1,
+        analytic_kl=args.analytic_kl,
+    )
+    optimizer = {"adam": pyro.optim.Adam, "radam": pyro.optim.RAdam}[args.optimizer]
+    svi = SVI(vae.model, guide, optimizer({"lr": args.lr}), loss=elbo)
+
+    epochs: list[dict[str, float]] = []
+    everything = nn.ModuleList([vae, estimator])
+    settings = settings_of(args, gradient, seed, images)
+    if args.checkpoint and args.checkpoint.exists():
+        epochs = checkpoint.load(args.checkpoint, svi, everything, settings)
+    num_batches = -(-len(images.train) // args.batch_size)
+    bar = tqdm(
+        total=num_batches * args.epochs,
+        initial=num_batches * len(epochs),
+        desc=f"{gradient}, seed {seed}",
+        mininterval=0.5,
+    )
+    while len(epochs) < args.epochs:
+        start, total, seen = time.perf_counter(), 0.0, 0
+        for number, batch in enumerate(images.batches(args.batch_size)):
+            total, seen = total + svi.step(batch), seen + len(batch)
+            if number % 20 == 0:
+                bar.set_postfix(elbo=f"{-total / seen:.2f}", refresh=False)
+            bar.update()
+        seconds = time.perf_counter() - start
+        bounds = held_out_bounds(vae.model, vae.guide, images.test, num_samples=4)
+        epochs.append(
+            {"train_loss": total / seen, "held_out_loss": -bounds.elbo, "seconds": seconds}
+        )
+        if args.checkpoint:
+            checkpoint.save(args.checkpoint, svi, everything, settings, epochs)
+    bar.close()
+    return vae, epochs
+
+
+def find_device(name: str) -> torch.device:
+    """Take the GPU where there is one, unless told otherwise."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device; write --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train one estimator, or compare several; print the bounds, draw the pictures."""
+    parser = make_parser(__doc__.splitlines()[0])
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # layers this small lose time to more
+    names = (args.compare or args.gradient).split(",")
+    seeds = range(args.seed, args.seed + args.seeds)
+    if args.checkpoint and len(names) * len(seeds) > 1:
+        parser.error(
+            "--checkpoint is for one run: name one --gradient, and no --compare or --seeds"
+        )
+    try:
+        images = load_images(args.data, args.binarize).to(find_device(args.device))
+        for name in names:  # a slip of the pen shows before the first run, not after it
+            gradients.parse(name, args.num_particles, args.temperature)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if args.smoke:
+        args.epochs, images = min(args.epochs, 2), images.head(200, 50)
+
+    trained: dict[str, dict[int, VAE]] = {name: {} for name in names}
+    runs: dict[str, dict[int, list[dict[str, float]]]] = {name: {} for name in names}
+    for name in names:
+        for seed in seeds:
+            try:
+                trained[name][seed], runs[name][seed] = train(args, name, seed, images)
+            except checkpoint.CheckpointError as error:
+                parser.error(str(error))
+    report(args, images, trained, runs)
+
+
+if __name__ == "__main__":
+    main()

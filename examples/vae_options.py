@@ -1,0 +1,63 @@
+"""The command line of vae.py."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from image_data import BINARIZE, Images
+
+# What may differ between a checkpoint and its continuation.
+NOT_PART_OF_A_RUN = {
+    "checkpoint",
+    "compare",
+    "data",
+    "device",
+    "epochs",
+    "num_samples",
+    "out",
+    "seeds",
+    "smoke",
+}
+
+
+def settings_of(
+    args: argparse.Namespace, gradient: str, seed: int, images: Images
+) -> dict[str, Any]:
+    """List what a run depends on, so that a checkpoint can tell whether it is of the same run."""
+    settings = {k: v for k, v in vars(args).items() if k not in NOT_PART_OF_A_RUN}
+    data = f"{images.name}, {len(images.train)} images of {images.num_pixels} pixels"
+    return settings | {"gradient": gradient, "seed": seed, "images": data}
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    add("--data", metavar="DIR", help="IDX files such as MNIST's (default: scikit-learn's digits)")
+    add("--binarize", choices=BINARIZE, default="threshold", help="how grey pixels become targets")
+    add("--latent", choices=("onehot", "bernoulli", "normal"), default="onehot")
+    add("--latents", type=int, default=10, help="number of latents")
+    add("--categories", type=int, default=10, help="of each one-hot latent")
+    add("--hidden", type=sizes, default=[256], help="encoder's layers, the decoder's mirrored")
+    add("--gradient", metavar="NAME[:K]", default="reinmax", help="estimator, K particles")
+    add("--temperature", type=float, help="of the estimator, where it has one")
+    add("--num-particles", type=int, default=1, help="where no :K is given")
+    add("--analytic-kl", action="store_true", help="integrate the KL term, where it can be")
+    add("--compare", metavar="A,B,C", help="train each of several estimators")
+    add("--seeds", type=int, default=1, help="number of seeds, from --seed on")
+    add("--seed", type=int, default=0)
+    add("--epochs", type=int, default=60)
+    add("--batch-size", type=int, default=100)
+    add("--lr", type=float, default=1e-3)
+    add("--optimizer", choices=("adam", "radam"), default="adam")
+    add("--num-samples", type=int, default=100, help="hard draws of the final bounds")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--checkpoint", type=Path, metavar="FILE", help="save each epoch there, and go on from it")
+    add("--out", type=Path, default=Path("out/vae"), metavar="DIR", help="pictures and history")
+    add("--smoke", action="store_true", help="a few images, two epochs: does it run at all?")
+    return parser
+
+
+def sizes(text: str) -> list[int]:
+    return [int(size) for size in text.split(",")]
