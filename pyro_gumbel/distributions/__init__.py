@@ -1,7 +1,34 @@
-"""What is drawn: Gumbel and (relaxed) one-hot distributions."""
+"""What is drawn: Gumbel and one-hot distributions, and their relaxations.
 
-from pyro_gumbel.distributions.gumbel import gumbel_noise
-from pyro_gumbel.distributions.one_hot import draw_one_hot, multilinear_log_prob
-from pyro_gumbel.distributions.relaxed import straight_through
+* :class:`Gumbel`, :class:`TruncatedGumbel`: the noise behind the Gumbel-max trick.
+* :class:`OneHot`: a categorical whose log-mass is differentiable in its one-hot value.
+* :class:`RelaxedOneHot`, :class:`ExpRelaxedOneHot`, :class:`RelaxedBernoulli`: Concrete laws.
+* :func:`draw_one_hot`, :func:`gumbel_noise`, :func:`multilinear_log_prob`,
+  :func:`straight_through`: the parts that they are made of.
+"""
 
-__all__ = ["draw_one_hot", "gumbel_noise", "multilinear_log_prob", "straight_through"]
+from __future__ import annotations
+
+from pyro_gumbel.distributions import kl
+from pyro_gumbel.distributions._noise import gumbel_noise
+from pyro_gumbel.distributions._straight_through import straight_through
+from pyro_gumbel.distributions.exp_relaxed import ExpRelaxedOneHot
+from pyro_gumbel.distributions.gumbel import Gumbel
+from pyro_gumbel.distributions.one_hot import OneHot, draw_one_hot, multilinear_log_prob
+from pyro_gumbel.distributions.relaxed import RelaxedOneHot
+from pyro_gumbel.distributions.relaxed_bernoulli import RelaxedBernoulli
+from pyro_gumbel.distributions.truncated_gumbel import TruncatedGumbel
+
+__all__ = [
+    "ExpRelaxedOneHot",
+    "Gumbel",
+    "OneHot",
+    "RelaxedBernoulli",
+    "RelaxedOneHot",
+    "TruncatedGumbel",
+    "draw_one_hot",
+    "gumbel_noise",
+    "kl",
+    "multilinear_log_prob",
+    "straight_through",
+]

@@ -1,54 +1,180 @@
-"""Gumbel noise."""
+"""The Gumbel distribution, with right tails."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
-__all__ = ["gumbel_noise"]
+from pyro_gumbel.distributions._base import BaseDistribution, as_floating, checkable
+from pyro_gumbel.distributions._noise import gumbel_noise, noise_dtype
 
+__all__ = ["Gumbel", "gumbel_noise"]
 
-def noise_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Precision in which noise and densities of ``dtype`` are computed: float32 or better."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def log_exponential_noise(
-    shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None = None
-) -> Tensor:
-    r"""Draw :math:`\log E` with :math:`E \sim \mathrm{Exp}(1)`: minus a standard Gumbel.
-
-    See :func:`gumbel_noise`, of which this is the negative (one pass cheaper).
-    """
-    dtype = noise_dtype(dtype)
-    # torch.rand gives k * 2^-b, k = 0, 1, ... A shift by half a cell centres the lattice and keeps
-    # E > 0. It is a hair less than half, so that the last cell does not round up to one (E < inf).
-    # log1p keeps the lattice fine where E is small: there it is decided which category wins.
-    half_cell = torch.finfo(dtype).eps * (0.25 - 2.0**-20)
-    uniform = torch.rand(tuple(shape), dtype=dtype, device=device)
-    return uniform.add_(half_cell).neg_().log1p_().neg_().log_()
+EULER_GAMMA = 0.57721566490153286060651209008240243
 
 
-def gumbel_noise(
-    shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None = None
-) -> Tensor:
-    r"""Draw standard Gumbel noise :math:`G = -\log E`, :math:`E = -\log(1 - U)`.
+def location_scale(**given: Any) -> dict[str, Tensor]:
+    """Make floating-point tensors of one dtype; numbers take the dtype of the tensors."""
+    tensors = [as_floating(value) for value in given.values() if isinstance(value, Tensor)]
+    dtype = torch.get_default_dtype()
+    if tensors:
+        dtype = tensors[0].dtype
+        for tensor in tensors[1:]:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    device = tensors[0].device if tensors else None
+    return {
+        name: torch.as_tensor(value, dtype=dtype, device=device) for name, value in given.items()
+    }
 
-    The noise is computed and returned in float32 (in float64 where ``dtype`` is float64), never
-    in half precision: eight bits of ``U`` cannot reach the upper tail. Every draw is finite.
+
+def check_parameter(name: str, value: Tensor, valid: Tensor, expected: str) -> None:
+    """Raise ``ValueError`` that names the parameter where it is not ``valid``."""
+    if not valid.all():
+        raise ValueError(
+            f"{name} must be {expected}, but came with values from {value.min().item():g} to "
+            f"{value.max().item():g} in a tensor of shape {tuple(value.shape)}."
+        )
+
+
+class Gumbel(BaseDistribution):
+    r"""The law of the largest of many: minus the logarithm of an exponential variable.
+
+    .. math::
+        X = \mu + \beta G, \qquad
+        p(x) = \tfrac1\beta e^{-z - e^{-z}}, \qquad
+        F(x) = e^{-e^{-z}}, \qquad z = (x - \mu)/\beta
+
+    Noise and densities are computed in float32 or better and cast to the dtype of the parameters.
+    ``cdf`` and ``log_prob`` are defined on all of R and never raise for a number.
+
+    Shapes: ``batch_shape`` is the broadcast shape of ``loc`` and ``scale``, ``event_shape`` is ().
 
     Args:
-        shape: Shape of the noise.
-        dtype: The dtype of the quantity that the noise is for.
-        device: Device on which to draw.
+        loc: Location (the mode), a number or a tensor.
+        scale: Scale, positive, a number or a tensor.
+        validate_args: Whether to check arguments; by default as Pyro is set.
 
-    Returns:
-        A tensor of ``shape``, float32 or float64.
+    Raises:
+        ValueError: If ``loc`` is NaN or ``scale`` is not positive.
+
+    References:
+        Statistics of Extremes (Gumbel, 1958)
 
     Example:
-        >>> gumbel_noise((2, 3), torch.bfloat16).dtype
-        torch.float32
+        >>> Gumbel(0.0, 1.0).icdf(torch.tensor(1e-8))
+        tensor(-2.9135)
+        >>> Gumbel(torch.zeros(3), 2.0).sample((5,)).shape
+        torch.Size([5, 3])
     """
-    return log_exponential_noise(shape, dtype, device).neg_()
+
+    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
+    support = constraints.real
+    has_rsample = True
+
+    def __init__(self, loc: Any, scale: Any = 1.0, *, validate_args: bool | None = None) -> None:
+        self._loc, self._scale = location_scale(loc=loc, scale=scale).values()
+        batch_shape = torch.broadcast_shapes(self._loc.shape, self._scale.shape)
+        self._init_shapes(batch_shape, (), validate_args)
+        if self._validate_args and checkable(self._loc, self._scale):
+            check_parameter("loc", self._loc, ~self._loc.isnan(), "a number")
+            check_parameter("scale", self._scale, self._scale > 0, "positive")
+
+    def __repr__(self) -> str:
+        return f"Gumbel(loc: {_brief(self._loc)}, scale: {_brief(self._scale)})"
+
+    @property
+    def loc(self) -> Tensor:
+        """Location, broadcast to ``batch_shape``."""
+        return self._loc.expand(self.batch_shape)
+
+    @property
+    def scale(self) -> Tensor:
+        """Scale, broadcast to ``batch_shape``."""
+        return self._scale.expand(self.batch_shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of parameters and samples."""
+        return self._loc.dtype
+
+    def _wide(self) -> tuple[Tensor, Tensor]:
+        dtype = noise_dtype(self.dtype)
+        return self._loc.to(dtype), self._scale.to(dtype)
+
+    def _narrow(self, result: Tensor, value: Tensor | None = None) -> Tensor:
+        dtype = self.dtype
+        if value is not None:
+            dtype = torch.promote_types(dtype, value.dtype)
+        return result.to(dtype)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw ``sample_shape + batch_shape``, differentiable in the parameters."""
+        loc, scale = self._wide()
+        noise = gumbel_noise(self._extended_shape(sample_shape), loc.dtype, loc.device)
+        return self._narrow(loc + scale * noise)
+
+    def _standardise(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self._validate_args:
+            self._validate_sample(value)
+        loc, scale = self._wide()
+        return (value.to(torch.promote_types(loc.dtype, value.dtype)) - loc) / scale, scale
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density."""
+        z, scale = self._standardise(value)
+        minus_z = (-z).clamp(max=torch.finfo(z.dtype).max)  # no inf - inf at -inf
+        return self._narrow(minus_z - minus_z.exp() - scale.log(), value)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """Probability of at most ``value``."""
+        z, _ = self._standardise(value)
+        # Below -80 the result is zero in every dtype; the bound keeps its gradient a number.
+        return self._narrow((-(-z.clamp(min=-80.0)).exp()).exp(), value)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """Quantile of a probability in [0, 1]; infinite at the ends."""
+        loc, scale = self._wide()
+        wide = _check_probability(self, value).to(torch.promote_types(loc.dtype, value.dtype))
+        return self._narrow(loc - scale * (-wide.log()).log(), value)
+
+    @property
+    def mean(self) -> Tensor:
+        """``loc + gamma scale``."""
+        loc, scale = self._wide()
+        return self._narrow(loc + EULER_GAMMA * scale).expand(self.batch_shape)
+
+    @property
+    def mode(self) -> Tensor:
+        """``loc``."""
+        return self.loc
+
+    @property
+    def stddev(self) -> Tensor:
+        """``pi scale / sqrt(6)``."""
+        return self.scale * (math.pi / math.sqrt(6))
+
+    @property
+    def variance(self) -> Tensor:
+        """``pi^2 scale^2 / 6``."""
+        _, scale = self._wide()
+        return self._narrow(scale.square() * (math.pi**2 / 6)).expand(self.batch_shape)
+
+    def entropy(self) -> Tensor:
+        """``log scale + 1 + gamma``, in nats."""
+        _, scale = self._wide()
+        return self._narrow(scale.log() + (1 + EULER_GAMMA)).expand(self.batch_shape)
+
+
+def _check_probability(distribution: BaseDistribution, value: Tensor) -> Tensor:
+    if distribution._validate_args and checkable(value):
+        valid = (value >= 0) & (value <= 1)
+        check_parameter("value of icdf", value, valid, "a probability in [0, 1]")
+    return value
+
+
+def _brief(tensor: Tensor) -> str:
+    return f"{tensor.item():g}" if tensor.numel() == 1 and checkable(tensor) else str(tensor.shape)

@@ -1,16 +1,20 @@
-"""Exact one-hot draws and the multilinear log-mass."""
+"""Exact one-hot draws, the multilinear log-mass, and the one-hot categorical."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
-from pyro_gumbel.distributions.gumbel import log_exponential_noise, noise_dtype
+from pyro_gumbel.distributions._categorical import CategoricalDistribution, infer_one_hot_shapes
+from pyro_gumbel.distributions._constraints import relaxed_simplex
+from pyro_gumbel.distributions._noise import log_exponential_noise, noise_dtype
 
-__all__ = ["draw_one_hot", "multilinear_log_prob"]
+__all__ = ["OneHot", "draw_one_hot", "multilinear_log_prob"]
 
 # Stands for log 0 in the gradient: far below any log-mass met in practice, and finite in float16.
 _LOG_ZERO_SLOPE = -32768.0
@@ -42,9 +46,13 @@ def draw_one_hot(logits: Tensor, sample_shape: Sequence[int] = ()) -> Tensor:
     # An offset common to all categories would cost the scores their last digits.
     phi = phi - phi.amax(-1, keepdim=True)
     log_noise = log_exponential_noise((*sample_shape, *phi.shape), phi.dtype, phi.device)
-    scores = phi - log_noise
-    index = scores.max(-1, keepdim=True).indices  # on CPU `max` is faster than `argmax`
-    zero = torch.zeros((), dtype=logits.dtype, device=logits.device)
+    return one_hot_argmax(phi - log_noise, logits.dtype)
+
+
+def one_hot_argmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """Put a one at the largest score of every row, and zeros elsewhere; no gradient."""
+    index = scores.detach().max(-1, keepdim=True).indices  # on CPU `max` is faster than `argmax`
+    zero = torch.zeros((), dtype=dtype, device=scores.device)
     return zero.expand(scores.shape).scatter(-1, index, 1)
 
 
@@ -74,3 +82,112 @@ def multilinear_log_prob(value: Tensor, log_probs: Tensor) -> Tensor:
     hit = (value.detach() * impossible).sum(-1) != 0  # several times faster than any(-1) on CPU
     # Added, not filled in, so that the gradient of a hit row is that of the slopes.
     return score + torch.zeros_like(score).masked_fill(hit, -math.inf)
+
+
+class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
+    r"""One-hot categorical whose log-mass is differentiable in the value.
+
+    .. math:: \log p(z) = \sum_c z_c \log p_c
+
+    The same law as :class:`~pyro.distributions.OneHotCategorical`, which scores the index of the
+    largest entry of ``z`` instead and so hides ``z`` from the gradient. Points of the simplex
+    other than its corners are scored by the same formula. Probabilities of zero are exact: such a
+    category is never drawn and scores ``-inf``.
+
+    Shapes: ``probs`` or ``logits`` are ``batch_shape + (C,)``; ``event_shape`` is ``(C,)``.
+
+    Args:
+        probs: Probabilities, non-negative, normalised here.
+        logits: Log-probabilities up to a constant; exactly one of the two is given.
+        validate_args: Whether to check arguments; by default as Pyro is set.
+
+    Raises:
+        ValueError: If not exactly one of ``probs`` and ``logits`` is given, or it holds NaN.
+
+    Example:
+        >>> d = OneHot(probs=torch.tensor([0.2, 0.3, 0.5]))
+        >>> z = torch.tensor([0.0, 1.0, 0.0], requires_grad=True)
+        >>> torch.autograd.grad(d.log_prob(z), z)[0].exp()
+        tensor([0.2000, 0.3000, 0.5000])
+    """
+
+    arg_constraints = {"probs": constraints.simplex, "logits": constraints.real_vector}
+    support = constraints.one_hot
+    has_rsample = False
+    has_enumerate_support = True
+
+    def __init__(
+        self, probs: Any = None, logits: Any = None, *, validate_args: bool | None = None
+    ) -> None:
+        self._init_categorical(probs, logits, validate_args)
+
+    @classmethod
+    def of(cls, other: CategoricalDistribution) -> OneHot:
+        """Make the one-hot distribution with the parameters of ``other``, copying nothing."""
+        new = cls.__new__(cls)
+        new._parameters = other._parameters
+        new._init_shapes(other.batch_shape, other.event_shape, other._validate_args)
+        return new
+
+    @property
+    def _accepted(self) -> constraints.Constraint:
+        return relaxed_simplex
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw one-hot values, ``sample_shape + batch_shape + (C,)``."""
+        with torch.no_grad():
+            return one_hot_argmax(self._perturbed_scores(sample_shape), self.dtype)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-mass, ``(value * log p).sum(-1)``."""
+        if self._validate_args:
+            self._validate_sample(value)
+        log_probs = self._parameters.log_probs
+        wide = value.to(torch.promote_types(value.dtype, log_probs.dtype))
+        score = multilinear_log_prob(wide, log_probs)
+        return self._narrow(score, value).expand(
+            torch.broadcast_shapes(score.shape, self.batch_shape)
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """The probabilities."""
+        return self.probs
+
+    @property
+    def variance(self) -> Tensor:
+        """``p (1 - p)`` of every coordinate."""
+        probs = self._parameters.log_probs.exp()
+        return self._broadcast(probs * (1 - probs))
+
+    @property
+    def mode(self) -> Tensor:
+        """One-hot vector of the most probable category."""
+        return self._broadcast(one_hot_argmax(self._parameters.scores, self.dtype))
+
+    def entropy(self) -> Tensor:
+        """Entropy in nats."""
+        log_probs = self._parameters.log_probs
+        finite = log_probs.masked_fill(log_probs == -math.inf, 0.0)
+        entropy = -(log_probs.exp() * finite).sum(-1)
+        return entropy.to(self.dtype).expand(self.batch_shape)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """List all one-hot values, ``(C,) + batch_shape + (C,)``.
+
+        The batch is of ones if not ``expand``.
+        """
+        num_categories = self.event_shape[0]
+        device = self._parameters.given.device
+        values = torch.eye(num_categories, dtype=self.dtype, device=device)
+        values = values.view(num_categories, *(1 for _ in self.batch_shape), num_categories)
+        if expand:
+            values = values.expand(num_categories, *self.batch_shape, num_categories)
+        return values
+
+    @staticmethod
+    def infer_shapes(
+        probs: Sequence[int] | None = None, logits: Sequence[int] | None = None
+    ) -> tuple[torch.Size, torch.Size]:
+        """Infer ``batch_shape`` and ``event_shape`` from the shape of the parameter."""
+        return infer_one_hot_shapes(probs, logits)

@@ -1,0 +1,106 @@
+"""Supports whose checks accept what floating point makes of their own samples."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributions import biject_to, constraints, transform_to, transforms
+from torch.distributions.transforms import Transform
+
+
+def _rounding(value: Tensor) -> float:
+    """How far a sum of ``C`` rounded shares of one may come to lie from one."""
+    num_categories = value.shape[-1]
+    info = torch.finfo(value.dtype)
+    accumulate = torch.finfo(torch.float64 if value.dtype == torch.float64 else torch.float32).eps
+    subnormal = info.tiny * info.eps  # absolute spacing of numbers below the smallest normal one
+    return 2 * info.eps + 16 * accumulate * math.sqrt(num_categories) + subnormal * num_categories
+
+
+class RelaxedSimplex(type(constraints.simplex)):  # type: ignore[misc]
+    """The unit simplex, with a tolerance that fits the dtype and the number of categories."""
+
+    def check(self, value: Tensor) -> Tensor:
+        """Check non-negative entries and a sum of one up to rounding."""
+        dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+        excess = (value.sum(-1, dtype=dtype) - 1).abs()
+        return (value >= 0).all(-1) & (excess <= max(1e-6, _rounding(value)))
+
+    def __eq__(self, other: object) -> bool:
+        """Equal to torch's simplex: it is the same set."""
+        return isinstance(other, type(constraints.simplex))
+
+    def __hash__(self) -> int:
+        return hash(type(constraints.simplex))
+
+
+class LogSimplex(constraints.Constraint):
+    """Vectors of log-probabilities: their exponentials sum to one."""
+
+    event_dim = 1
+
+    def check(self, value: Tensor) -> Tensor:
+        """Check that ``logsumexp`` is zero up to rounding of the logarithms."""
+        wide = value.to(torch.float64 if value.dtype == torch.float64 else torch.float32)
+        # A logarithm of size log C is rounded by eps log C, which moves its share by as much.
+        tolerance = max(1e-6, _rounding(value) * (1 + math.log(value.shape[-1])))
+        return wide.logsumexp(-1).abs() <= tolerance
+
+
+class LessThanEq(constraints.less_than):
+    """Numbers up to and including an upper bound."""
+
+    def check(self, value: Tensor) -> Tensor:
+        """Check ``value <= upper_bound``."""
+        return value <= self.upper_bound
+
+
+relaxed_simplex = RelaxedSimplex()
+log_simplex = LogSimplex()
+
+
+class LogSoftmaxTransform(Transform):
+    r"""Map :math:`x \in \mathbb R^{C-1}` to :math:`\log\operatorname{softmax}(x_1, \dots, 0)`.
+
+    Densities on the log-simplex are stated with respect to Lebesgue measure in these coordinates,
+    so that the map preserves volume.
+    """
+
+    domain = constraints.real_vector
+    codomain = log_simplex
+    bijective = True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LogSoftmaxTransform)
+
+    def __hash__(self) -> int:
+        return hash(LogSoftmaxTransform)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, 1)).log_softmax(-1)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y[..., :-1] - y[..., -1:]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Zero: see the class."""
+        return torch.zeros_like(y[..., 0])
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """Add the coordinate that is tied to the others."""
+        return torch.Size((*shape[:-1], shape[-1] + 1))
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        """Drop the coordinate that is tied to the others."""
+        return torch.Size((*shape[:-1], shape[-1] - 1))
+
+
+# The registries look up the exact type of a constraint.
+biject_to.register(RelaxedSimplex, lambda constraint: transforms.StickBreakingTransform())
+transform_to.register(RelaxedSimplex, lambda constraint: transforms.SoftmaxTransform())
+biject_to.register(LogSimplex, lambda constraint: LogSoftmaxTransform())
+transform_to.register(LogSimplex, lambda constraint: LogSoftmaxTransform())
+biject_to.register(LessThanEq, lambda c: biject_to(constraints.less_than(c.upper_bound)))
+transform_to.register(LessThanEq, lambda c: transform_to(constraints.less_than(c.upper_bound)))

@@ -1,0 +1,40 @@
+"""From half precision to float32 and back, with gradients that stay numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_gumbel.distributions._noise import noise_dtype
+
+
+class FiniteGradient(torch.autograd.Function):
+    """Widen to float32 or better; bound the gradient to what the input's dtype can hold."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:
+        wide = noise_dtype(value.dtype)
+        return value.view_as(value) if value.dtype == wide else value.to(wide)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        info = torch.finfo(ctx.dtype)
+        return grad.clamp(info.min, info.max).to(ctx.dtype)
+
+
+def widen(parameter: Tensor) -> Tensor:
+    """Return a parameter in float32 or better, with a gradient that its own dtype can hold."""
+    wide = noise_dtype(parameter.dtype)
+    if parameter.dtype == wide:
+        return parameter
+    if torch.compiler.is_compiling() or not parameter.requires_grad:
+        return parameter.to(wide)
+    return FiniteGradient.apply(parameter)

@@ -1,0 +1,284 @@
+"""The relaxed Bernoulli distribution, hard or soft."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+from torch.nn.functional import logsigmoid
+
+from pyro_gumbel.distributions._base import as_floating, checkable, may_cache
+from pyro_gumbel.distributions._density import log_coordinate_pair
+from pyro_gumbel.distributions._noise import logistic_noise
+from pyro_gumbel.distributions._parameters import align_temperature, check_one_given
+from pyro_gumbel.distributions._straight_through import straight_through
+from pyro_gumbel.distributions._tempered import TemperedDistribution
+from pyro_gumbel.distributions._widen import widen
+from pyro_gumbel.distributions.one_hot import multilinear_log_prob
+
+__all__ = ["RelaxedBernoulli"]
+
+
+def exact_logit(probs: Tensor) -> Tensor:
+    """Log-odds that are exactly infinite at 0 and 1 and send no gradient there."""
+    zero, one = probs == 0, probs == 1
+    log_odds = probs.masked_fill(zero | one, 0.5).logit()
+    return log_odds.masked_fill(zero, -math.inf).masked_fill(one, math.inf)
+
+
+class RelaxedBernoulli(TemperedDistribution):
+    r"""The binary Concrete distribution, or its straight-through bit.
+
+    .. math::
+        y = \sigma\left(\frac{\phi + L}{\tau}\right), \quad L \sim \mathrm{Logistic}, \qquad
+        p(y) = \frac{\tau\, \sigma'(\phi - \tau \ell)}{y (1 - y)}, \quad
+        \ell = \log\frac{y}{1 - y}
+
+    With ``straight_through=False`` samples lie in [0, 1] and ``log_prob`` is this density. It is
+    exact wherever the value is representable; a value that underflows is read as the smallest
+    normal number of its dtype, one that rounds to 1 as the largest number below 1, both with a
+    gradient of zero. With ``straight_through=True`` ``sample`` and ``rsample`` are exactly 0 or 1,
+    ``log_prob`` is the log-mass ``y log p + (1 - y) log(1 - p)``, and the backward pass of
+    ``rsample`` is that of the relaxed sample.
+
+    A probability of exactly 0 or 1 makes a constant: it scores 0, everything else ``-inf``.
+
+    Shapes: ``batch_shape`` is the broadcast shape of ``temperature`` and the parameter;
+    ``event_shape`` is ().
+
+    Args:
+        temperature: Positive number or tensor; may require a gradient.
+        probs: Probability of a one, a number or a tensor.
+        logits: Log-odds of a one; exactly one of the two is given.
+        straight_through: Whether samples are bits.
+        validate_args: Whether to check arguments; by default as Pyro is set.
+
+    Raises:
+        ValueError: If ``temperature`` is not positive or does not broadcast, if not exactly one
+            of ``probs`` and ``logits`` is given, ``probs`` leaves [0, 1] or ``logits`` is NaN.
+        TypeError: If ``temperature`` is no number.
+
+    References:
+        The Concrete Distribution (Maddison, Mnih, Teh, 2017), https://arxiv.org/abs/1611.00712
+
+    Example:
+        >>> d = RelaxedBernoulli(0.5, probs=0.25, straight_through=True)
+        >>> d.log_prob(torch.tensor([0.0, 1.0])).exp()
+        tensor([0.7500, 0.2500])
+    """
+
+    arg_constraints = {
+        "temperature": constraints.positive,
+        "probs": constraints.unit_interval,
+        "logits": constraints.real,
+    }
+    _cached_log_odds: Tensor | None = None
+
+    def __init__(
+        self,
+        temperature: Any,
+        probs: Any = None,
+        logits: Any = None,
+        *,
+        straight_through: bool = False,
+        validate_args: bool | None = None,
+    ) -> None:
+        check_one_given(probs, logits)
+        self.straight_through = straight_through
+        self._name = "probs" if logits is None else "logits"
+        self._given = as_floating(probs if logits is None else logits)
+        self._init_shapes(self._given.shape, (), validate_args)
+        if self._validate_args:
+            self._check_parameter()
+        self._init_temperature(temperature, self._given.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave derived tensors out of pickles and deep copies."""
+        return {**super().__getstate__(), "_cached_log_odds": None}
+
+    def _check_parameter(self) -> None:
+        given = self._given.detach()
+        if not checkable(given):
+            return
+        if self._name == "logits" and given.isnan().any():
+            raise ValueError(f"logits must be numbers; found NaN in shape {tuple(given.shape)}.")
+        if self._name == "probs" and not ((given >= 0) & (given <= 1)).all():
+            raise ValueError(
+                "probs must lie in [0, 1]; write logits=... for log-odds. Came a tensor of shape "
+                f"{tuple(given.shape)} with values from {given.min().item():g} to "
+                f"{given.max().item():g}."
+            )
+
+    @constraints.dependent_property(event_dim=0)
+    def support(self) -> constraints.Constraint:
+        """Bits if ``straight_through``, else the closed unit interval."""
+        return constraints.boolean if self.straight_through else constraints.unit_interval
+
+    @property
+    def _accepted(self) -> constraints.Constraint:
+        return constraints.unit_interval  # the log-mass is defined between the bits too
+
+    @property
+    def has_enumerate_support(self) -> bool:
+        """Whether the values can be listed."""
+        return self.straight_through
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of parameters and samples."""
+        return self._given.dtype
+
+    def _log_odds(self) -> Tensor:
+        """Log-odds in float32 or better; infinite where the probability is 0 or 1."""
+        if self._cached_log_odds is not None:
+            return self._cached_log_odds
+        with torch.enable_grad():
+            log_odds = widen(self._given)
+            if self._name == "probs":
+                log_odds = exact_logit(log_odds)
+        if may_cache():
+            self._cached_log_odds = log_odds
+        return log_odds
+
+    def _log_masses(self) -> Tensor:
+        """Log-probabilities of 0 and of 1, stacked at the end."""
+        log_odds = self._log_odds()
+        return torch.stack([logsigmoid(-log_odds), logsigmoid(log_odds)], -1)
+
+    def _broadcast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype).expand(self.batch_shape)
+
+    @property
+    def probs(self) -> Tensor:
+        """Probability of a one."""
+        return self._broadcast(
+            self._log_odds().sigmoid() if self._name == "logits" else self._given
+        )
+
+    @property
+    def logits(self) -> Tensor:
+        """Log-odds of a one."""
+        return self._broadcast(self._log_odds())
+
+    def _perturbed(self, sample_shape: Any) -> Tensor:
+        log_odds = self._log_odds()
+        shape = self._extended_shape(sample_shape)
+        return log_odds + logistic_noise(shape, log_odds.dtype, log_odds.device)
+
+    def _relax(self, perturbed: Tensor) -> Tensor:
+        return self._temper(perturbed).sigmoid().to(self.dtype)
+
+    def _harden(self, perturbed: Tensor) -> Tensor:
+        return (perturbed.detach() > 0).to(self.dtype)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw ``sample_shape + batch_shape`` without a gradient."""
+        with torch.no_grad():
+            perturbed = self._perturbed(sample_shape)
+            return self._harden(perturbed) if self.straight_through else self._relax(perturbed)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw ``sample_shape + batch_shape``, differentiable in the parameters."""
+        perturbed = self._perturbed(sample_shape)
+        relaxed = self._relax(perturbed)
+        if not self.straight_through:
+            return relaxed
+        return straight_through(self._harden(perturbed), relaxed)
+
+    def rsample_pair(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
+        """Draw a bit and its relaxation from the same noise.
+
+        Returns:
+            The bit, without a gradient, and the relaxed value, differentiable in the parameters;
+            both ``sample_shape + batch_shape``.
+        """
+        perturbed = self._perturbed(sample_shape)
+        return self._harden(perturbed), self._relax(perturbed)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density on the unit interval, or log-mass if ``straight_through``."""
+        if self._validate_args:
+            self._validate_sample(value)
+        score = self._log_mass(value) if self.straight_through else self._log_density(value)
+        score = score.to(torch.promote_types(self.dtype, value.dtype))
+        return score.expand(torch.broadcast_shapes(score.shape, self.batch_shape))
+
+    def _log_mass(self, value: Tensor) -> Tensor:
+        log_masses = self._log_masses()
+        wide = value.to(torch.promote_types(value.dtype, log_masses.dtype))
+        return multilinear_log_prob(torch.stack([1 - wide, wide], -1), log_masses)
+
+    def _log_density(self, value: Tensor) -> Tensor:
+        log_y, log_not_y = log_coordinate_pair(value)
+        log_odds = self._log_odds()
+        constant = log_odds.isinf()
+        log_temperature = self._log_temperature(log_odds.dtype)
+        temperature = self._working_temperature(log_odds.dtype)
+        noise = log_odds.masked_fill(constant, 0.0) - temperature * (log_y - log_not_y)
+        # Logistic log-density: symmetric, and free of cancellation on both sides.
+        logistic = logsigmoid(noise) + logsigmoid(-noise)
+        score = log_temperature + logistic - log_y - log_not_y
+        misses = value != (log_odds > 0)
+        return torch.where(constant, torch.where(misses, -math.inf, 0.0).to(score), score)
+
+    def _require_bits(self, name: str) -> None:
+        if not self.straight_through:
+            raise self._not_closed_form(name)
+
+    @property
+    def mean(self) -> Tensor:
+        """The probability if ``straight_through``; else no closed form."""
+        self._require_bits("mean")
+        return self.probs
+
+    @property
+    def variance(self) -> Tensor:
+        """``p (1 - p)`` if ``straight_through``; else no closed form."""
+        self._require_bits("variance")
+        return self._broadcast(self._log_masses().sum(-1).exp())
+
+    @property
+    def mode(self) -> Tensor:
+        """The more probable bit if ``straight_through``; else no closed form."""
+        self._require_bits("mode")
+        return self._broadcast(self._log_odds() >= 0)
+
+    def entropy(self) -> Tensor:
+        """Entropy in nats if ``straight_through``; else no closed form."""
+        self._require_bits("entropy")
+        log_masses = self._log_masses()
+        finite = log_masses.masked_fill(log_masses == -math.inf, 0.0)
+        return self._broadcast(-(log_masses.exp() * finite).sum(-1))
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """List 0 and 1 if ``straight_through``; else there is no such list."""
+        if not self.straight_through:
+            raise NotImplementedError(
+                "RelaxedBernoulli has a list of values only with straight_through=True."
+            )
+        values = torch.arange(2, dtype=self.dtype, device=self._given.device)
+        values = values.view(2, *(1 for _ in self.batch_shape))
+        return values.expand(2, *self.batch_shape) if expand else values
+
+    def __repr__(self) -> str:
+        return (
+            f"RelaxedBernoulli(temperature: {self._brief_temperature()}, "
+            f"{self._name}: {tuple(self.batch_shape)})"
+        )
+
+    @staticmethod
+    def infer_shapes(
+        temperature: Sequence[int] = (),
+        probs: Sequence[int] | None = None,
+        logits: Sequence[int] | None = None,
+        **_: Any,
+    ) -> tuple[torch.Size, torch.Size]:
+        """Infer ``batch_shape`` and ``event_shape`` from the shapes of the arguments."""
+        check_one_given(probs, logits)
+        shape = torch.Size(probs if logits is None else logits)  # type: ignore[arg-type]
+        aligned = align_temperature(torch.Size(temperature), shape, event_dim=0)
+        return torch.broadcast_shapes(shape, aligned), torch.Size()

@@ -1,0 +1,203 @@
+"""A Gumbel variable known to be at most a bound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_gumbel.distributions._base import checkable
+from pyro_gumbel.distributions._constraints import LessThanEq
+from pyro_gumbel.distributions._noise import log_exponential_noise, noise_dtype
+from pyro_gumbel.distributions.gumbel import (
+    EULER_GAMMA,
+    Gumbel,
+    _brief,
+    _check_probability,
+    check_parameter,
+    location_scale,
+)
+
+__all__ = ["TruncatedGumbel"]
+
+
+class TruncatedGumbel(Gumbel):
+    r"""A Gumbel conditioned on being at most ``upper``.
+
+    .. math::
+        X = \mu - \beta \log(e^{-b} + E), \qquad
+        p(x) = \tfrac1\beta e^{-z - e^{-z} + e^{-b}}, \qquad
+        F(x) = e^{e^{-b} - e^{-z}}
+
+    with :math:`z = (x - \mu)/\beta`, :math:`b = (u - \mu)/\beta` and :math:`E` from Exp(1),
+    which forgets how long it has waited. The conditional law of all Gumbels of a Gumbel-max draw
+    but the winning one.
+
+    Shapes: ``batch_shape`` is the broadcast shape of the parameters, ``event_shape`` is ().
+    ``mean`` and ``entropy`` need the exponential integral; the variance has no closed form.
+
+    Args:
+        loc: Location of the Gumbel before truncation, a number or a tensor.
+        upper: Upper bound, a number or a tensor; ``inf`` means no truncation.
+        scale: Scale, positive, a number or a tensor.
+        validate_args: Whether to check arguments; by default as Pyro is set.
+
+    Raises:
+        ValueError: If ``loc`` or ``upper`` is NaN or ``scale`` is not positive.
+
+    References:
+        A* Sampling (Maddison, Tarlow, Minka, 2014), https://arxiv.org/abs/1411.0030
+
+    Example:
+        >>> d = TruncatedGumbel(0.0, upper=-1.0)
+        >>> bool((d.sample((1000,)) <= -1.0).all()), d.icdf(torch.tensor(1.0))
+        (True, tensor(-1.))
+    """
+
+    arg_constraints = {
+        "loc": constraints.real,
+        "upper": constraints.real,
+        "scale": constraints.positive,
+    }
+
+    def __init__(
+        self, loc: Any, upper: Any, scale: Any = 1.0, *, validate_args: bool | None = None
+    ) -> None:
+        self._loc, self._upper, self._scale = location_scale(
+            loc=loc, upper=upper, scale=scale
+        ).values()
+        shapes = (self._loc.shape, self._upper.shape, self._scale.shape)
+        self._init_shapes(torch.broadcast_shapes(*shapes), (), validate_args)
+        if self._validate_args and checkable(self._loc, self._upper, self._scale):
+            check_parameter("loc", self._loc, ~self._loc.isnan(), "a number")
+            above = self._upper > -torch.inf  # false for NaN too
+            check_parameter("upper", self._upper, above, "a number above -inf")
+            check_parameter("scale", self._scale, self._scale > 0, "positive")
+
+    def __repr__(self) -> str:
+        loc, upper, scale = map(_brief, (self._loc, self._upper, self._scale))
+        return f"TruncatedGumbel(loc: {loc}, upper: {upper}, scale: {scale})"
+
+    @property
+    def upper(self) -> Tensor:
+        """Upper bound, broadcast to ``batch_shape``."""
+        return self._upper.expand(self.batch_shape)
+
+    @constraints.dependent_property(is_discrete=False, event_dim=0)
+    def support(self) -> constraints.Constraint:
+        """Numbers up to and including ``upper``."""
+        return LessThanEq(self._upper)
+
+    def _bound(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``-b`` (``-inf`` without a bound), a finite upper and where there is no bound."""
+        loc, scale = self._wide()
+        unbounded = self._upper == torch.inf
+        upper = torch.where(unbounded, loc, self._upper.to(loc.dtype))
+        return ((loc - upper) / scale).masked_fill(unbounded, -torch.inf), upper, unbounded
+
+    def _from_log_exponential(self, log_e: Tensor) -> Tensor:
+        """Map the logarithm of an Exp(1) variable to the truncated variable."""
+        loc, scale = self._wide()
+        minus_b, upper, unbounded = self._bound()
+        # Two forms of one formula, each without cancellation on its side of the mode.
+        low = minus_b >= 0
+        excess = torch.where(low, log_e - minus_b, 0.0)
+        below = upper - scale * torch.logaddexp(excess, torch.zeros_like(excess))
+        above = loc - scale * torch.logaddexp(torch.where(low, 0.0, minus_b), log_e)
+        above = torch.where(unbounded, above, torch.minimum(above, upper))
+        return torch.where(low, below, above)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw ``sample_shape + batch_shape``, differentiable in the parameters."""
+        shape = self._extended_shape(sample_shape)
+        noise = log_exponential_noise(shape, noise_dtype(self.dtype), self._loc.device)
+        return self._narrow(self._from_log_exponential(noise))
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """Quantile of a probability in [0, 1]; ``upper`` at 1."""
+        dtype = torch.promote_types(noise_dtype(self.dtype), value.dtype)
+        wide = _check_probability(self, value).to(dtype)
+        return self._narrow(self._from_log_exponential((-wide.log()).log()), value)
+
+    def _waited(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``z`` and ``exp(-z) - exp(-b)``, which is Exp(1) for a sample."""
+        loc, scale = self._wide()
+        value = value.to(torch.promote_types(loc.dtype, value.dtype))
+        z = (value - loc) / scale
+        minus_b, upper, _ = self._bound()
+        low = minus_b >= 0
+        gap = torch.where(low, (upper - value) / scale, 0.0)
+        # The bound on exp keeps 0 * inf away; beyond it no number but upper itself has mass.
+        below = minus_b.clamp(0.0, 80.0).exp() * gap.expm1()
+        above = torch.where(low, 0.0, -z).exp() - torch.where(low, 0.0, minus_b).exp()
+        return z, torch.where(low, below, above)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density; ``-inf`` above ``upper``."""
+        if self._validate_args:
+            self._validate_sample(value)
+        _, scale = self._wide()
+        z, waited = self._waited(value)
+        result = -z - waited - scale.log()
+        return self._narrow(result.masked_fill(value > self._upper, -torch.inf), value)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """Probability of at most ``value``; 1 from ``upper`` on."""
+        beyond = value >= self._upper
+        _, waited = self._waited(value)
+        result = (-waited.masked_fill(beyond, 0.0).clamp(max=1e6)).exp()
+        return self._narrow(result, value)
+
+    def _mean_log(self) -> Tensor:
+        """Expectation of ``-z``: ``log a + exp(a) E1(a)`` at ``a = exp(-b)``, in float64."""
+        minus_b, _, _ = self._bound()
+        return _log_plus_scaled_exp1(minus_b.double())
+
+    @property
+    def mean(self) -> Tensor:
+        """``loc - scale (log a + exp(a) E1(a))`` with ``a = exp(-b)``."""
+        loc, scale = self._wide()
+        return self._narrow(loc - scale * self._mean_log()).expand(self.batch_shape)
+
+    @property
+    def mode(self) -> Tensor:
+        """The smaller of ``loc`` and ``upper``."""
+        return torch.minimum(self._loc, self._upper).expand(self.batch_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """No closed form."""
+        raise self._not_closed_form("variance")
+
+    @property
+    def stddev(self) -> Tensor:
+        """No closed form."""
+        raise self._not_closed_form("stddev")
+
+    def entropy(self) -> Tensor:
+        """``log scale + 1 - log a - exp(a) E1(a)`` with ``a = exp(-b)``, in nats."""
+        _, scale = self._wide()
+        result = scale.log() + 1 - self._mean_log()
+        return self._narrow(result).expand(self.batch_shape)
+
+
+def _log_plus_scaled_exp1(log_a: Tensor) -> Tensor:
+    r""":math:`\log a + e^a E_1(a)` for ``log_a`` from -inf (where it is -gamma) to any size."""
+    small = log_a <= 0
+    # Power series of E1, with log a kept apart: (1 - e^a) log a vanishes with a.
+    a = torch.where(small, log_a, 0.0).exp()
+    series, term = torch.zeros_like(a), torch.ones_like(a)
+    for k in range(1, 22):
+        term = term * (-a / k)
+        series = series - term / k
+    finite = torch.where(small, log_a, 0.0).clamp(min=-700.0)
+    near = -a.expm1() * finite + a.exp() * (series - EULER_GAMMA)
+    # Continued fraction of e^a E1(a), from the inside out.
+    a = torch.where(small, 0.0, log_a).clamp(max=700.0).exp()
+    tail = torch.zeros_like(a)
+    for k in range(80, 0, -1):
+        tail = k * k / (a + (2 * k + 1) - tail)
+    far = torch.where(small, 0.0, log_a) + 1 / (a + 1 - tail)
+    return torch.where(small, near, far)
