@@ -1,4 +1,4 @@
-"""Tiny programs whose exact gradients can be had by enumeration, and the draws of gradients to hold against them."""
+"""Tiny programs with exact gradients by enumeration, and gradient draws to hold against them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def bit_values(batch: tuple[int, ...]) -> list[Tensor]:
 
 
 def exact_gradient(problem: Problem) -> tuple[float, Tensor]:
-    """Sum ``q(z) (log p - log q)`` over every joint state, by plain Pyro; return the ELBO and its gradient, float64."""
+    """Sum ``q(z) (log p - log q)`` over every joint state by plain Pyro: (ELBO, loss gradient)."""
     problem.reset(torch.float64)
     elbo = torch.zeros((), dtype=torch.float64)
     for state in itertools.product(*problem.supports.values()):
@@ -89,7 +89,7 @@ def exact_gradient(problem: Problem) -> tuple[float, Tensor]:
 
 
 def _plain_log_prob(site: Any) -> Tensor:
-    """The law a value was drawn from, masked distributions included: a mask changes the score alone."""
+    """The law a value was drawn from: a mask changes the score alone."""
     fn = site["fn"]
     while isinstance(fn, dist.MaskedDistribution):
         fn = fn.base_dist
@@ -106,7 +106,7 @@ def draw_gradients(
     dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Draw gradients and losses at the problem's parameters: ``(draws, size)`` and ``(draws,)``, float64."""
+    """Draw gradients ``(draws, size)`` and losses ``(draws,)``, float64."""
     problem.reset(dtype)
     elbo = Estimator_ELBO(num_particles=num_particles, vectorize_particles=vectorize, **options)
     guide = config_gradient(problem.guide, estimator)

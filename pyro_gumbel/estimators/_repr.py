@@ -8,7 +8,7 @@ __all__ = ["rebuilding_repr"]
 
 
 def rebuilding_repr(self: object) -> str:
-    """Write the constructor call that makes ``self``: every parameter is kept under its own name."""
+    """Write the constructor call that makes ``self``; parameters are kept under their names."""
     parts = []
     for name, parameter in inspect.signature(type(self).__init__).parameters.items():
         if name == "self" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):

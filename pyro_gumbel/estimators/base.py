@@ -30,17 +30,20 @@ class Call:
 class Site:
     """What an estimator sees of its site after the programs have run.
 
-    ``K`` is the number of coupled values that the estimator draws (``num_values``), ``R`` the number of particles. Both
-    lead every tensor, whether particles are vectorised or looped; the site's batch shape follows.
+    ``K`` is the number of coupled values that the estimator draws (``num_values``), ``R`` the
+    number of particles. Both lead every tensor, whether particles are vectorised or looped; the
+    site's batch shape follows.
 
     Attributes:
         name: The site's name in the guide.
         values: The coupled values, ``(K, R) + batch_shape + event_shape``.
-        cost: For each value the detached sum of the ``log p - log q`` terms that the site's plates let it influence, scaled
-            and masked as in the ELBO, ``(K, R) + batch_shape``.
-        log_prob: ``log q`` of the first value with its gradient, neither scaled nor masked, ``(R,) + batch_shape``.
-        logits: For one-hot, categorical and Bernoulli sites the logits (of two categories for a bit, the first
-            being 1), with gradient, ``(R,) + batch_shape + event_batch + (C,)``; ``None`` elsewhere.
+        cost: For each value the detached sum of the ``log p - log q`` terms that the site's plates
+            let it influence, scaled and masked as in the ELBO, ``(K, R) + batch_shape``.
+        log_prob: ``log q`` of the first value with its gradient, neither scaled nor masked, ``(R,)
+            + batch_shape``.
+        logits: For one-hot, categorical and Bernoulli sites the logits (of two categories for a
+            bit, the first being 1), with gradient, ``(R,) + batch_shape + event_batch + (C,)``;
+            ``None`` elsewhere.
         call: The programs and their arguments.
     """
 
@@ -55,24 +58,25 @@ class Site:
 class Estimator(nn.Module):
     r"""How the gradient of an expected cost passes through one kind of sample site.
 
-    An estimator is two steps. :meth:`draw` draws a value at the guide's site, or a block of ``num_values`` coupled ones.
-    :meth:`surrogate` then turns the cost that each value met downstream into a scalar whose gradient is the
-    estimate. Where the value itself carries the gradient (``pathwise = True``) there is nothing left for
-    the second step to do.
+    An estimator is two steps. :meth:`draw` draws a value at the guide's site, or a block of
+    ``num_values`` coupled ones. :meth:`surrogate` then turns the cost that each value met
+    downstream into a scalar whose gradient is the estimate. Where the value itself carries the
+    gradient (``pathwise = True``) there is nothing left for the second step to do.
 
     Class attributes that a subclass sets:
 
     * ``unbiased``: whether the gradient's expectation is that of the exact gradient;
     * ``sites``: in words, what the estimator needs of a distribution;
-    * ``num_values``: how many coupled values it draws, one program evaluation each; if more than one, :meth:`draw` stacks them
-      along a new first dimension;
+    * ``num_values``: how many coupled values it draws, one program evaluation each; if more than
+      one, :meth:`draw` stacks them along a new first dimension;
     * ``pathwise``: whether values carry the gradient.
 
-    Hyper-parameters are kept as attributes under the constructor's names, so that ``repr`` rebuilds the object. One
-    estimator may serve several sites; state is kept by site name.
+    Hyper-parameters are kept as attributes under the constructor's names, so that ``repr``
+    rebuilds the object. One estimator may serve several sites; state is kept by site name.
 
     Example:
-        A complete estimator, the score function with the exponentiated cost's sign left alone and a constant subtracted:
+        A complete estimator, the score function with the exponentiated cost's sign left alone and
+        a constant subtracted:
 
         >>> class ShiftedScore(Estimator):
         ...     unbiased = True
@@ -98,19 +102,19 @@ class Estimator(nn.Module):
     min_particles: int = 1
 
     def supports(self, fn: Distribution) -> bool:
-        """Tell whether the estimator can serve a site of distribution ``fn`` (without ``to_event`` and ``mask``)."""
+        """Tell whether it can serve ``fn`` (given without ``to_event`` and ``mask``)."""
         raise NotImplementedError
 
     def draw(self, fn: Distribution) -> Tensor:
-        """Draw one value from ``fn``, ``fn.batch_shape + fn.event_shape``; override where the value carries gradient."""
+        """Draw a value of shape ``fn.batch_shape + fn.event_shape``, without gradient."""
         return exact_draw(fn)
 
     def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
-        """Score ``value`` under the guide with the gradient that the estimator wants, ``fn.batch_shape``."""
+        """Score ``value`` with the gradient that the estimator wants, ``fn.batch_shape``."""
         return log_mass(fn, value)
 
     def surrogate(self, site: Site) -> Tensor | None:
-        """Build a tensor, summed by the caller and divided by ``R``, whose gradient estimates that of the expected cost."""
+        """Build a tensor whose sum, divided by ``R``, has the estimate as its gradient."""
         return None
 
     def schedules(self) -> list[Schedule]:

@@ -16,12 +16,12 @@ __all__ = ["Baseline", "LeaveOneOut", "MovingAverage", "NeuralBaseline"]
 
 
 class Baseline(nn.Module):
-    """A quantity independent of a particle's own draw, subtracted from its cost: the mean gradient is unchanged."""
+    """What is subtracted from a particle's cost; it must not depend on the particle's draw."""
 
     min_particles: int = 1
 
     def forward(self, site: Site) -> tuple[Tensor | float, Tensor | None]:
-        """Return the baseline, broadcastable to ``(R,) + batch_shape``, and a loss to train it, or ``None``."""
+        """Return a baseline, broadcastable to ``(R,) + batch_shape``, and its loss if any."""
         raise NotImplementedError
 
     __repr__ = rebuilding_repr
@@ -32,8 +32,9 @@ class LeaveOneOut(Baseline):
 
     .. math:: b_r = \frac{1}{R - 1} \sum_{s \ne r} f_s
 
-    No state, no network; each element of a plate has its own. Needs ``num_particles >= 2``. In one dimension the
-    variance falls as :math:`1 / (R (R - 1))`-times a constant where the plain score function's falls as :math:`1 / R`.
+    No state, no network; each element of a plate has its own. Needs ``num_particles >= 2``. In one
+    dimension the variance falls as :math:`1 / (R (R - 1))`-times a constant where the plain score
+    function's falls as :math:`1 / R`.
 
     References:
         Buy 4 REINFORCE Samples, Get a Baseline for Free! (Kool, van Hoof, Welling, 2019),
@@ -54,9 +55,9 @@ class LeaveOneOut(Baseline):
 class MovingAverage(Baseline):
     """An exponential moving average of past costs, one number a site.
 
-    The average never contains the draw it is subtracted from, and is corrected for its start from nothing (the first
-    step has no baseline). It does not depend on positions in a minibatch, so minibatches may differ in size. The state is
-    part of ``state_dict``.
+    The average never contains the draw it is subtracted from, and is corrected for its start from
+    nothing (the first step has no baseline). It does not depend on positions in a minibatch, so
+    minibatches may differ in size. The state is part of ``state_dict``.
 
     Args:
         decay: Weight of the past, from 0 (the last step alone) to below 1.
@@ -65,7 +66,8 @@ class MovingAverage(Baseline):
         ValueError: If ``decay`` is outside [0, 1).
 
     References:
-        Simple statistical gradient-following algorithms for connectionist reinforcement learning (Williams, 1992)
+        Simple statistical gradient-following algorithms for connectionist reinforcement learning
+        (Williams, 1992)
 
     Example:
         >>> MovingAverage(decay=0.95)
@@ -102,11 +104,11 @@ class MovingAverage(Baseline):
 
 
 class NeuralBaseline(Baseline):
-    """A network's prediction of the cost, trained by its squared error through the user's own optimiser.
+    """A network's prediction of the cost, trained through the user's own optimiser.
 
     Args:
-        module: Maps the input to a prediction that broadcasts to the site's batch shape (a trailing dimension of one is
-            dropped where it does not fit).
+        module: Maps the input to a prediction that broadcasts to the site's batch shape (a
+            trailing dimension of one is dropped where it does not fit).
         input: The name of an argument of the guide or the model, or a callable of their arguments.
 
     Raises:
@@ -144,7 +146,8 @@ class NeuralBaseline(Baseline):
             {name for program in (call.guide, call.model) for name in _bind(program, call)}
         )
         raise ValueError(
-            f"NeuralBaseline at site {site.name!r}: input={self.input!r} names no argument of the guide or the model; "
+            f"NeuralBaseline at site {site.name!r}: input={self.input!r} names no argument of the "
+            "guide or the model; "
             f"they have {names}. Name one of these, or give a callable of the arguments."
         )
 
@@ -157,8 +160,10 @@ class NeuralBaseline(Baseline):
             except RuntimeError:
                 continue
         raise ValueError(
-            f"NeuralBaseline at site {site.name!r}: the module returned shape {tuple(prediction.shape)}, which does not "
-            f"broadcast to the site's batch shape {tuple(shape)}; return one prediction for each element of the plate."
+            f"NeuralBaseline at site {site.name!r}: the module returned shape "
+            f"{tuple(prediction.shape)}, which does not "
+            f"broadcast to the site's batch shape {tuple(shape)}; return one prediction for each "
+            "element of the plate."
         )
 
 

@@ -31,7 +31,7 @@ def unwrap(fn: Distribution) -> Distribution:
 
 
 def is_one_hot(fn: Distribution) -> bool:
-    """Tell whether the values of ``fn`` are one-hot vectors and their log-mass is linear in them."""
+    """Tell whether the values of ``fn`` are one-hot vectors scored by their mass."""
     return isinstance(fn, (OneHotCategorical, OneHot)) or (
         isinstance(fn, RelaxedOneHot) and fn.straight_through
     )
@@ -48,7 +48,7 @@ def is_categorical(fn: Distribution) -> bool:
 
 
 def one_hot_logits(fn: Distribution) -> Tensor:
-    """Logits ``batch_shape + (C,)`` of a discrete site; a bit is a one-hot of two, its first category being 1."""
+    """Logits ``batch_shape + (C,)``; a bit is a one-hot of two, the first standing for 1."""
     if is_bit(fn):
         return torch.stack([fn.logits, torch.zeros_like(fn.logits)], -1)
     return fn.logits
@@ -57,7 +57,8 @@ def one_hot_logits(fn: Distribution) -> Tensor:
 def log_mass(fn: Distribution, value: Tensor) -> Tensor:
     """Score a latent ``value`` by the multilinear extension of its mass where there is one.
 
-    The value is one of our own draws (or a relaxed one), so its membership of the support is not checked again.
+    The value is one of our own draws (or a relaxed one), so its membership of the support is not
+    checked again.
     """
     if is_one_hot(fn):
         return multilinear_log_prob(value, fn.logits)
@@ -72,7 +73,7 @@ def log_mass(fn: Distribution, value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def exact_draw(fn: Distribution) -> Tensor:
-    """Draw from ``fn`` without gradient; noise of categories is Gumbel noise in float32 or better."""
+    """Draw from ``fn`` without gradient; Gumbel noise is in float32 or better."""
     if is_one_hot(fn):
         return draw_one_hot(fn.logits)
     if is_categorical(fn):

@@ -16,13 +16,13 @@ class Pathwise(Estimator):
 
     .. math:: \nabla_\phi\, E_{q_\phi}[f(z)] = E_\epsilon[\nabla_\phi f(g_\phi(\epsilon))]
 
-    *Unbiased*: yes. *Requires*: a distribution with ``rsample`` and a cost differentiable in the value. *Costs*: one
-    evaluation.
+    *Unbiased*: yes. *Requires*: a distribution with ``rsample`` and a cost differentiable in the
+    value. *Costs*: one evaluation.
 
     Args:
-        sticking_the_landing: Drop the part of ``log q``'s gradient that passes through its parameters alone. Its mean is
-            zero; without it the gradient's variance vanishes where the guide equals the posterior. One more evaluation
-            of ``log q``.
+        sticking_the_landing: Drop the part of ``log q``'s gradient that passes through its
+            parameters alone. Its mean is zero; without it the gradient's variance vanishes where
+            the guide equals the posterior. One more evaluation of ``log q``.
 
     References:
         Auto-Encoding Variational Bayes (Kingma, Welling, 2014), https://arxiv.org/abs/1312.6114;

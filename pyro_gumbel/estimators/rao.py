@@ -27,8 +27,8 @@ def conditional_scores(
 ) -> Tensor:
     r"""Draw perturbed logits :math:`\log p + G` given that their largest is at ``hard``.
 
-    With :math:`E_j \sim \mathrm{Exp}(1)` and the drawn category :math:`i`: coordinate ``i`` is :math:`-\log E_i`, every other
-    :math:`-\log(E_j / p_j + E_i)`.
+    With :math:`E_j \sim \mathrm{Exp}(1)` and the drawn category :math:`i`: coordinate ``i`` is
+    :math:`-\log E_i`, every other :math:`-\log(E_j / p_j + E_i)`.
 
     Args:
         log_probs: Normalised log-probabilities, ``batch_shape + (C,)``.
@@ -48,10 +48,10 @@ def conditional_scores(
 
 
 class _MeanSoftmaxJacobian(torch.autograd.Function):
-    """Forward the hard draw; backward the mean Jacobian of ``softmax((logits + shift) / temperature)``.
+    r"""Forward the hard draw; backward a mean softmax Jacobian.
 
-    The mean of :math:`\\mathrm{diag}(y) - y y^\\top` over many draws is kept as one matrix for each variable, so that memory
-    does not grow with their number.
+    The mean of :math:`\mathrm{diag}(y) - y y^\top` over many draws is kept as one matrix for
+    each variable, so that memory does not grow with their number.
     """
 
     generate_vmap_rule = True
@@ -74,7 +74,7 @@ class _MeanSoftmaxJacobian(torch.autograd.Function):
 def mean_softmax_jacobian(
     log_probs: Tensor, hard: Tensor, temperature: float | Tensor, num_samples: int
 ) -> Tensor:
-    r"""Average :math:`J(y) / \tau`, :math:`y = \mathrm{softmax}(z / \tau)`, over scores ``z`` drawn given ``hard``.
+    r"""Average :math:`J(\mathrm{softmax}(z / \tau)) / \tau` over scores ``z`` given ``hard``.
 
     Args:
         log_probs: Normalised log-probabilities, ``batch_shape + (C,)``.
@@ -112,7 +112,8 @@ class _Rao(OneHotEstimator):
         check_temperature(type(self).__name__, "temperature", temperature)
         if not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(
-                f"{type(self).__name__}: num_samples must be an integer of at least 1; got {num_samples!r}."
+                f"{type(self).__name__}: num_samples must be an integer of at least 1; got "
+                f"{num_samples!r}."
             )
         self.temperature = temperature
         self.num_samples = num_samples
@@ -125,11 +126,13 @@ class _Rao(OneHotEstimator):
 class GumbelRao(_Rao):
     r"""Gumbel straight-through, Rao-Blackwellised over the noise given the draw.
 
-    .. math:: \hat g = \frac1K \sum_k \tfrac1\tau J(\mathrm{softmax}(z_k / \tau))\, \nabla_D f(D), \qquad z_k \sim (\phi + G \mid \arg\max = D)
+    .. math::
+        \hat g = \frac1K \sum_k \tfrac1\tau J(\mathrm{softmax}(z_k / \tau))\, \nabla_D f(D), \qquad
+        z_k \sim (\phi + G \mid \arg\max = D)
 
-    *Unbiased*: no; its mean is that of :class:`GumbelStraightThrough`, its variance never larger. *Requires*: a cost
-    differentiable at one-hot values. *Costs*: one evaluation, and ``num_samples`` softmaxes at the site. Memory does not
-    grow with ``num_samples``.
+    *Unbiased*: no; its mean is that of :class:`GumbelStraightThrough`, its variance never larger.
+    *Requires*: a cost differentiable at one-hot values. *Costs*: one evaluation, and
+    ``num_samples`` softmaxes at the site. Memory does not grow with ``num_samples``.
 
     Args:
         temperature: Positive number, tensor or schedule.
@@ -139,8 +142,8 @@ class GumbelRao(_Rao):
         ValueError: If the temperature is not positive, or ``num_samples`` is below 1.
 
     References:
-        Rao-Blackwellizing the Straight-Through Gumbel-Softmax Gradient Estimator (Paulus, Maddison, Krause, 2021),
-        https://arxiv.org/abs/2010.04838
+        Rao-Blackwellizing the Straight-Through Gumbel-Softmax Gradient Estimator (Paulus,
+        Maddison, Krause, 2021), https://arxiv.org/abs/2010.04838
 
     Example:
         >>> GumbelRao(0.5, num_samples=100)
@@ -161,11 +164,14 @@ class GumbelRao(_Rao):
 class ReinMaxRao(_Rao):
     r"""ReinMax with its midpoint Jacobian averaged over Gumbel noise given the draw.
 
-    .. math:: \hat g = \frac2K \sum_k \tfrac1\tau J(\mathrm{softmax}(z_k / \tau))\, \nabla_D f(D) - \tfrac12 J(\pi)\, \nabla_D f(D), \qquad z_k \sim (\log \pi_D + G \mid \arg\max = D)
+    .. math::
+        \hat g = \frac2K \sum_k \tfrac1\tau J(\mathrm{softmax}(z_k / \tau))\, \nabla_D f(D)
+        - \tfrac12 J(\pi)\, \nabla_D f(D), \qquad
+        z_k \sim (\log \pi_D + G \mid \arg\max = D)
 
-    with :math:`\pi_D = (\pi + D) / 2`. *Unbiased*: no; less noise than :class:`ReinMax` and more bias, both growing with the
-    temperature. *Requires*: a cost differentiable at one-hot values. *Costs*: one evaluation, and ``num_samples``
-    softmaxes at the site.
+    with :math:`\pi_D = (\pi + D) / 2`. *Unbiased*: no; less noise than :class:`ReinMax` and more
+    bias, both growing with the temperature. *Requires*: a cost differentiable at one-hot values.
+    *Costs*: one evaluation, and ``num_samples`` softmaxes at the site.
 
     Args:
         temperature: Positive number, tensor or schedule.

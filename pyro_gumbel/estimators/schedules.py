@@ -15,8 +15,9 @@ __all__ = ["Exponential", "Linear", "Schedule"]
 class Schedule(nn.Module):
     """A hyper-parameter as a function of the number of optimisation steps taken.
 
-    :class:`~pyro_gumbel.infer.Estimator_ELBO` advances every schedule of the estimators it used by one, once for each
-    call that computes a gradient; evaluating a loss does not advance it. The count is part of ``state_dict``.
+    :class:`~pyro_gumbel.infer.Estimator_ELBO` advances every schedule of the estimators it used by
+    one, once for each call that computes a gradient; evaluating a loss does not advance it. The
+    count is part of ``state_dict``.
     """
 
     def __init__(self) -> None:
@@ -44,7 +45,8 @@ class Schedule(nn.Module):
 class Exponential(Schedule):
     r"""Decay (or growth) by a constant rate towards a bound.
 
-    .. math:: \tau_t = \mathrm{start} \cdot e^{-\mathrm{rate} \cdot t}, \text{ never past } \mathrm{end}
+    .. math::
+        \tau_t = \mathrm{start} \cdot e^{-\mathrm{rate} \cdot t}, \text{ never past } \mathrm{end}
 
     Args:
         start: Value before the first step, positive.
@@ -55,7 +57,8 @@ class Exponential(Schedule):
         ValueError: If ``start`` or ``end`` is not positive, or ``rate`` leads away from ``end``.
 
     References:
-        Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017), https://arxiv.org/abs/1611.01144
+        Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017),
+        https://arxiv.org/abs/1611.01144
 
     Example:
         >>> temperature = Exponential(1.0, 0.5, 0.1)
@@ -134,7 +137,8 @@ def check_temperature(owner: str, name: str, value: float | Tensor | Schedule) -
         positive = math.isfinite(value) and value > 0
     else:
         raise TypeError(
-            f"{owner}: {name} must be a number, a tensor or a schedule such as Exponential(1.0, 0.5, 1e-4); "
+            f"{owner}: {name} must be a number, a tensor or a schedule such as Exponential(1.0, "
+            "0.5, 1e-4); "
             f"got {value!r}."
         )
     if not positive:

@@ -16,18 +16,21 @@ class Score(Estimator):
 
     .. math:: \nabla_\phi\, E_{q_\phi}[f(z)] = E_{q_\phi}[(f(z) - b)\, \nabla_\phi \log q_\phi(z)]
 
-    *Unbiased*: yes, for every baseline ``b`` that does not depend on the particle's own draw. *Requires*: a ``log_prob``
-    differentiable in its parameters; nothing of the cost. *Costs*: one evaluation a particle.
+    *Unbiased*: yes, for every baseline ``b`` that does not depend on the particle's own draw.
+    *Requires*: a ``log_prob`` differentiable in its parameters; nothing of the cost. *Costs*: one
+    evaluation a particle.
 
     Args:
-        baseline: :class:`LeaveOneOut`, :class:`MovingAverage`, :class:`NeuralBaseline`, or ``None``.
+        baseline: :class:`LeaveOneOut`, :class:`MovingAverage`, :class:`NeuralBaseline`, or
+            ``None``.
 
     Raises:
         TypeError: If ``baseline`` is not a baseline object.
 
     References:
-        Simple statistical gradient-following algorithms for connectionist reinforcement learning (Williams, 1992);
-        Black Box Variational Inference (Ranganath, Gerrish, Blei, 2014), https://arxiv.org/abs/1401.0118
+        Simple statistical gradient-following algorithms for connectionist reinforcement learning
+        (Williams, 1992); Black Box Variational Inference (Ranganath, Gerrish, Blei, 2014),
+        https://arxiv.org/abs/1401.0118
 
     Example:
         >>> from pyro_gumbel.estimators import LeaveOneOut
@@ -42,7 +45,8 @@ class Score(Estimator):
         super().__init__()
         if baseline is not None and not isinstance(baseline, Baseline):
             raise TypeError(
-                f"Score: baseline must be an object such as LeaveOneOut() or MovingAverage(decay=0.9); got {baseline!r}."
+                "Score: baseline must be an object such as LeaveOneOut() or "
+                f"MovingAverage(decay=0.9); got {baseline!r}."
             )
         self.baseline = baseline
         self.min_particles = baseline.min_particles if baseline is not None else 1

@@ -1,4 +1,4 @@
-"""Values that are one-hot on the way forward and soft on the way back: biased, one evaluation, little noise."""
+"""Values that are one-hot on the way forward and soft on the way back: biased, cheap, quiet."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ __all__ = [
 class OneHotEstimator(Estimator):
     """A biased estimator whose one-hot value carries a gradient with respect to the site's logits.
 
-    A subclass writes :meth:`draw_one_hot`. A Bernoulli site is served as a one-hot of two categories. The score of the
-    guide enters the cost with its parameters held fixed: their part of the gradient has mean zero, and dropping it leaves no
-    noise where the guide equals the posterior.
+    A subclass writes :meth:`draw_one_hot`. A Bernoulli site is served as a one-hot of two
+    categories. The score of the guide enters the cost with its parameters held fixed: their part
+    of the gradient has mean zero, and dropping it leaves no noise where the guide equals the
+    posterior.
     """
 
     unbiased = False
@@ -40,13 +41,14 @@ class OneHotEstimator(Estimator):
 
     def draw(self, fn: Distribution) -> Tensor:
         logits = one_hot_logits(fn)
-        # Half precision would distort softmax and its Jacobian; the value itself is exact in any dtype.
+        # Half precision would distort softmax and its Jacobian; the value itself is exact in any
+        # dtype.
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
         value = self.draw_one_hot(exact).to(logits.dtype)
         return value[..., 0] if is_bit(fn) else value
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:
-        """Draw a one-hot value, ``batch_shape + (C,)``, that carries the estimator's gradient to ``logits``."""
+        """Draw one-hot values ``batch_shape + (C,)`` that carry a gradient to ``logits``."""
         raise NotImplementedError
 
     def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ class OneHotEstimator(Estimator):
 def current_temperature(
     temperature: float | Tensor | Schedule, logits: Tensor, owner: str
 ) -> float | Tensor:
-    """Read a temperature as a divisor of ``logits``: tensors broadcast against the batch, never against categories."""
+    """Read a temperature as a divisor: tensors broadcast against the batch, not the categories."""
     if isinstance(temperature, Schedule):
         return temperature.value
     if not isinstance(temperature, Tensor):
@@ -77,7 +79,8 @@ def current_temperature(
         fits = False
     if not fits:
         raise ValueError(
-            f"{owner}: temperature of shape {tuple(temperature.shape)} does not broadcast to the site's batch shape "
+            f"{owner}: temperature of shape {tuple(temperature.shape)} does not broadcast to the "
+            "site's batch shape "
             f"{tuple(batch)}; give a number or one temperature for each element of the batch."
         )
     return candidate
@@ -86,10 +89,13 @@ def current_temperature(
 class StraightThrough(OneHotEstimator):
     r"""The straight-through estimator: the softmax's Jacobian in place of the draw's.
 
-    .. math:: \hat g = \tfrac{1}{\tau} J(\mathrm{softmax}(\phi / \tau))\, \nabla_D f(D), \qquad J(p) = \mathrm{diag}(p) - p p^\top
+    .. math::
+        \hat g = \tfrac{1}{\tau} J(\mathrm{softmax}(\phi / \tau))\, \nabla_D f(D), \qquad
+        J(p) = \mathrm{diag}(p) - p p^\top
 
-    *Unbiased*: no (exact at ``temperature=1`` for costs linear in the one-hot). *Requires*: a cost differentiable at
-    one-hot values. *Costs*: one evaluation. The least noise of its family, and the most bias.
+    *Unbiased*: no (exact at ``temperature=1`` for costs linear in the one-hot). *Requires*: a cost
+    differentiable at one-hot values. *Costs*: one evaluation. The least noise of its family, and
+    the most bias.
 
     Args:
         temperature: Positive number, tensor (broadcast against the batch) or schedule.
@@ -98,8 +104,8 @@ class StraightThrough(OneHotEstimator):
         ValueError: If the temperature is not positive.
 
     References:
-        Estimating or Propagating Gradients Through Stochastic Neurons (Bengio, Leonard, Courville, 2013),
-        https://arxiv.org/abs/1308.3432
+        Estimating or Propagating Gradients Through Stochastic Neurons (Bengio, Leonard, Courville,
+        2013), https://arxiv.org/abs/1308.3432
 
     Example:
         >>> StraightThrough(1.3)
@@ -121,9 +127,10 @@ class GumbelSoftmax(OneHotEstimator):
 
     .. math:: y = \mathrm{softmax}((\phi + G) / \tau)
 
-    *Unbiased*: no; it is the pathwise gradient of a relaxed objective, in which log-masses are scored by their multilinear
-    extension and every parameter is trained on soft values. The loss that is reported is the discrete one. *Requires*: a
-    cost defined at relaxed values. *Costs*: one evaluation with gradient, and one without for the loss.
+    *Unbiased*: no; it is the pathwise gradient of a relaxed objective, in which log-masses are
+    scored by their multilinear extension and every parameter is trained on soft values. The loss
+    that is reported is the discrete one. *Requires*: a cost defined at relaxed values. *Costs*:
+    one evaluation with gradient, and one without for the loss.
 
     Args:
         temperature: Positive number, tensor or schedule.
@@ -132,8 +139,9 @@ class GumbelSoftmax(OneHotEstimator):
         ValueError: If the temperature is not positive.
 
     References:
-        Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017), https://arxiv.org/abs/1611.01144;
-        The Concrete Distribution (Maddison, Mnih, Teh, 2017), https://arxiv.org/abs/1611.00712
+        Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017),
+        https://arxiv.org/abs/1611.01144; The Concrete Distribution (Maddison, Mnih, Teh, 2017),
+        https://arxiv.org/abs/1611.00712
 
     Example:
         >>> GumbelSoftmax(0.5)
@@ -152,28 +160,32 @@ class GumbelSoftmax(OneHotEstimator):
         return self._tempered(scores, self.temperature).softmax(-1)
 
     def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
-        # The relaxed objective is differentiated as it stands: here log q's parameters have no mean-zero part to drop.
+        # The relaxed objective is differentiated as it stands: here log q's parameters have no
+        # mean-zero part to drop.
         return log_mass(fn, value)
 
 
 class GumbelStraightThrough(OneHotEstimator):
-    r"""Straight-through Gumbel-softmax: the hard draw forward, the relaxed draw of the same noise backward.
+    r"""Straight-through Gumbel-softmax: hard forward, relaxed by the same noise backward.
 
-    .. math:: D = \mathrm{onehot}(\arg\max(\phi + G)), \qquad \hat g = \tfrac{1}{\tau} J(\mathrm{softmax}((\phi + G) / \tau))\, \nabla_D f(D)
+    .. math::
+        D = \mathrm{onehot}(\arg\max(\phi + G)), \qquad
+        \hat g = \tfrac{1}{\tau} J(\mathrm{softmax}((\phi + G) / \tau))\, \nabla_D f(D)
 
     *Unbiased*: no. *Requires*: a cost differentiable at one-hot values. *Costs*: one evaluation.
 
     Args:
         temperature: Positive number, tensor or schedule.
-        backward_temperature: Temperature of the backward pass where it is to differ. The hard draw is the same at every
-            temperature, so the backward one alone decides the gradient.
+        backward_temperature: Temperature of the backward pass where it is to differ. The hard draw
+            is the same at every temperature, so the backward one alone decides the gradient.
 
     Raises:
         ValueError: If a temperature is not positive.
 
     References:
-        Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017), https://arxiv.org/abs/1611.01144;
-        decoupled temperatures: Shah, Yan, Mozer, Liu (2024), https://arxiv.org/abs/2410.13331
+        Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017),
+        https://arxiv.org/abs/1611.01144; decoupled temperatures: Shah, Yan, Mozer, Liu (2024),
+        https://arxiv.org/abs/2410.13331
 
     Example:
         >>> GumbelStraightThrough(1.0, backward_temperature=0.5)
@@ -207,8 +219,9 @@ class GappedStraightThrough(OneHotEstimator):
 
     .. math:: \hat g = \tfrac{1}{\tau} J(\mathrm{softmax}((\phi + m) / \tau))\, \nabla_D f(D)
 
-    where ``m`` (held fixed) raises the drawn logit to the largest one and lowers every other that is closer than ``gap``
-    to it. *Unbiased*: no. *Requires*: a cost differentiable at one-hot values. *Costs*: one evaluation.
+    where ``m`` (held fixed) raises the drawn logit to the largest one and lowers every other that
+    is closer than ``gap`` to it. *Unbiased*: no. *Requires*: a cost differentiable at one-hot
+    values. *Costs*: one evaluation.
 
     Args:
         temperature: Positive number, tensor or schedule.
@@ -218,8 +231,8 @@ class GappedStraightThrough(OneHotEstimator):
         ValueError: If the temperature is not positive, or the gap is negative.
 
     References:
-        Training Discrete Deep Generative Models via Gapped Straight-Through Estimator (Fan, Chi, Rudnicky, Ramadge, 2022),
-        https://arxiv.org/abs/2206.07235
+        Training Discrete Deep Generative Models via Gapped Straight-Through Estimator (Fan, Chi,
+        Rudnicky, Ramadge, 2022), https://arxiv.org/abs/2206.07235
 
     Example:
         >>> GappedStraightThrough(0.7)
@@ -250,10 +263,12 @@ class GappedStraightThrough(OneHotEstimator):
 class ReinMax(OneHotEstimator):
     r"""The second-order straight-through estimator (Heun's rule in place of Euler's).
 
-    .. math:: \hat g = 2 J(\pi_D)\, \nabla_D f(D) - \tfrac12 J(\pi)\, \nabla_D f(D), \qquad \pi_D = \tfrac12 (\mathrm{softmax}(\phi / \tau) + D)
+    .. math::
+        \hat g = 2 J(\pi_D)\, \nabla_D f(D) - \tfrac12 J(\pi)\, \nabla_D f(D), \qquad
+        \pi_D = \tfrac12 (\mathrm{softmax}(\phi / \tau) + D)
 
-    *Unbiased*: no, but exact at ``temperature=1`` for costs quadratic in the one-hot. *Requires*: a cost differentiable
-    at one-hot values. *Costs*: one evaluation.
+    *Unbiased*: no, but exact at ``temperature=1`` for costs quadratic in the one-hot. *Requires*:
+    a cost differentiable at one-hot values. *Costs*: one evaluation.
 
     Args:
         temperature: Positive number, tensor or schedule; above one it trades bias for variance.
@@ -262,8 +277,8 @@ class ReinMax(OneHotEstimator):
         ValueError: If the temperature is not positive.
 
     References:
-        Bridging Discrete and Backpropagation: Straight-Through and Beyond (Liu, Dong, Liu, Yu, Gao, 2023),
-        https://arxiv.org/abs/2304.08612
+        Bridging Discrete and Backpropagation: Straight-Through and Beyond (Liu, Dong, Liu, Yu,
+        Gao, 2023), https://arxiv.org/abs/2304.08612
 
     Example:
         >>> ReinMax(1.3)
@@ -294,7 +309,7 @@ def reinmax_midpoint(tempered: Tensor, hard: Tensor) -> Tensor:
 
 
 def softmax_at(probs: Tensor, logits: Tensor) -> Tensor:
-    """A tensor of value ``probs`` whose Jacobian with respect to ``logits`` is that of a softmax there."""
+    """A tensor of value ``probs`` whose Jacobian in ``logits`` is that of a softmax there."""
     smallest = torch.finfo(probs.dtype).tiny
     anchor = probs.clamp(min=smallest).log()
     finite = logits.clamp(min=torch.finfo(logits.dtype).min)

@@ -15,13 +15,15 @@ class Enumerate(Estimator):
 
     .. math:: \nabla_\phi \sum_z q_\phi(z)\, f(z)
 
-    Values go to a new dimension left of all plates, as in Pyro's parallel enumeration, so that several enumerated sites cost
-    the product of their cardinalities and each element of a plate is summed on its own. *Unbiased*: exact.
-    *Requires*: a finite support; programs that broadcast; nothing outside the site's plates may depend on it. *Costs*: one
-    evaluation of everything downstream for each value.
+    Values go to a new dimension left of all plates, as in Pyro's parallel enumeration, so that
+    several enumerated sites cost the product of their cardinalities and each element of a plate is
+    summed on its own. *Unbiased*: exact.
+    *Requires*: a finite support; programs that broadcast; nothing outside the site's plates may
+    depend on it. *Costs*: one evaluation of everything downstream for each value.
 
     References:
-        Tensor Variable Elimination for Plated Factor Graphs (Obermeyer et al., 2019), https://arxiv.org/abs/1902.03210
+        Tensor Variable Elimination for Plated Factor Graphs (Obermeyer et al., 2019),
+        https://arxiv.org/abs/1902.03210
 
     Example:
         >>> Enumerate()

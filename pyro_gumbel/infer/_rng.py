@@ -13,7 +13,7 @@ __all__ = ["preserved_rng"]
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Restore Python's, NumPy's and torch's generators (the current CUDA device's included) on leaving."""
+    """Restore Python's, NumPy's and torch's generators (also the current CUDA device's)."""
     state = pyro.util.get_rng_state()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     try:

@@ -33,14 +33,15 @@ def check_programs(model_trace: Trace, guide_trace: Trace) -> None:
     """Check that each latent site of the model has a guide's site of the same shape and measure.
 
     Raises:
-        ValueError: If a latent site is missing from the guide, an observed one is in it, shapes differ, or a density faces a
-            mass.
+        ValueError: If a latent site is missing from the guide, an observed one is in it, shapes
+            differ, or a density faces a mass.
     """
     model, guide = latent_sites(model_trace), latent_sites(guide_trace)
     for name, site in model.items():
         if name not in guide:
             raise ValueError(
-                f"The model's latent site {name!r} is missing from the guide, whose sites are {list(guide)}. Sample it in the "
+                f"The model's latent site {name!r} is missing from the guide, whose sites are "
+                f"{list(guide)}. Sample it in the "
                 "guide, observe it in the model, or marginalise it out of the model."
             )
         _check_event(name, site["fn"], guide[name]["fn"])
@@ -54,7 +55,8 @@ def _check_guide_only(name: str, site: Any, model_trace: Trace) -> None:
     twin = model_trace.nodes.get(name)
     if twin is not None and twin["type"] == "sample":
         raise ValueError(
-            f"Site {name!r} is observed in the model and sampled in the guide; remove it from the guide, or leave it latent in "
+            f"Site {name!r} is observed in the model and sampled in the guide; remove it from the "
+            "guide, or leave it latent in "
             "the model."
         )
     _refuse_pyro_straight_through(name, site["fn"], "guide")
@@ -71,12 +73,16 @@ def _check_event(name: str, model_fn: Any, guide_fn: Any) -> None:
         return
     if model_fn.event_dim != guide_fn.event_dim:
         raise ValueError(
-            f"At site {name!r}, model and guide disagree on event_dim: the model's {_name(model_fn)} has event shape "
-            f"{tuple(model_fn.event_shape)}, the guide's {_name(guide_fn)} has {tuple(guide_fn.event_shape)}. Use the same family "
-            "(a Categorical draws an index, a OneHotCategorical a vector) and the same .to_event(...) in both."
+            f"At site {name!r}, model and guide disagree on event_dim: the model's "
+            f"{_name(model_fn)} has event shape "
+            f"{tuple(model_fn.event_shape)}, the guide's {_name(guide_fn)} has "
+            f"{tuple(guide_fn.event_shape)}. Use the same family "
+            "(a Categorical draws an index, a OneHotCategorical a vector) and the same "
+            ".to_event(...) in both."
         )
     raise ValueError(
-        f"At site {name!r}, model and guide disagree on the event shape: {_name(model_fn)} has {tuple(model_fn.event_shape)} "
+        f"At site {name!r}, model and guide disagree on the event shape: {_name(model_fn)} has "
+        f"{tuple(model_fn.event_shape)} "
         f"in the model, {_name(guide_fn)} has {tuple(guide_fn.event_shape)} in the guide."
     )
 
@@ -90,8 +96,10 @@ def _check_measure(name: str, model_fn: Any, guide_fn: Any) -> None:
     kinds = {True: "a mass", False: "a density"}
     discrete = model_fn if model_mass else guide_fn
     raise ValueError(
-        f"At site {name!r}, the guide's {_name(guide_fn)} has {kinds[bool(guide_mass)]} and the model's {_name(model_fn)} has "
-        f"{kinds[bool(model_mass)]}: their ratio is no ELBO. Leave both discrete, {_name(discrete)}(...), and choose how the "
+        f"At site {name!r}, the guide's {_name(guide_fn)} has {kinds[bool(guide_mass)]} and the "
+        f"model's {_name(model_fn)} has "
+        f"{kinds[bool(model_mass)]}: their ratio is no ELBO. Leave both discrete, "
+        f"{_name(discrete)}(...), and choose how the "
         f"gradient passes: config_gradient(guide, {{{name!r}: ReinMax()}}) or another estimator."
     )
 
@@ -101,7 +109,8 @@ def _refuse_pyro_straight_through(name: str, fn: Any, program: str) -> None:
     if isinstance(fn, _PYRO_STRAIGHT_THROUGH):
         plain = "OneHotCategorical" if isinstance(fn, _PYRO_STRAIGHT_THROUGH[0]) else "Bernoulli"
         raise ValueError(
-            f"At site {name!r}, the {program}'s {_name(fn)} draws hard values and scores them by the density of soft ones: that is "
+            f"At site {name!r}, the {program}'s {_name(fn)} draws hard values and scores them by "
+            "the density of soft ones: that is "
             f"no ELBO. Write {plain}(logits=...) in the model and in the guide, and "
             f"config_gradient(guide, {{{name!r}: GumbelStraightThrough(temperature)}})."
         )

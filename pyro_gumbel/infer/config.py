@@ -39,10 +39,10 @@ _PYRO_INFER_KEYS = {"is_auxiliary", "prior", "was_observed", "num_samples", "exp
 
 
 class Auto:
-    """The default choice: pathwise where a site can, else the score function with a baseline that needs no tuning.
+    """The default: pathwise where a site can, else the score function with a baseline.
 
-    That is :class:`~pyro_gumbel.estimators.LeaveOneOut` where there are two particles or more, else
-    :class:`~pyro_gumbel.estimators.MovingAverage`.
+    That is :class:`~pyro_gumbel.estimators.LeaveOneOut` where there are two particles or more,
+    else :class:`~pyro_gumbel.estimators.MovingAverage`.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,8 @@ class GradientMessenger(Messenger):
         self._unseen.discard(name)
         choice = self._choose(msg)
         if choice is not None:
-            # A new dict: the model's site shares the guide's, and a handler must not change either.
+            # A new dict: the model's site shares the guide's, and a handler must not change
+            # either.
             msg["infer"] = cast(Any, {**(msg["infer"] or {}), "gradient": choice})
 
     def _choose(self, msg: Message) -> Choice:
@@ -113,7 +114,8 @@ class GradientMessenger(Messenger):
         close = difflib.get_close_matches(unknown[0], self._names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"config_gradient: the guide has no latent site {unknown[0]!r}; its sites are {self._names}.{hint} "
+            f"config_gradient: the guide has no latent site {unknown[0]!r}; its sites are "
+            f"{self._names}.{hint} "
             "(For sites that appear in some runs only, give a callable msg -> estimator or None.)"
         )
 
@@ -130,7 +132,8 @@ def _check_config(config: Config) -> Config:
     elif isinstance(config, Estimator) or not callable(config):
         if config is None:
             raise TypeError(
-                "config_gradient: config is missing; give an estimator, a name, a dict or a callable."
+                "config_gradient: config is missing; give an estimator, a name, a dict or a "
+                "callable."
             )
         check_choice(config, "config_gradient: got")
     return config
@@ -144,7 +147,8 @@ def check_choice(choice: Any, prefix: str) -> None:
             close = difflib.get_close_matches(choice, estimator_names(), n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(
-                f"{prefix} {choice!r}, which names no estimator; names are {estimator_names()}.{hint}"
+                f"{prefix} {choice!r}, which names no estimator; names are "
+                f"{estimator_names()}.{hint}"
             )
         return
     if isinstance(choice, type) and issubclass(choice, Estimator):
@@ -162,32 +166,36 @@ def config_gradient(
     """Attach an estimator to each latent site of a guide.
 
     Args:
-        guide: A function or a module (``PyroModule``, autoguide). Left out, a decorator is returned. A module gives a module of
-            the same class with the same parameters and attributes: it shares all of them with the original, which itself
-            stays unconfigured.
+        guide: A function or a module (``PyroModule``, autoguide). Left out, a decorator is
+            returned. A module gives a module of the same class with the same parameters and
+            attributes: it shares all of them with the original, which itself stays unconfigured.
         config: One of
 
             * an estimator, or a name such as ``"reinmax"``, for every site;
-            * a dict ``{site: estimator or name}``, other sites being left to the default of ``Estimator_ELBO``;
+            * a dict ``{site: estimator or name}``, other sites being left to the default of
+              ``Estimator_ELBO``;
             * a callable ``msg -> estimator, name or None``.
 
-            ``"auto"`` is pathwise where a site can and else the score function with leave-one-out (two particles or more) or a
-            moving average; ``"score"`` is the latter at every site. The outermost configuration wins, also over
-            ``pyro.sample(..., infer={"gradient": ...})``.
+            ``"auto"`` is pathwise where a site can and else the score function with leave-one-out
+            (two particles or more) or a moving average; ``"score"`` is the latter at every site.
+            The outermost configuration wins, also over ``pyro.sample(..., infer={"gradient":
+            ...})``.
 
     Returns:
         The configured guide.
 
     Raises:
         TypeError: If the config is none of these.
-        ValueError: If a name stands for no estimator; when the guide runs, if a site of the dict is not in it.
+        ValueError: If a name stands for no estimator; when the guide runs, if a site of the dict
+            is not in it.
 
     Example:
         >>> import pyro, pyro.distributions as dist
         >>> from pyro_gumbel.estimators import ReinMax
         >>> @config_gradient(config={"z": ReinMax()})
         ... def guide():
-        ...     pyro.sample("z", dist.OneHotCategorical(logits=pyro.param("logits", torch.zeros(3))))
+        ...     logits = pyro.param("logits", torch.zeros(3))
+        ...     pyro.sample("z", dist.OneHotCategorical(logits=logits))
         >>> guide()
     """
     if config is None:
@@ -198,7 +206,8 @@ def config_gradient(
         if isinstance(guide, (Estimator, str, Mapping)):
             raise TypeError(
                 f"config_gradient: the first argument is the guide; got {guide!r}. "
-                "Write config_gradient(guide, config), or @config_gradient(config=...) as a decorator."
+                "Write config_gradient(guide, config), or @config_gradient(config=...) as a "
+                "decorator."
             )
         raise TypeError(
             "config_gradient: config is missing; write config_gradient(guide, config)."
@@ -227,7 +236,7 @@ def _configure_module(guide: nn.Module, messenger: GradientMessenger) -> nn.Modu
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         with messenger:
-            return super(configured, self).__call__(*args, **kwargs)
+            return type(guide).__call__(self, *args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # noqa: N807
         return config_gradient, (guide, messenger.config)
@@ -242,10 +251,11 @@ def _configure_module(guide: nn.Module, messenger: GradientMessenger) -> nn.Modu
     configured = types.new_class(
         type(guide).__name__, (type(guide),), exec_body=lambda ns: ns.update(namespace)
     )
-    face = object.__new__(configured)
-    # One dict for both: parameters and lazily made attributes (an autoguide's prototype) are never out of step.
+    face: nn.Module = object.__new__(configured)
+    # One dict for both: parameters and lazily made attributes (an autoguide's prototype) are never
+    # out of step.
     object.__setattr__(face, "__dict__", guide.__dict__)
-    return cast(nn.Module, face)
+    return face
 
 
 def resolve(msg: Message, auto: Auto, default: Choice, num_particles: int) -> Estimator:
@@ -253,7 +263,8 @@ def resolve(msg: Message, auto: Auto, default: Choice, num_particles: int) -> Es
 
     Raises:
         TypeError: If ``infer["gradient"]`` is no estimator.
-        ValueError: If ``infer`` has an unknown option, or the estimator cannot serve the site or the number of particles.
+        ValueError: If ``infer`` has an unknown option, or the estimator cannot serve the site or
+            the number of particles.
     """
     infer = msg["infer"] or {}
     _check_infer_keys(msg)
@@ -269,13 +280,16 @@ def resolve(msg: Message, auto: Auto, default: Choice, num_particles: int) -> Es
     estimator = cast(Estimator, choice)
     if not estimator.supports(fn):
         raise ValueError(
-            f"At site {msg['name']!r}, {estimator!r} cannot serve {_describe(msg)}: it needs {estimator.sites}. "
+            f"At site {msg['name']!r}, {estimator!r} cannot serve {_describe(msg)}: it needs "
+            f"{estimator.sites}. "
             f"{_suggest(fn)}"
         )
     if num_particles < estimator.min_particles:
         raise ValueError(
-            f"At site {msg['name']!r}, {estimator!r} needs num_particles >= {estimator.min_particles}; got {num_particles}. "
-            f"Write Estimator_ELBO(num_particles={estimator.min_particles}), or use Score(MovingAverage())."
+            f"At site {msg['name']!r}, {estimator!r} needs num_particles >= "
+            f"{estimator.min_particles}; got {num_particles}. "
+            f"Write Estimator_ELBO(num_particles={estimator.min_particles}), or use "
+            "Score(MovingAverage())."
         )
     return estimator
 

@@ -1,11 +1,12 @@
 r"""What each site is charged with: the terms of the ELBO that its plates let it influence.
 
-A term is ``log p`` or ``-log q`` of one site, scaled and masked, of the site's batch shape. A site inside a plate cannot
-influence the plate's other elements, so its cost keeps the dimensions of the plates it shares with a term and sums over the
-term's other plates. Nothing finer is assumed: which value influenced which term is not traced.
+A term is ``log p`` or ``-log q`` of one site, scaled and masked, of the site's batch shape. A site
+inside a plate cannot influence the plate's other elements, so its cost keeps the dimensions of the
+plates it shares with a term and sums over the term's other plates. Nothing finer is assumed: which
+value influenced which term is not traced.
 
-Enumerated sites have dimensions left of all plates. A term that depends on such a site has its dimension, and counts with the
-probability :math:`q(z)` of each value.
+Enumerated sites have dimensions left of all plates. A term that depends on such a site has its
+dimension, and counts with the probability :math:`q(z)` of each value.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Term:
 
 @dataclass(frozen=True)
 class EnumeratedSite:
-    """An enumerated site: its dimension, the probability of each value with its gradient, its plates."""
+    """An enumerated site: its dimension, its values' probabilities with gradient, its plates."""
 
     name: str
     dim: int
@@ -77,7 +78,7 @@ class Costs:
         return torch.stack(rows).sum(0)
 
     def downstream(self, frames: Frames, like: Tensor) -> Tensor:
-        """The detached cost of a site in the plates ``frames`` with ``log q`` of the shape of ``like``."""
+        """The detached cost of a site in plates ``frames``, of the shape of its score ``like``."""
         own = [site for site in self.enumerated if site.indexes(like)]
         total = like.new_zeros(())
         for (term_frames, _), value in self._group().items():
@@ -92,7 +93,7 @@ class Costs:
         return total.detach().expand(like.shape)
 
     def _group(self) -> dict[tuple[Frames, tuple[int, ...]], Tensor]:
-        """Add up terms of the same plates that depend on the same enumerated sites, once for all sites."""
+        """Add up terms of the same plates and enumerated sites, once for all."""
         if self._grouped is None:
             self._grouped = {}
             for term in self.terms:
@@ -127,7 +128,8 @@ def _expect(value: Tensor, sites: list[EnumeratedSite], sum_over: list[Enumerate
     weight = sites[0].probs
     for site in sites[1:]:
         weight = weight * site.probs
-    # A value of probability zero may have an infinite cost: 0 * inf would be nan, in the gradient too.
+    # A value of probability zero may have an infinite cost: 0 * inf would be nan, in the gradient
+    # too.
     value, weight = torch.broadcast_tensors(value, weight)
     value = weight * value.masked_fill(weight == 0, 0.0)
     dims = [site.dim for site in sum_over]
@@ -145,7 +147,8 @@ def _check_plates(term: Term, sites: list[EnumeratedSite]) -> None:
         if outside and site.indexes(term.value):
             plates = sorted(frame.name for frame in outside)
             raise ValueError(
-                f"Site {term.site!r}, outside the plate {plates[0]!r}, depends on the enumerated site {site.name!r} inside it: "
+                f"Site {term.site!r}, outside the plate {plates[0]!r}, depends on the enumerated "
+                f"site {site.name!r} inside it: "
                 "the elements of the plate cannot be summed one by one. "
                 f"Use another estimator at {site.name!r}, such as Score() or ReinMax()."
             )

@@ -36,28 +36,34 @@ class Estimator_ELBO(ELBO):  # noqa: N801
 
     .. math:: \mathcal L = E_{q_\phi(z)}[\log p_\theta(x, z) - \log q_\phi(z)]
 
-    The value is always an unbiased estimate of the true (discrete) bound, from exact draws and exact masses, whichever
-    estimators are attached; only the gradient differs. Estimators are attached by
-    :func:`~pyro_gumbel.infer.config_gradient` or by ``infer={"gradient": ...}`` at the site.
+    The value is always an unbiased estimate of the true (discrete) bound, from exact draws and
+    exact masses, whichever estimators are attached; only the gradient differs. Estimators are
+    attached by :func:`~pyro_gumbel.infer.config_gradient` or by ``infer={"gradient": ...}`` at the
+    site.
 
     Args:
         num_particles: Number of independent repetitions to average over.
-        default: Estimator, or name of one, for sites that have none: ``"auto"`` is pathwise where a site can and else the
-            score function with leave-one-out (two particles or more) or a moving average.
-        vectorize_particles: Evaluate all particles at once, as rows of a plate left of the programs' own; else one after the
-            other, for programs that do not broadcast or whose structure varies. The estimator is the same.
-        max_plate_nesting: Bound on the number of nested plates; found by a trial run where it is not given.
-        analytic_kl: Put the closed-form KL divergence in place of a site's sampled ``log p - log q`` where it is known and
-            the order of sites allows it.
+        default: Estimator, or name of one, for sites that have none: ``"auto"`` is pathwise where
+            a site can and else the score function with leave-one-out (two particles or more) or a
+            moving average.
+        vectorize_particles: Evaluate all particles at once, as rows of a plate left of the
+            programs' own; else one after the other, for programs that do not broadcast or whose
+            structure varies. The estimator is the same.
+        max_plate_nesting: Bound on the number of nested plates; found by a trial run where it is
+            not given.
+        analytic_kl: Put the closed-form KL divergence in place of a site's sampled ``log p - log
+            q`` where it is known and the order of sites allows it.
         **kwargs: As for Pyro's ``ELBO``.
 
     Raises:
         TypeError: If ``default`` is no estimator.
-        ValueError: If ``num_particles`` is below 1 or ``default`` names no estimator; when run, with the site's name, if an
-            estimator cannot serve its site or the programs do not match.
+        ValueError: If ``num_particles`` is below 1 or ``default`` names no estimator; when run,
+            with the site's name, if an estimator cannot serve its site or the programs do not
+            match.
 
     References:
-        Gradient Estimation Using Stochastic Computation Graphs (Schulman et al., 2015), https://arxiv.org/abs/1506.05254
+        Gradient Estimation Using Stochastic Computation Graphs (Schulman et al., 2015),
+        https://arxiv.org/abs/1506.05254
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -66,7 +72,8 @@ class Estimator_ELBO(ELBO):  # noqa: N801
         ...     pyro.sample("z", dist.OneHotCategorical(torch.tensor([0.2, 0.8])))
         >>> def guide():
         ...     logits = pyro.param("logits", torch.tensor([0.2, 0.8]).log())
-        ...     pyro.sample("z", dist.OneHotCategorical(logits=logits), infer={"gradient": ReinMax()})
+        ...     q = dist.OneHotCategorical(logits=logits)
+        ...     pyro.sample("z", q, infer={"gradient": ReinMax()})
         >>> abs(Estimator_ELBO().loss(model, guide)) < 1e-6
         True
     """
@@ -83,7 +90,8 @@ class Estimator_ELBO(ELBO):  # noqa: N801
     ) -> None:
         if not isinstance(num_particles, int) or num_particles < 1:
             raise ValueError(
-                f"Estimator_ELBO: num_particles must be an integer of at least 1; got {num_particles!r}."
+                "Estimator_ELBO: num_particles must be an integer of at least 1; got "
+                f"{num_particles!r}."
             )
         check_choice(default, "Estimator_ELBO: default is")
         super().__init__(
@@ -96,7 +104,7 @@ class Estimator_ELBO(ELBO):  # noqa: N801
         self._structure: tuple[Call, Layout] | None = None
 
     def __call__(self, model: nn.Module, guide: nn.Module) -> ELBOModule:
-        """Return a module whose call is :meth:`differentiable_loss`; parameters of learnable estimators are among its own."""
+        """Return a module that calls :meth:`differentiable_loss` and holds estimators."""
         module = ELBOModule(model, guide, self)
         messenger = getattr(guide, "gradient_messenger", None)
         estimators = messenger.estimators() if messenger is not None else []

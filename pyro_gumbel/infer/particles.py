@@ -1,7 +1,7 @@
 r"""How one step's particles are laid out, and how values are drawn on them.
 
-Every repetition (``num_particles`` of them) has a main path, and for each *coupled* site, one that draws ``K`` values,
-``K - 1`` branches which that site owns::
+Every repetition (``num_particles`` of them) has a main path, and for each *coupled* site, one that
+draws ``K`` values, ``K - 1`` branches which that site owns::
 
     site order        z1 (K=3)        z2 (K=1)          z3 (K=2)
     main path         z1[0]           z2                z3[0]
@@ -9,12 +9,13 @@ Every repetition (``num_particles`` of them) has a main path, and for each *coup
     branch 2 of z1    z1[2]           its own           its own
     branch 1 of z3    as main         as main           z3[1]
 
-A branch shares the main path's values upstream of its owner, takes the owner's coupled value, and draws its own
-downstream. The program is so evaluated on ``1 + sum(K - 1)`` paths, however many sites are coupled, instead of on the product
-of their ``K``.
+A branch shares the main path's values upstream of its owner, takes the owner's coupled value, and
+draws its own downstream. The program is so evaluated on ``1 + sum(K - 1)`` paths, however many
+sites are coupled, instead of on the product of their ``K``.
 
-Vectorised, the paths of all repetitions are rows of one plate, path by path: row ``p * R + r`` is path ``p`` of repetition
-``r``. Looped, each is a run of its own, and the main path's values wait in a memory for the branches' turn.
+Vectorised, the paths of all repetitions are rows of one plate, path by path: row ``p * R + r`` is
+path ``p`` of repetition ``r``. Looped, each is a run of its own, and the main path's values wait
+in a memory for the branches' turn.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ __all__ = ["DrawMessenger", "Layout", "PlateNestingNeeded", "SharedSubsample"]
 
 
 class PlateNestingNeeded(Exception):
-    """An enumerated site needs a dimension left of all plates, and their number is not known yet."""
+    """An enumerated site needs a dimension left of all plates; their number is not known."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Layout:
     Attributes:
         repetitions: Number of particles ``R`` that the user asked for.
         branches: Coupled sites in program order, each with its number of branches.
-        plate_nesting: Number of dimensions that the programs' own plates take, or ``None`` where it is not known.
+        plate_nesting: Number of dimensions that the programs' own plates take, or ``None`` where
+            it is not known.
         vectorized: Whether particles are rows of a plate.
     """
 
@@ -69,7 +71,7 @@ class Layout:
 
     @property
     def particle_dim(self) -> int | None:
-        """The particle plate's dimension, counted from the right of the batch shape; ``None`` without such a plate."""
+        """The particle plate's dimension from the right of the batch shape, or ``None``."""
         return -(cast(int, self.plate_nesting) + 1) if self.num_rows > 1 else None
 
     @property
@@ -84,7 +86,7 @@ class Layout:
         return [0, *(path for path, owner in enumerate(self.owners) if owner == name)]
 
     def split(self, tensor: Tensor, event_dim: int = 0) -> Tensor:
-        """Bring particles to the front: ``(paths, repetitions, ...)`` out of ``(..., rows, plates..., event...)``."""
+        """Bring particles to the front: ``(paths, repetitions, ...)`` of ``(..., rows, ...)``."""
         if self.particle_dim is None:
             return tensor[None, None]
         dim = self.particle_dim - event_dim
@@ -186,7 +188,7 @@ class DrawMessenger(Messenger):
 
 
 class SharedSubsample(Messenger):
-    """Lets every run of one step use the minibatch indices of the first: looped particles see the data that rows would."""
+    """Lets every run of one step use the minibatch of the first, as rows would."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,8 +216,10 @@ def _check_enumerable(msg: Message) -> None:
             and fn.base_dist.batch_shape[-fn.reinterpreted_batch_ndims :].numel() > 1
         ):
             raise ValueError(
-                f"At site {msg['name']!r}, Enumerate() cannot serve a distribution under to_event: the joint support of "
-                f"event shape {tuple(fn.event_shape)} is a product. Put the variables in a pyro.plate, each in a site of "
+                f"At site {msg['name']!r}, Enumerate() cannot serve a distribution under "
+                "to_event: the joint support of "
+                f"event shape {tuple(fn.event_shape)} is a product. Put the variables in a "
+                "pyro.plate, each in a site of "
                 "its own, or use Score() or, for one-hot and Bernoulli sites, ReinMax()."
             )
         fn = fn.base_dist

@@ -42,7 +42,7 @@ class Paths(ABC):
 
     @abstractmethod
     def elbo(self) -> Tensor:
-        """Average the ELBO over repetitions, and over a repetition's paths that are true draws of the guide."""
+        """Average the ELBO over repetitions and over their paths that are draws of the guide."""
 
     @abstractmethod
     def gather(self, name: str, read: Callable[[Run], Tensor], event_dim: int = 0) -> Tensor:
@@ -131,7 +131,8 @@ class LoopPaths(Paths):
         shapes = {tuple(block.shape) for block in repetitions}
         if len(shapes) > 1:
             raise ValueError(
-                f"At site {name!r}, shapes differ between particles: {sorted(shapes)}. Draw the same shapes in every run, or use "
+                f"At site {name!r}, shapes differ between particles: {sorted(shapes)}. Draw the "
+                "same shapes in every run, or use "
                 "num_particles=1."
             )
         return torch.stack(repetitions, 1)
@@ -144,6 +145,8 @@ def _check_static(run: Run, layout: Layout) -> None:
     found = coupled_sites(run.estimators)
     if layout.branches and found != list(layout.branches):
         raise ValueError(
-            f"The coupled sites of this run, {[name for name, _ in found]}, are not those that its rows were laid out for, "
-            f"{[name for name, _ in layout.branches]}. Programs whose structure varies need vectorize_particles=False."
+            f"The coupled sites of this run, {[name for name, _ in found]}, are not those that "
+            "its rows were laid out for, "
+            f"{[name for name, _ in layout.branches]}. Programs whose structure varies need "
+            "vectorize_particles=False."
         )

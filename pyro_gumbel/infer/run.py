@@ -38,7 +38,8 @@ class Run:
         log_prob: For each of these ``log q`` with its gradient, neither scaled nor masked.
         costs: The terms of the ELBO.
         own_kl: For each site whose terms were replaced by an analytic KL divergence, that term.
-        owner: The coupled site that owns this run's branch; ``None`` on the main path and where particles are rows.
+        owner: The coupled site that owns this run's branch; ``None`` on the main path and where
+            particles are rows.
     """
 
     guide: dict[str, Any]
@@ -77,7 +78,8 @@ def run_programs(
     layout = draw.layout
     guide, model = call.guide, call.model
     if layout.particle_dim is not None:
-        # The plate goes inside replay: a replayed site is done, and handlers outside it do not broadcast it any more.
+        # The plate goes inside replay: a replayed site is done, and handlers outside it do not
+        # broadcast it any more.
         rows = pyro.plate(_PARTICLES, layout.num_rows, dim=layout.particle_dim)
         guide, model = rows(guide), rows(model)
     with subsample:
@@ -148,7 +150,10 @@ def _observed_log_prob(site: Any) -> Tensor:
     try:
         return fn.log_prob(site["value"], *site["args"], **site["kwargs"])
     except ValueError as error:
-        shapes = f"value {tuple(site['value'].shape)}, batch {tuple(fn.batch_shape)}, event {tuple(fn.event_shape)}"
+        value, batch, event = (
+            tuple(shape) for shape in (site["value"].shape, fn.batch_shape, fn.event_shape)
+        )
+        shapes = f"value {value}, batch {batch}, event {event}"
         raise ValueError(
             f"Scoring site {site['name']!r} ({type(fn).__name__}; {shapes}): {error}"
         ) from error
@@ -179,10 +184,10 @@ def _term(site: Any, raw: Tensor, nesting: float) -> Term:
 
 
 def _analytic_kls(model_trace: Trace, guide: dict[str, Any]) -> dict[str, Term]:
-    """Minus the KL divergence of each site where it is known in closed form and stands for the sampled terms.
+    """Minus the KL divergence of each site that has one and may use it for its sampled terms.
 
-    It does where no parent of the site in the model can depend on the site's value in the guide: every latent site before it
-    in the model comes before it in the guide too.
+    It does where no parent of the site in the model can depend on the site's value in the guide:
+    every latent site before it in the model comes before it in the guide too.
     """
     order = {name: position for position, name in enumerate(guide)}
     kls: dict[str, Term] = {}
