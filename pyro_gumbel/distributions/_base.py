@@ -11,6 +11,13 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 
+def plain_eager() -> bool:
+    """Whether plain PyTorch runs, not a compiler or a ``torch.func`` transform."""
+    return (
+        not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def checkable(*tensors: Tensor) -> bool:
     """Whether a Python ``if`` may look at these values.
 
@@ -18,7 +25,7 @@ def checkable(*tensors: Tensor) -> bool:
     CUDA graph, and for tensors without data. Checks of values are skipped there, checks of shapes
     are not.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if not plain_eager():
         return False
     for tensor in tensors:
         if tensor.is_meta or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -32,11 +39,7 @@ def may_cache() -> bool:
     Not if it belongs to a ``torch.func`` transform, a compiled program or inference mode, which
     later calls may be outside of.
     """
-    return not (
-        torch.compiler.is_compiling()
-        or torch.is_inference_mode_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return plain_eager() and not torch.is_inference_mode_enabled()
 
 
 def as_floating(value: Any) -> Tensor:
@@ -102,6 +105,20 @@ class BaseDistribution(TorchDistribution):
                 f"The value scored by {self!r} must lie within {self._accepted!r}, but it does "
                 f"not; the value, of shape {tuple(value.shape)}, is\n{value}"
             )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of parameters and samples."""
+        raise NotImplementedError
+
+    def _score(self, result: Tensor, value: Tensor) -> Tensor:
+        """Cast and broadcast what ``log_prob`` (or ``cdf``) of ``value`` returns."""
+        shape = torch.broadcast_shapes(result.shape, self.batch_shape)
+        return result.to(torch.promote_types(self.dtype, value.dtype)).expand(shape)
+
+    def _statistic(self, result: Tensor) -> Tensor:
+        """Cast and broadcast a number for each element of the batch."""
+        return result.to(self.dtype).expand(self.batch_shape)
 
     def _not_closed_form(self, name: str) -> NotImplementedError:
         return NotImplementedError(

@@ -48,9 +48,6 @@ class CategoricalDistribution(BaseDistribution):
     def _broadcast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype).expand(self.batch_shape + self.event_shape)
 
-    def _narrow(self, result: Tensor, value: Tensor) -> Tensor:
-        return result.to(torch.promote_types(self.dtype, value.dtype))
-
     def _perturbed_scores(self, sample_shape: Any) -> Tensor:
         """Logits plus Gumbel noise, float32 or better; their argmax is an exact draw."""
         scores = self._parameters.scores

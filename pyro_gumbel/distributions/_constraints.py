@@ -19,14 +19,14 @@ def _rounding(value: Tensor) -> float:
     return 2 * info.eps + 16 * accumulate * math.sqrt(num_categories) + subnormal * num_categories
 
 
-class RelaxedSimplex(type(constraints.simplex)):  # type: ignore[misc]
+class _RelaxedSimplex(type(constraints.simplex)):  # type: ignore[misc]
     """The unit simplex, with a tolerance that fits the dtype and the number of categories."""
 
     def check(self, value: Tensor) -> Tensor:
         """Check non-negative entries and a sum of one up to rounding."""
         dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
         excess = (value.sum(-1, dtype=dtype) - 1).abs()
-        return (value >= 0).all(-1) & (excess <= max(1e-6, _rounding(value)))
+        return (value.amin(-1) >= 0) & (excess <= max(1e-6, _rounding(value)))
 
     def __eq__(self, other: object) -> bool:
         """Equal to torch's simplex: it is the same set."""
@@ -36,7 +36,7 @@ class RelaxedSimplex(type(constraints.simplex)):  # type: ignore[misc]
         return hash(type(constraints.simplex))
 
 
-class LogSimplex(constraints.Constraint):
+class _LogSimplex(constraints.Constraint):
     """Vectors of log-probabilities: their exponentials sum to one."""
 
     event_dim = 1
@@ -49,7 +49,7 @@ class LogSimplex(constraints.Constraint):
         return wide.logsumexp(-1).abs() <= tolerance
 
 
-class LessThanEq(constraints.less_than):
+class _LessThanEq(constraints.less_than):
     """Numbers up to and including an upper bound."""
 
     def check(self, value: Tensor) -> Tensor:
@@ -57,8 +57,9 @@ class LessThanEq(constraints.less_than):
         return value <= self.upper_bound
 
 
-relaxed_simplex = RelaxedSimplex()
-log_simplex = LogSimplex()
+less_than_eq = _LessThanEq
+relaxed_simplex = _RelaxedSimplex()
+log_simplex = _LogSimplex()
 
 
 class LogSoftmaxTransform(Transform):
@@ -98,9 +99,9 @@ class LogSoftmaxTransform(Transform):
 
 
 # The registries look up the exact type of a constraint.
-biject_to.register(RelaxedSimplex, lambda constraint: transforms.StickBreakingTransform())
-transform_to.register(RelaxedSimplex, lambda constraint: transforms.SoftmaxTransform())
-biject_to.register(LogSimplex, lambda constraint: LogSoftmaxTransform())
-transform_to.register(LogSimplex, lambda constraint: LogSoftmaxTransform())
-biject_to.register(LessThanEq, lambda c: biject_to(constraints.less_than(c.upper_bound)))
-transform_to.register(LessThanEq, lambda c: transform_to(constraints.less_than(c.upper_bound)))
+biject_to.register(_RelaxedSimplex, lambda constraint: transforms.StickBreakingTransform())
+transform_to.register(_RelaxedSimplex, lambda constraint: transforms.SoftmaxTransform())
+biject_to.register(_LogSimplex, lambda constraint: LogSoftmaxTransform())
+transform_to.register(_LogSimplex, lambda constraint: LogSoftmaxTransform())
+biject_to.register(_LessThanEq, lambda c: biject_to(constraints.less_than(c.upper_bound)))
+transform_to.register(_LessThanEq, lambda c: transform_to(constraints.less_than(c.upper_bound)))

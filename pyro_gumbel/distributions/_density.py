@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_gumbel.distributions._base import plain_eager
 from pyro_gumbel.distributions._noise import noise_dtype
+from pyro_gumbel.distributions._softmax import log_softmax
 from pyro_gumbel.distributions._widen import FiniteGradient
 
 
@@ -18,9 +20,10 @@ def log_coordinate(value: Tensor) -> Tensor:
     near it, whose gradient would overflow, the largest number of their dtype.
     """
     tiny = torch.finfo(value.dtype).tiny
-    if not torch.compiler.is_compiling():
+    if plain_eager():
         return FiniteGradient.apply(value).clamp(min=tiny).log()
-    # Compiled code keeps to plain operations: it drops the gradient where it might overflow.
+    # Compiled and transformed code keeps to plain operations, and drops the gradient where it
+    # might overflow.
     wide = value.to(noise_dtype(value.dtype))
     exact = wide.clamp(min=tiny).log()
     smooth = wide.clamp(min=tiny if value.dtype == torch.float16 else tiny * 2.0**24).log()
@@ -57,7 +60,7 @@ def concrete_log_density(
     if isinstance(temperature, Tensor):
         temperature = temperature.unsqueeze(-1)
     scaled = log_value * temperature
-    log_shares = (scores - scaled).log_softmax(-1).masked_fill(impossible, 0.0)
+    log_shares = log_softmax(scores - scaled).masked_fill(impossible, 0.0)
     constant = num_possible.lgamma() + (num_possible - 1) * log_temperature
     return constant + log_shares.sum(-1), log_value
 
@@ -69,7 +72,7 @@ def log_coordinate_pair(value: Tensor) -> tuple[Tensor, Tensor]:
     """
     info = torch.finfo(value.dtype)
     wide = value.to(noise_dtype(value.dtype))
-    if not torch.compiler.is_compiling():
+    if plain_eager():
         wide = FiniteGradient.apply(value)
         bounded = wide.clamp(info.tiny, 1 - info.eps / 2)
         return bounded.log(), (-bounded).log1p()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_gumbel.distributions._base import as_floating, checkable, may_cache
 from pyro_gumbel.distributions._noise import noise_dtype
+from pyro_gumbel.distributions._softmax import log_softmax
 from pyro_gumbel.distributions._widen import widen
 
 
@@ -60,7 +61,7 @@ class CategoricalParameters:
         if self._log_probs is not None:
             return self._log_probs
         with torch.enable_grad():
-            log_probs = self.scores.log_softmax(-1)
+            log_probs = log_softmax(self.scores)
         if may_cache():
             self._log_probs = log_probs
         return log_probs
@@ -138,27 +139,24 @@ def align_temperature(
         ValueError: If the shape fits neither way, or both ways with different meanings.
     """
     shape, batch_shape = torch.Size(shape), torch.Size(batch_shape)
-    plain = _broadcast(shape, batch_shape)
     trailing = event_dim > 0 and len(shape) > 0 and shape[-1] == 1
     stripped = _broadcast(shape[:-1], batch_shape) if trailing else None
-    if stripped is None and plain is not None:
-        return shape
-    if plain is None and stripped is not None:
-        return shape[:-1]
-    if plain is None or stripped is None:
+    for_categories = trailing and len(shape) > len(batch_shape)  # there is no other use for it
+    plain = None if for_categories else _broadcast(shape, batch_shape)
+    if plain is None and stripped is None:
         raise ValueError(
             f"temperature of shape {tuple(shape)} does not broadcast against batch_shape "
             f"{tuple(batch_shape)}; give one temperature, or one a row: shape "
             f"{tuple(batch_shape)}, with or without a trailing 1."
         )
-    if plain == stripped == batch_shape and shape.numel() > 1:
+    if plain is not None and stripped is not None and shape.numel() > 1:
         raise ValueError(
             f"temperature of shape {tuple(shape)} is ambiguous with batch_shape "
             f"{tuple(batch_shape)}: its last 1 may stand for a batch dimension or for the "
             f"categories; write temperature.unsqueeze(-1) for the first, temperature.squeeze(-1) "
             "for the second."
         )
-    return shape if plain == batch_shape != stripped else shape[:-1]
+    return shape if plain is not None else shape[:-1]
 
 
 def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size | None:

@@ -22,6 +22,10 @@ class _StraightThrough(torch.autograd.Function):
         pass
 
     @staticmethod
+    def jvp(ctx: Any, hard: Tensor | None, soft: Tensor) -> Tensor:
+        return soft.view_as(soft)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         return None, grad
 

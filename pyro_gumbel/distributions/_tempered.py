@@ -45,11 +45,6 @@ class TemperedDistribution(BaseDistribution):
             return self._temperature
         return torch.tensor(self._temperature, dtype=self.dtype, device=self._device)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of parameters and samples."""
-        raise NotImplementedError
-
     def __getstate__(self) -> dict[str, Any]:
         """Leave the derived tensor out of pickles and deep copies."""
         return {**self.__dict__, "_wide_temperature": None}
@@ -86,7 +81,7 @@ class TemperedDistribution(BaseDistribution):
         return f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"{given:g}"
 
 
-class TemperedCategorical(TemperedDistribution, CategoricalDistribution):
+class TemperedCategorical(CategoricalDistribution, TemperedDistribution):
     """A categorical with a temperature: the perturbed scores of Gumbel-softmax and its shapes."""
 
     arg_constraints = {
@@ -100,11 +95,6 @@ class TemperedCategorical(TemperedDistribution, CategoricalDistribution):
     ) -> None:
         self._init_categorical(probs, logits, validate_args)
         self._init_temperature(temperature, self._parameters.given.device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of parameters and samples."""
-        return self._parameters.dtype
 
     def __repr__(self) -> str:
         temperature, name = self._brief_temperature(), self._parameters.name

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_gumbel.distributions._base import plain_eager
 from pyro_gumbel.distributions._noise import noise_dtype
 
 
 class FiniteGradient(torch.autograd.Function):
     """Widen to float32 or better; bound the gradient to what the input's dtype can hold."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(value: Tensor) -> Tensor:
@@ -35,6 +34,6 @@ def widen(parameter: Tensor) -> Tensor:
     wide = noise_dtype(parameter.dtype)
     if parameter.dtype == wide:
         return parameter
-    if torch.compiler.is_compiling() or not parameter.requires_grad:
+    if not (plain_eager() and parameter.requires_grad):
         return parameter.to(wide)
     return FiniteGradient.apply(parameter)

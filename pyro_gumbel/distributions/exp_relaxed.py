@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_gumbel.distributions._constraints import log_simplex
 from pyro_gumbel.distributions._density import concrete_log_density
+from pyro_gumbel.distributions._softmax import log_softmax
 from pyro_gumbel.distributions._tempered import TemperedCategorical
 
 __all__ = ["ExpRelaxedOneHot"]
@@ -57,7 +58,7 @@ class ExpRelaxedOneHot(TemperedCategorical):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw ``sample_shape + batch_shape + (C,)``, differentiable in the parameters."""
-        log_value = self._temper(self._perturbed_scores(sample_shape)).log_softmax(-1)
+        log_value = log_softmax(self._temper(self._perturbed_scores(sample_shape)))
         if self.dtype == torch.float16:
             bounded = log_value.clamp(min=torch.finfo(self.dtype).min)
             log_value = torch.where(log_value == -math.inf, log_value, bounded)
@@ -76,7 +77,7 @@ class ExpRelaxedOneHot(TemperedCategorical):
             self._log_temperature(scores.dtype),
         )
         off_support = ((value > -math.inf) & (scores == -math.inf)).any(-1)
-        return self._narrow(score.masked_fill(off_support, -math.inf), value)
+        return self._score(score.masked_fill(off_support, -math.inf), value)
 
     @property
     def mean(self) -> Tensor:

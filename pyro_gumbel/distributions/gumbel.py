@@ -105,17 +105,11 @@ class Gumbel(BaseDistribution):
         dtype = noise_dtype(self.dtype)
         return self._loc.to(dtype), self._scale.to(dtype)
 
-    def _narrow(self, result: Tensor, value: Tensor | None = None) -> Tensor:
-        dtype = self.dtype
-        if value is not None:
-            dtype = torch.promote_types(dtype, value.dtype)
-        return result.to(dtype)
-
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw ``sample_shape + batch_shape``, differentiable in the parameters."""
         loc, scale = self._wide()
         noise = gumbel_noise(self._extended_shape(sample_shape), loc.dtype, loc.device)
-        return self._narrow(loc + scale * noise)
+        return (loc + scale * noise).to(self.dtype)
 
     def _standardise(self, value: Tensor) -> tuple[Tensor, Tensor]:
         if self._validate_args:
@@ -127,25 +121,25 @@ class Gumbel(BaseDistribution):
         """Log-density."""
         z, scale = self._standardise(value)
         minus_z = (-z).clamp(max=torch.finfo(z.dtype).max)  # no inf - inf at -inf
-        return self._narrow(minus_z - minus_z.exp() - scale.log(), value)
+        return self._score(minus_z - minus_z.exp() - scale.log(), value)
 
     def cdf(self, value: Tensor) -> Tensor:
         """Probability of at most ``value``."""
         z, _ = self._standardise(value)
         # Below -80 the result is zero in every dtype; the bound keeps its gradient a number.
-        return self._narrow((-(-z.clamp(min=-80.0)).exp()).exp(), value)
+        return self._score((-(-z.clamp(min=-80.0)).exp()).exp(), value)
 
     def icdf(self, value: Tensor) -> Tensor:
         """Quantile of a probability in [0, 1]; infinite at the ends."""
         loc, scale = self._wide()
         wide = _check_probability(self, value).to(torch.promote_types(loc.dtype, value.dtype))
-        return self._narrow(loc - scale * (-wide.log()).log(), value)
+        return self._score(loc - scale * (-wide.log()).log(), value)
 
     @property
     def mean(self) -> Tensor:
         """``loc + gamma scale``."""
         loc, scale = self._wide()
-        return self._narrow(loc + EULER_GAMMA * scale).expand(self.batch_shape)
+        return self._statistic(loc + EULER_GAMMA * scale)
 
     @property
     def mode(self) -> Tensor:
@@ -161,12 +155,12 @@ class Gumbel(BaseDistribution):
     def variance(self) -> Tensor:
         """``pi^2 scale^2 / 6``."""
         _, scale = self._wide()
-        return self._narrow(scale.square() * (math.pi**2 / 6)).expand(self.batch_shape)
+        return self._statistic(scale.square() * (math.pi**2 / 6))
 
     def entropy(self) -> Tensor:
         """``log scale + 1 + gamma``, in nats."""
         _, scale = self._wide()
-        return self._narrow(scale.log() + (1 + EULER_GAMMA)).expand(self.batch_shape)
+        return self._statistic(scale.log() + (1 + EULER_GAMMA))
 
 
 def _check_probability(distribution: BaseDistribution, value: Tensor) -> Tensor:

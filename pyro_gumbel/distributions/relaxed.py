@@ -11,6 +11,7 @@ from torch.distributions import constraints
 
 from pyro_gumbel.distributions._constraints import relaxed_simplex
 from pyro_gumbel.distributions._density import concrete_log_density, log_coordinate
+from pyro_gumbel.distributions._softmax import softmax
 from pyro_gumbel.distributions._straight_through import straight_through
 from pyro_gumbel.distributions._tempered import TemperedCategorical
 from pyro_gumbel.distributions.one_hot import OneHot, one_hot_argmax
@@ -117,7 +118,7 @@ class RelaxedOneHot(TemperedCategorical):
         return self._harden(scores), self._relax(scores)
 
     def _relax(self, scores: Tensor) -> Tensor:
-        return self._temper(scores).softmax(-1).to(self.dtype)
+        return softmax(self._temper(scores)).to(self.dtype)
 
     def _harden(self, scores: Tensor) -> Tensor:
         return one_hot_argmax(scores, self.dtype)
@@ -138,7 +139,7 @@ class RelaxedOneHot(TemperedCategorical):
         )
         score = density - log_value.sum(-1)
         off_support = ((value > 0) & (scores == -math.inf)).any(-1)
-        return self._narrow(score.masked_fill(off_support, -math.inf), value)
+        return self._score(score.masked_fill(off_support, -math.inf), value)
 
     @property
     def one_hot(self) -> OneHot:

@@ -149,20 +149,17 @@ class RelaxedBernoulli(TemperedDistribution):
         log_odds = self._log_odds()
         return torch.stack([logsigmoid(-log_odds), logsigmoid(log_odds)], -1)
 
-    def _broadcast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype).expand(self.batch_shape)
-
     @property
     def probs(self) -> Tensor:
         """Probability of a one."""
-        return self._broadcast(
+        return self._statistic(
             self._log_odds().sigmoid() if self._name == "logits" else self._given
         )
 
     @property
     def logits(self) -> Tensor:
         """Log-odds of a one."""
-        return self._broadcast(self._log_odds())
+        return self._statistic(self._log_odds())
 
     def _perturbed(self, sample_shape: Any) -> Tensor:
         log_odds = self._log_odds()
@@ -204,13 +201,12 @@ class RelaxedBernoulli(TemperedDistribution):
         if self._validate_args:
             self._validate_sample(value)
         score = self._log_mass(value) if self.straight_through else self._log_density(value)
-        score = score.to(torch.promote_types(self.dtype, value.dtype))
-        return score.expand(torch.broadcast_shapes(score.shape, self.batch_shape))
+        return self._score(score, value)
 
     def _log_mass(self, value: Tensor) -> Tensor:
         log_masses = self._log_masses()
-        wide = value.to(torch.promote_types(value.dtype, log_masses.dtype))
-        return multilinear_log_prob(torch.stack([1 - wide, wide], -1), log_masses)
+        value = value.to(torch.promote_types(value.dtype, log_masses.dtype))
+        return multilinear_log_prob(torch.stack([1 - value, value], -1), log_masses)
 
     def _log_density(self, value: Tensor) -> Tensor:
         log_y, log_not_y = log_coordinate_pair(value)
@@ -239,20 +235,20 @@ class RelaxedBernoulli(TemperedDistribution):
     def variance(self) -> Tensor:
         """``p (1 - p)`` if ``straight_through``; else no closed form."""
         self._require_bits("variance")
-        return self._broadcast(self._log_masses().sum(-1).exp())
+        return self._statistic(self._log_masses().sum(-1).exp())
 
     @property
     def mode(self) -> Tensor:
         """The more probable bit if ``straight_through``; else no closed form."""
         self._require_bits("mode")
-        return self._broadcast(self._log_odds() >= 0)
+        return self._statistic(self._log_odds() >= 0)
 
     def entropy(self) -> Tensor:
         """Entropy in nats if ``straight_through``; else no closed form."""
         self._require_bits("entropy")
         log_masses = self._log_masses()
         finite = log_masses.masked_fill(log_masses == -math.inf, 0.0)
-        return self._broadcast(-(log_masses.exp() * finite).sum(-1))
+        return self._statistic(-(log_masses.exp() * finite).sum(-1))
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """List 0 and 1 if ``straight_through``; else there is no such list."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_gumbel.distributions._base import checkable
-from pyro_gumbel.distributions._constraints import LessThanEq
+from pyro_gumbel.distributions._constraints import less_than_eq
 from pyro_gumbel.distributions._noise import log_exponential_noise, noise_dtype
 from pyro_gumbel.distributions.gumbel import (
     EULER_GAMMA,
@@ -88,7 +88,7 @@ class TruncatedGumbel(Gumbel):
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> constraints.Constraint:
         """Numbers up to and including ``upper``."""
-        return LessThanEq(self._upper)
+        return less_than_eq(self._upper)
 
     def _bound(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return ``-b`` (``-inf`` without a bound), a finite upper and where there is no bound."""
@@ -113,13 +113,13 @@ class TruncatedGumbel(Gumbel):
         """Draw ``sample_shape + batch_shape``, differentiable in the parameters."""
         shape = self._extended_shape(sample_shape)
         noise = log_exponential_noise(shape, noise_dtype(self.dtype), self._loc.device)
-        return self._narrow(self._from_log_exponential(noise))
+        return self._from_log_exponential(noise).to(self.dtype)
 
     def icdf(self, value: Tensor) -> Tensor:
         """Quantile of a probability in [0, 1]; ``upper`` at 1."""
         dtype = torch.promote_types(noise_dtype(self.dtype), value.dtype)
         wide = _check_probability(self, value).to(dtype)
-        return self._narrow(self._from_log_exponential((-wide.log()).log()), value)
+        return self._score(self._from_log_exponential((-wide.log()).log()), value)
 
     def _waited(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``z`` and ``exp(-z) - exp(-b)``, which is Exp(1) for a sample."""
@@ -141,14 +141,14 @@ class TruncatedGumbel(Gumbel):
         _, scale = self._wide()
         z, waited = self._waited(value)
         result = -z - waited - scale.log()
-        return self._narrow(result.masked_fill(value > self._upper, -torch.inf), value)
+        return self._score(result.masked_fill(value > self._upper, -torch.inf), value)
 
     def cdf(self, value: Tensor) -> Tensor:
         """Probability of at most ``value``; 1 from ``upper`` on."""
         beyond = value >= self._upper
         _, waited = self._waited(value)
         result = (-waited.masked_fill(beyond, 0.0).clamp(max=1e6)).exp()
-        return self._narrow(result, value)
+        return self._score(result, value)
 
     def _mean_log(self) -> Tensor:
         """Expectation of ``-z``: ``log a + exp(a) E1(a)`` at ``a = exp(-b)``, in float64."""
@@ -159,7 +159,7 @@ class TruncatedGumbel(Gumbel):
     def mean(self) -> Tensor:
         """``loc - scale (log a + exp(a) E1(a))`` with ``a = exp(-b)``."""
         loc, scale = self._wide()
-        return self._narrow(loc - scale * self._mean_log()).expand(self.batch_shape)
+        return self._statistic(loc - scale * self._mean_log())
 
     @property
     def mode(self) -> Tensor:
@@ -180,7 +180,7 @@ class TruncatedGumbel(Gumbel):
         """``log scale + 1 - log a - exp(a) E1(a)`` with ``a = exp(-b)``, in nats."""
         _, scale = self._wide()
         result = scale.log() + 1 - self._mean_log()
-        return self._narrow(result).expand(self.batch_shape)
+        return self._statistic(result)
 
 
 def _log_plus_scaled_exp1(log_a: Tensor) -> Tensor:

@@ -1,0 +1,47 @@
+"""Softmax over few categories, several times faster on a CPU than the general kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_gumbel.distributions._base import plain_eager
+
+# The CPU kernel treats each row by itself; up to this length whole-tensor passes are faster.
+_SHORT_ROW = 64
+
+
+class _ShortSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(scores: Tensor) -> Tensor:
+        shares = scores.sub(scores.amax(-1, keepdim=True)).exp_()
+        return shares.div_(shares.sum(-1, keepdim=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (shares,) = ctx.saved_tensors
+        weighted = grad * shares
+        return weighted - shares * weighted.sum(-1, keepdim=True)
+
+
+def _is_short(scores: Tensor) -> bool:
+    return scores.shape[-1] <= _SHORT_ROW and scores.is_cpu and plain_eager()
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension."""
+    return _ShortSoftmax.apply(scores) if _is_short(scores) else scores.softmax(-1)
+
+
+def log_softmax(scores: Tensor) -> Tensor:
+    """Log-softmax over the last dimension."""
+    if not _is_short(scores):
+        return scores.log_softmax(-1)
+    shifted = scores - scores.detach().amax(-1, keepdim=True)
+    return shifted - shifted.exp().sum(-1, keepdim=True).log()
