@@ -1,6 +1,6 @@
 """How a gradient passes through a sample site: one class a choice."""
 
-from pyro_gumbel.estimators.base import Call, Estimator, Site
+from pyro_gumbel.estimators.base import Call, Estimator, Site, SiteReader
 from pyro_gumbel.estimators.baselines import Baseline, LeaveOneOut, MovingAverage, NeuralBaseline
 from pyro_gumbel.estimators.pathwise import Pathwise
 from pyro_gumbel.estimators.rao import GumbelRao, ReinMaxRao
@@ -35,5 +35,6 @@ __all__ = [
     "Schedule",
     "Score",
     "Site",
+    "SiteReader",
     "StraightThrough",
 ]

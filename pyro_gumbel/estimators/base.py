@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any, ClassVar, Protocol
 
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from pyro_gumbel.estimators._repr import rebuilding_repr
 from pyro_gumbel.estimators.families import exact_draw, log_mass
 from pyro_gumbel.estimators.schedules import Schedule
 
-__all__ = ["Call", "Estimator", "Site"]
+__all__ = ["Call", "Estimator", "Site", "SiteReader"]
 
 
 @dataclass(frozen=True)
@@ -26,33 +27,90 @@ class Call:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+class SiteReader(Protocol):
+    """Where a :class:`Site` has its tensors from."""
+
+    def values(self) -> Tensor: ...
+    def cost(self, *, live: bool) -> Tensor: ...
+    def totals(self) -> Tensor: ...
+    def log_prob(self) -> Tensor: ...
+    def logits(self) -> Tensor: ...
+    def value_gradients(self) -> Tensor: ...
+    def logits_gradients(self, output: Tensor, *, create_graph: bool) -> Tensor: ...
+
+
 class Site:
     """What an estimator sees of its site after the programs have run.
 
-    ``K`` is the number of coupled values that the estimator draws (``num_values``), ``R`` the
-    number of particles. Both lead every tensor, whether particles are vectorised or looped; the
-    site's batch shape follows.
+    ``K`` is the number of coupled values that the estimator draws, ``R`` the number of particles.
+    Both lead every tensor, whether particles are vectorised or looped; the site's batch shape
+    follows. Tensors are put together when they are first asked for.
 
     Attributes:
         name: The site's name in the guide.
-        values: The coupled values, ``(K, R) + batch_shape + event_shape``.
-        cost: For each value the detached sum of the ``log p - log q`` terms that the site's plates
-            let it influence, scaled and masked as in the ELBO, ``(K, R) + batch_shape``.
-        log_prob: ``log q`` of the first value with its gradient, neither scaled nor masked, ``(R,)
-            + batch_shape``.
-        logits: For one-hot, categorical and Bernoulli sites the logits (of two categories for a
-            bit, the first being 1), with gradient, ``(R,) + batch_shape + event_batch + (C,)``;
-            ``None`` elsewhere.
+        fn: The main path's distribution without ``to_event`` and ``mask``.
+        event_dims: How many of its batch dimensions ``to_event`` joined.
         call: The programs and their arguments.
     """
 
-    name: str
-    values: Tensor
-    cost: Tensor
-    log_prob: Tensor
-    logits: Tensor | None
-    call: Call
+    def __init__(
+        self, name: str, fn: Distribution, event_dims: int, call: Call, reader: SiteReader
+    ) -> None:
+        self.name = name
+        self.fn = fn
+        self.event_dims = event_dims
+        self.call = call
+        self._reader = reader
+
+    @cached_property
+    def values(self) -> Tensor:
+        """The coupled values, ``(K, R) + batch_shape + event_shape``."""
+        return self._reader.values()
+
+    @cached_property
+    def cost(self) -> Tensor:
+        """For each value the detached cost that it met, ``(K, R) + batch_shape``.
+
+        The cost is the sum of the ``log p - log q`` terms that the site's plates let it influence,
+        scaled and masked as in the ELBO.
+        """
+        return self._reader.cost(live=False)
+
+    @cached_property
+    def live_cost(self) -> Tensor:
+        """The same with its gradient."""
+        return self._reader.cost(live=True)
+
+    @cached_property
+    def totals(self) -> Tensor:
+        """For each value the whole ELBO of its path, with gradient, ``(K, R)``."""
+        return self._reader.totals()
+
+    @cached_property
+    def log_prob(self) -> Tensor:
+        """``log q`` of the first value, unscaled and unmasked, ``(R,) + batch_shape``."""
+        return self._reader.log_prob()
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Logits of a one-hot, categorical or Bernoulli site, with gradient.
+
+        The shape is ``(R,) + batch_shape + joined + (C,)``, where ``joined`` are the dimensions
+        that ``to_event`` joined; a bit has two categories, the first standing for 1.
+        """
+        return self._reader.logits()
+
+    def per_variable(self, cost: Tensor) -> Tensor:
+        """Align a cost with the variables of an event: append a one for each joined dimension."""
+        return cost.reshape(cost.shape + (1,) * self.event_dims)
+
+    def value_gradients(self) -> Tensor:
+        """Differentiate each path's ELBO with respect to its value, shaped like ``values``."""
+        return self._reader.value_gradients()
+
+    def logits_gradients(self, output: Tensor, *, create_graph: bool = False) -> Tensor:
+        """Differentiate a scalar in the main path's logits, in the shape ``fn`` has them."""
+        return self._reader.logits_gradients(output, create_graph=create_graph)
 
 
 class Estimator(nn.Module):
@@ -68,7 +126,7 @@ class Estimator(nn.Module):
     * ``unbiased``: whether the gradient's expectation is that of the exact gradient;
     * ``sites``: in words, what the estimator needs of a distribution;
     * ``num_values``: how many coupled values it draws, one program evaluation each; if more than
-      one, :meth:`draw` stacks them along a new first dimension;
+      one, :meth:`draw` stacks them along a new first dimension, a draw of the guide first;
     * ``pathwise``: whether values carry the gradient.
 
     Hyper-parameters are kept as attributes under the constructor's names, so that ``repr``
@@ -97,8 +155,11 @@ class Estimator(nn.Module):
     pathwise: ClassVar[bool] = False
     relaxed: ClassVar[bool] = False  # the program runs on values outside the support
     enumerates: ClassVar[bool] = False  # a value is the whole support
+    differentiates: ClassVar[bool] = False  # the surrogate uses the cost's gradient in the value
     branches_are_draws: ClassVar[bool] = True  # every coupled value has the guide's law
+    branches_have_graph: ClassVar[bool] = True  # more than the cost's number is wanted of them
     num_values: int = 1
+    chunk_size: int | None = None  # branches without graph that are evaluated at once
     min_particles: int = 1
 
     def supports(self, fn: Distribution) -> bool:
@@ -109,6 +170,14 @@ class Estimator(nn.Module):
         """Draw a value of shape ``fn.batch_shape + fn.event_shape``, without gradient."""
         return exact_draw(fn)
 
+    def block_size(self, fn: Distribution, event_dims: int) -> int:
+        """Count the coupled values of a site whose last ``event_dims`` dimensions are joined."""
+        return self.num_values
+
+    def draw_block(self, fn: Distribution, event_dims: int) -> Tensor:
+        """Draw the coupled values: ``(K,)`` before the shape of one, if ``K`` is more than one."""
+        return self.draw(fn)
+
     def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
         """Score ``value`` with the gradient that the estimator wants, ``fn.batch_shape``."""
         return log_mass(fn, value)
@@ -116,6 +185,11 @@ class Estimator(nn.Module):
     def surrogate(self, site: Site) -> Tensor | None:
         """Build a tensor whose sum, divided by ``R``, has the estimate as its gradient."""
         return None
+
+    @property
+    def keeps_score_gradient(self) -> bool:
+        """Whether :meth:`log_prob` enters the ELBO's terms with its gradient."""
+        return self.pathwise or self.enumerates or self.differentiates
 
     def schedules(self) -> list[Schedule]:
         """Return the schedules to advance after a step."""

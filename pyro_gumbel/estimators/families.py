@@ -13,11 +13,14 @@ from pyro_gumbel.distributions import OneHot, RelaxedBernoulli, RelaxedOneHot
 from pyro_gumbel.distributions.one_hot import draw_one_hot, multilinear_log_prob
 
 __all__ = [
+    "event_dims",
     "exact_draw",
+    "has_logits",
     "is_bit",
     "is_categorical",
     "is_one_hot",
     "log_mass",
+    "log_mass_of_value",
     "one_hot_logits",
     "unwrap",
 ]
@@ -28,6 +31,11 @@ def unwrap(fn: Distribution) -> Distribution:
     while isinstance(fn, (Independent, MaskedDistribution)):
         fn = fn.base_dist
     return fn
+
+
+def event_dims(fn: Distribution) -> int:
+    """Count the batch dimensions of the unwrapped distribution that ``to_event`` joined."""
+    return fn.event_dim - unwrap(fn).event_dim
 
 
 def is_one_hot(fn: Distribution) -> bool:
@@ -45,6 +53,11 @@ def is_bit(fn: Distribution) -> bool:
 def is_categorical(fn: Distribution) -> bool:
     """Tell whether the values of ``fn`` are category indices."""
     return isinstance(fn, Categorical)
+
+
+def has_logits(fn: Distribution) -> bool:
+    """Tell whether :func:`one_hot_logits` knows the distribution."""
+    return is_one_hot(fn) or is_bit(fn) or is_categorical(fn)
 
 
 def one_hot_logits(fn: Distribution) -> Tensor:
@@ -69,6 +82,14 @@ def log_mass(fn: Distribution, value: Tensor) -> Tensor:
         logits = logits.clamp(finite.min, finite.max)
         return value * logits - softplus(logits)
     return fn.log_prob(value)
+
+
+def log_mass_of_value(fn: Distribution, value: Tensor) -> Tensor:
+    """Score one-hot values or bits with a gradient in the value and none in the parameters."""
+    logits = fn.logits.detach()
+    if is_one_hot(fn):
+        return multilinear_log_prob(value, logits)
+    return log_mass(Bernoulli(logits=logits, validate_args=False), value)
 
 
 @torch.no_grad()

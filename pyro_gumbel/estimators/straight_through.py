@@ -7,10 +7,16 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor
 
 from pyro_gumbel.distributions.gumbel import gumbel_noise
-from pyro_gumbel.distributions.one_hot import draw_one_hot, multilinear_log_prob
+from pyro_gumbel.distributions.one_hot import draw_one_hot
 from pyro_gumbel.distributions.relaxed import straight_through
 from pyro_gumbel.estimators.base import Estimator
-from pyro_gumbel.estimators.families import is_bit, is_one_hot, log_mass, one_hot_logits
+from pyro_gumbel.estimators.families import (
+    is_bit,
+    is_one_hot,
+    log_mass,
+    log_mass_of_value,
+    one_hot_logits,
+)
 from pyro_gumbel.estimators.schedules import Schedule, check_temperature
 
 __all__ = [
@@ -52,10 +58,7 @@ class OneHotEstimator(Estimator):
         raise NotImplementedError
 
     def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
-        if is_one_hot(fn):
-            return multilinear_log_prob(value, fn.logits.detach())
-        logits = fn.logits.detach()
-        return log_mass(torch.distributions.Bernoulli(logits=logits, validate_args=False), value)
+        return log_mass_of_value(fn, value)
 
     def _tempered(self, logits: Tensor, temperature: float | Tensor | Schedule) -> Tensor:
         return logits / current_temperature(temperature, logits, type(self).__name__)

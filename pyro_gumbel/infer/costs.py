@@ -63,7 +63,7 @@ class Costs:
         self.terms = terms
         self.enumerated = enumerated
         self.layout = layout
-        self._grouped: dict[tuple[Frames, tuple[int, ...]], Tensor] | None = None
+        self._grouped: dict[bool, dict[tuple[Frames, tuple[int, ...]], Tensor]] = {}
 
     def totals(self) -> Tensor:
         """The ELBO of each row, ``(rows,)``, with the gradient that passes through its terms."""
@@ -73,37 +73,36 @@ class Costs:
             sites = self._closure(site for site in self.enumerated if site.indexes(value))
             if sites:
                 _check_plates(term, sites)
-                value = _expect(value, sites, sum_over=sites)
+                value = _expect(value, sites, sites)
             rows.append(self._sum_rows(value))
         return torch.stack(rows).sum(0)
 
-    def downstream(self, frames: Frames, like: Tensor) -> Tensor:
-        """The detached cost of a site in plates ``frames``, of the shape of its score ``like``."""
+    def downstream(self, frames: Frames, like: Tensor, *, live: bool = False) -> Tensor:
+        """The cost of a site in plates ``frames``, of the shape of its score ``like``."""
         own = [site for site in self.enumerated if site.indexes(like)]
         total = like.new_zeros(())
-        for (term_frames, _), value in self._group().items():
+        for (term_frames, _), value in self._group(live).items():
             sites = self._closure(
                 site for site in self.enumerated if site in own or site.indexes(value)
             )
             if sites:
-                value = _expect(value, sites, sum_over=[site for site in sites if site not in own])
+                value = _expect(value, sites, [site for site in sites if site not in own])
             total = total + _sum_plates(value, term_frames - frames)
         while total.dim() > like.dim():  # what was summed out left of the site's own dimensions
             total = total.squeeze(0)
-        return total.detach().expand(like.shape)
+        return (total if live else total.detach()).expand(like.shape)
 
-    def _group(self) -> dict[tuple[Frames, tuple[int, ...]], Tensor]:
+    def _group(self, live: bool) -> dict[tuple[Frames, tuple[int, ...]], Tensor]:
         """Add up terms of the same plates and enumerated sites, once for all."""
-        if self._grouped is None:
-            self._grouped = {}
+        if live not in self._grouped:
+            groups: dict[tuple[Frames, tuple[int, ...]], Tensor] = {}
             for term in self.terms:
-                value = term.value.detach()
-                key = (
-                    term.frames,
-                    tuple(site.dim for site in self.enumerated if site.indexes(value)),
-                )
-                self._grouped[key] = self._grouped[key] + value if key in self._grouped else value
-        return self._grouped
+                value = term.value if live else term.value.detach()
+                dims = tuple(site.dim for site in self.enumerated if site.indexes(value))
+                key = (term.frames, dims)
+                groups[key] = groups[key] + value if key in groups else value
+            self._grouped[live] = groups
+        return self._grouped[live]
 
     def _closure(self, sites: Iterable[EnumeratedSite]) -> list[EnumeratedSite]:
         """Add the enumerated sites that the probabilities of ``sites`` depend on."""

@@ -18,12 +18,14 @@ from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.infer._rng import preserved_rng
 from pyro_gumbel.infer.config import Auto, Choice, check_choice
 from pyro_gumbel.infer.particles import (
+    MAIN,
     DrawMessenger,
     Layout,
+    Path,
     PlateNestingNeeded,
     SharedSubsample,
 )
-from pyro_gumbel.infer.paths import LoopPaths, Paths, RowPaths, coupled_sites
+from pyro_gumbel.infer.paths import Paths
 from pyro_gumbel.infer.run import Run, run_programs
 
 __all__ = ["Estimator_ELBO"]
@@ -171,46 +173,58 @@ class Estimator_ELBO(ELBO):  # noqa: N801
     def _run(self, call: Call, subsample: SharedSubsample, *, evaluate: bool) -> Paths:
         """Run the programs on every path of every particle."""
         if self.vectorize_particles:
-            return self._run_rows(call, subsample, evaluate=evaluate)
-        nesting = self._known_nesting(call)
-        if nesting is not None:
-            return self._run_loop(call, subsample, nesting, evaluate=evaluate)
+            layout = self._trial(call)
+            if evaluate:
+                layout = dataclasses.replace(layout, paths=(MAIN,))
+            return Paths([self._run_group(call, layout, subsample, evaluate=evaluate)])
+        layout = Layout(plate_nesting=self._known_nesting(call))
+        if layout.plate_nesting is not None:
+            return self._run_loop(call, layout, subsample, evaluate=evaluate)
         state = pyro.util.get_rng_state()
         try:
-            return self._run_loop(call, subsample, None, evaluate=evaluate)
+            return self._run_loop(call, layout, subsample, evaluate=evaluate)
         except PlateNestingNeeded:
             pyro.util.set_rng_state(state)
-            nesting = self._trial(call).plate_nesting
-            return self._run_loop(call, subsample, nesting, evaluate=evaluate)
-
-    def _run_rows(self, call: Call, subsample: SharedSubsample, *, evaluate: bool) -> Paths:
-        layout = self._trial(call)
-        if evaluate:
-            layout = dataclasses.replace(layout, branches=())
-        draw = DrawMessenger(layout, self._auto, self.default, evaluate=evaluate)
-        return RowPaths(run_programs(call, draw, subsample, analytic_kl=self.analytic_kl), layout)
+            layout = Layout(plate_nesting=self._trial(call).plate_nesting)
+            return self._run_loop(call, layout, subsample, evaluate=evaluate)
 
     def _run_loop(
-        self, call: Call, subsample: SharedSubsample, nesting: int | None, *, evaluate: bool
+        self, call: Call, layout: Layout, subsample: SharedSubsample, *, evaluate: bool
     ) -> Paths:
-        layout = Layout(self.num_particles, (), nesting)
+        return Paths(
+            [
+                self._run_group(call, layout, subsample, evaluate=evaluate)
+                for _ in range(self.num_particles)
+            ]
+        )
 
-        def run(owner: str | None, branch: int, memory: dict[str, Tensor]) -> Run:
-            draw = DrawMessenger(layout, self._auto, self.default, evaluate, owner, branch, memory)
+    def _run_group(
+        self, call: Call, layout: Layout, subsample: SharedSubsample, *, evaluate: bool
+    ) -> list[Run]:
+        """Run the pass with the main path, then the branches that did not fit into it."""
+        memory: dict[str, list[Tensor]] = {}
+
+        def run(paths: tuple[Path, ...]) -> Run:
+            here = dataclasses.replace(layout, paths=paths)
+            draw = DrawMessenger(
+                here, self.num_particles, self._auto, self.default, evaluate, memory
+            )
             return run_programs(call, draw, subsample, analytic_kl=self.analytic_kl)
 
-        repetitions = []
-        for _ in range(self.num_particles):
-            memory: dict[str, Tensor] = {}
-            main = run(None, 0, memory)
-            coupled = [] if evaluate else coupled_sites(main.estimators)
-            branches = [
-                run(name, branch, memory)
-                for name, count in coupled
-                for branch in range(1, count + 1)
-            ]
-            repetitions.append([main, *branches])
-        return LoopPaths(repetitions)
+        runs = [run(layout.paths)]
+        if evaluate:
+            return runs
+        _check_paths(runs[0])
+        for name, size in coupled_sites(runs[0]):
+            estimator = runs[0].estimators[name]
+            paths = [Path(name, value) for value in range(1, size)]
+            paths = [path for path in paths if path not in layout.paths]
+            chunk = estimator.chunk_size or len(paths) or 1
+            chunk = chunk if layout.vectorized else 1
+            with torch.set_grad_enabled(torch.is_grad_enabled() and estimator.branches_have_graph):
+                for start in range(0, len(paths), chunk):
+                    runs.append(run(tuple(paths[start : start + chunk])))
+        return runs
 
     def _known_nesting(self, call: Call) -> int | None:
         if self.max_plate_nesting != float("inf"):
@@ -223,12 +237,8 @@ class Estimator_ELBO(ELBO):  # noqa: N801
         """Find the number of plates and the coupled sites by a run whose draws are taken back."""
         if self._structure is not None and _same_programs(self._structure[0], call):
             return self._structure[1]
-        draw = DrawMessenger(
-            Layout(self.num_particles, plate_nesting=_MANY_PLATES),
-            self._auto,
-            self.default,
-            evaluate=True,
-        )
+        many = Layout(plate_nesting=_MANY_PLATES)
+        draw = DrawMessenger(many, self.num_particles, self._auto, self.default, evaluate=True)
         with preserved_rng(), poutine.block():
             with draw:
                 guide_trace = poutine.trace(call.guide).get_trace(*call.args, **call.kwargs)
@@ -237,10 +247,35 @@ class Estimator_ELBO(ELBO):  # noqa: N801
         nesting = self.max_plate_nesting
         if nesting == float("inf"):
             nesting = max(_plate_nesting(guide_trace), _plate_nesting(model_trace))
-        branches = tuple(coupled_sites(draw.estimators))
-        layout = Layout(self.num_particles, branches, int(nesting), self.vectorize_particles)
+        branches = [
+            Path(name, value)
+            for name, size in coupled_sites(draw)
+            if draw.estimators[name].branches_have_graph
+            for value in range(1, size)
+        ]
+        repetitions = self.num_particles if self.vectorize_particles else 1
+        paths = (MAIN, *branches) if self.vectorize_particles else (MAIN,)
+        layout = Layout(paths, repetitions, int(nesting), self.vectorize_particles)
         self._structure = (call, layout)
         return layout
+
+
+def coupled_sites(run: Run | DrawMessenger) -> list[tuple[str, int]]:
+    """List the sites that own branches, each with its number of coupled values."""
+    return [(name, size) for name, size in run.sizes.items() if size > 1]
+
+
+def _check_paths(run: Run) -> None:
+    owners = {path.owner for path in run.layout.paths if path.owner is not None}
+    sizes = dict(coupled_sites(run))
+    laid = {owner: 1 + sum(path.owner == owner for path in run.layout.paths) for owner in owners}
+    for owner, size in laid.items():
+        if sizes.get(owner) != size:
+            raise ValueError(
+                f"Site {owner!r} draws {sizes.get(owner, 0)} coupled values in this run, and rows "
+                f"were laid out for {size}. Programs whose structure varies need "
+                "vectorize_particles=False."
+            )
 
 
 def _same_programs(one: Call, other: Call) -> bool:

@@ -13,14 +13,15 @@ A branch shares the main path's values upstream of its owner, takes the owner's 
 draws its own downstream. The program is so evaluated on ``1 + sum(K - 1)`` paths, however many
 sites are coupled, instead of on the product of their ``K``.
 
-Vectorised, the paths of all repetitions are rows of one plate, path by path: row ``p * R + r`` is
-path ``p`` of repetition ``r``. Looped, each is a run of its own, and the main path's values wait
-in a memory for the branches' turn.
+A *pass* evaluates the programs once. Vectorised, the first pass has all paths of all repetitions
+as rows of one plate, path by path: row ``p * R + r`` is path ``p`` of repetition ``r``. Looped,
+each path of each repetition is a pass of its own. Branches whose costs alone are wanted come in
+further passes, some at a time, without gradient. The main path's values wait in a memory for the
+branches' turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -32,10 +33,10 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_gumbel.estimators import Estimator
-from pyro_gumbel.estimators.families import exact_draw, unwrap
+from pyro_gumbel.estimators.families import event_dims, exact_draw, unwrap
 from pyro_gumbel.infer.config import Auto, Choice, resolve
 
-__all__ = ["DrawMessenger", "Layout", "PlateNestingNeeded", "SharedSubsample"]
+__all__ = ["MAIN", "DrawMessenger", "Layout", "Path", "PlateNestingNeeded", "SharedSubsample"]
 
 
 class PlateNestingNeeded(Exception):
@@ -43,36 +44,44 @@ class PlateNestingNeeded(Exception):
 
 
 @dataclass(frozen=True)
+class Path:
+    """One path: the site that owns it and which of its values it takes; the main path has none."""
+
+    owner: str | None = None
+    value: int = 0
+
+
+MAIN = Path()
+
+
+@dataclass(frozen=True)
 class Layout:
-    """Which path each row or run belongs to.
+    """The paths of one pass.
 
     Attributes:
-        repetitions: Number of particles ``R`` that the user asked for.
-        branches: Coupled sites in program order, each with its number of branches.
+        paths: The paths that the pass evaluates.
+        repetitions: How often it does, ``R``: all particles where they are rows, else one.
         plate_nesting: Number of dimensions that the programs' own plates take, or ``None`` where
             it is not known.
-        vectorized: Whether particles are rows of a plate.
+        vectorized: Whether paths are rows of a plate.
     """
 
-    repetitions: int
-    branches: tuple[tuple[str, int], ...] = ()
+    paths: tuple[Path, ...] = (MAIN,)
+    repetitions: int = 1
     plate_nesting: int | None = None
     vectorized: bool = False
 
     @property
-    def owners(self) -> list[str | None]:
-        """The owner of each path; the main path has none."""
-        return [None, *(name for name, count in self.branches for _ in range(count))]
-
-    @property
     def num_rows(self) -> int:
-        """Rows of the particle plate: one where particles are looped."""
-        return len(self.owners) * self.repetitions if self.vectorized else 1
+        """Rows of the particle plate."""
+        return len(self.paths) * self.repetitions
 
     @property
     def particle_dim(self) -> int | None:
         """The particle plate's dimension from the right of the batch shape, or ``None``."""
-        return -(cast(int, self.plate_nesting) + 1) if self.num_rows > 1 else None
+        if not self.vectorized or self.num_rows == 1:
+            return None
+        return -(cast(int, self.plate_nesting) + 1)
 
     @property
     def total_nesting(self) -> float:
@@ -80,10 +89,6 @@ class Layout:
         if self.plate_nesting is None:
             return float("inf")
         return self.plate_nesting + (self.particle_dim is not None)
-
-    def paths_of(self, name: str) -> list[int]:
-        """The paths on which ``name`` takes its coupled values, the main path first."""
-        return [0, *(path for path, owner in enumerate(self.owners) if owner == name)]
 
     def split(self, tensor: Tensor, event_dim: int = 0) -> Tensor:
         """Bring particles to the front: ``(paths, repetitions, ...)`` of ``(..., rows, ...)``."""
@@ -95,7 +100,7 @@ class Layout:
         rows = tensor.movedim(dim, 0)
         if rows.shape[0] == 1:
             rows = rows.expand(self.num_rows, *rows.shape[1:])
-        return rows.unflatten(0, (len(self.owners), self.repetitions))
+        return rows.unflatten(0, (len(self.paths), self.repetitions))
 
 
 @dataclass
@@ -103,44 +108,48 @@ class DrawMessenger(Messenger):
     """Draws the value of each latent site of the guide by its estimator.
 
     Attributes:
-        layout: The layout; looped runs need it for the enumeration dimension only.
+        layout: The paths of this pass.
+        num_particles: The number of particles in all.
         auto: Chooses estimators where ``"auto"`` stands.
         default: The choice at sites that have none.
         evaluate: Draw exactly, without coupling or relaxation: nothing will be differentiated.
-        owner: For a looped branch, the site that owns it, else ``None``.
-        branch: For a looped branch, which of its owner's values it takes (1, 2, ...).
-        memory: For looped runs, each site's values on the main path.
-        estimators: After a run, the estimator of each latent site.
-        enumerated: After a run, the dimension of each enumerated site.
+        memory: For each site its coupled values on the main path, filled by the pass that has it.
+        estimators: After a pass, the estimator of each latent site.
+        sizes: After a pass, the number of coupled values of each latent site.
+        enumerated: After a pass, the dimension of each enumerated site.
     """
 
     layout: Layout
+    num_particles: int
     auto: Auto
     default: Choice
     evaluate: bool = False
-    owner: str | None = None
-    branch: int = 0
-    memory: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, list[Tensor]] = field(default_factory=dict)
     estimators: dict[str, Estimator] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     enumerated: dict[str, int] = field(default_factory=dict)
 
     def _pyro_sample(self, msg: Message) -> None:
         if msg["is_observed"] or msg["value"] is not None or site_is_subsample(msg):
             return
         name = cast(str, msg["name"])
-        estimator = resolve(msg, self.auto, self.default, self.layout.repetitions)
+        estimator = resolve(msg, self.auto, self.default, self.num_particles)
+        self.sizes[name] = estimator.block_size(unwrap(msg["fn"]), event_dims(msg["fn"]))
         msg["value"] = self._value(name, estimator, msg)
         self.estimators[name] = estimator
 
     def _value(self, name: str, estimator: Estimator, msg: Message) -> Tensor:
-        fn = unwrap(msg["fn"])
         if estimator.enumerates:
             return self._enumerate(name, estimator, msg)
-        if self.evaluate and (estimator.relaxed or estimator.num_values > 1):
+        fn = unwrap(msg["fn"])
+        if self.evaluate and (estimator.relaxed or self.sizes[name] > 1):
             return exact_draw(fn)
-        if self.layout.vectorized:
-            return self._rows(name, estimator, fn, msg["fn"].event_dim)
-        return self._run(name, estimator, fn)
+        if all(self._shares_main(path, name) for path in self.layout.paths):
+            blocks = []  # nothing to draw: the main path has been there
+        else:
+            block = estimator.draw_block(fn, event_dims(msg["fn"]))
+            blocks = list(block.unbind(0)) if self.sizes[name] > 1 else [block]
+        return self._compose(name, blocks, msg["fn"].event_dim)
 
     def _enumerate(self, name: str, estimator: Estimator, msg: Message) -> Tensor:
         _check_enumerable(msg)
@@ -152,39 +161,29 @@ class DrawMessenger(Messenger):
         support = estimator.draw(fn)  # (K,) + ones + event
         return support.reshape(support.shape[:1] + (1,) * (-dim - 1) + fn.event_shape)
 
-    def _rows(self, name: str, estimator: Estimator, fn: Any, event_dim: int) -> Tensor:
-        values = estimator.draw(fn)
-        if len(self.layout.owners) == 1:
-            return values
-        blocks = values if estimator.num_values > 1 else values[None]
-        # (K, ..., rows, ...) -> K lists of one block of rows for each path
-        dim = cast(int, self.layout.particle_dim) - event_dim
-        split = [block.chunk(len(self.layout.owners), dim) for block in blocks.unbind(0)]
-        return torch.cat([split[k][path] for k, path in self._sources(name)], dim)
+    def _compose(self, name: str, blocks: list[Tensor], event_dim: int) -> Tensor:
+        """Put the paths' values together: drawn here, or remembered from the main path."""
+        particle_dim = self.layout.particle_dim
+        if particle_dim is None:
+            rows = [[block] for block in blocks]
+        else:
+            dim = particle_dim - event_dim
+            rows = [list(block.chunk(len(self.layout.paths), dim)) for block in blocks]
+        if MAIN in self.layout.paths:
+            main = self.layout.paths.index(MAIN)
+            self.memory[name] = [block[main] for block in rows]
+        values = [
+            self._remember(path, name) if self._shares_main(path, name) else rows[0][index]
+            for index, path in enumerate(self.layout.paths)
+        ]
+        return values[0] if particle_dim is None else torch.cat(values, particle_dim - event_dim)
 
-    def _sources(self, name: str) -> Iterable[tuple[int, int]]:
-        """For each path, which of the site's values it takes and from which path's draw."""
-        taken = 0
-        for path, owner in enumerate(self.layout.owners):
-            if owner == name:
-                taken += 1
-                yield taken, 0
-            elif (
-                owner is None or owner in self.estimators
-            ):  # the owner is upstream: a draw of its own
-                yield 0, path
-            else:
-                yield 0, 0
+    def _shares_main(self, path: Path, name: str) -> bool:
+        """Tell whether a branch's value at ``name`` is decided on the main path."""
+        return path.owner is not None and path.owner not in self.estimators
 
-    def _run(self, name: str, estimator: Estimator, fn: Any) -> Tensor:
-        upstream_of_owner = self.owner is not None and self.owner not in self.estimators
-        if upstream_of_owner:
-            return self.memory[name][self.branch if name == self.owner else 0]
-        values = estimator.draw(fn)
-        blocks = values if estimator.num_values > 1 else values[None]
-        if self.owner is None:
-            self.memory[name] = blocks
-        return blocks[0]
+    def _remember(self, path: Path, name: str) -> Tensor:
+        return self.memory[name][path.value if name == path.owner else 0]
 
 
 class SharedSubsample(Messenger):
@@ -211,15 +210,13 @@ def _plate_key(msg: Message) -> tuple[Any, ...]:
 def _check_enumerable(msg: Message) -> None:
     fn = msg["fn"]
     while fn is not unwrap(fn):
-        if (
-            isinstance(fn, Independent)
-            and fn.base_dist.batch_shape[-fn.reinterpreted_batch_ndims :].numel() > 1
-        ):
-            raise ValueError(
-                f"At site {msg['name']!r}, Enumerate() cannot serve a distribution under "
-                "to_event: the joint support of "
-                f"event shape {tuple(fn.event_shape)} is a product. Put the variables in a "
-                "pyro.plate, each in a site of "
-                "its own, or use Score() or, for one-hot and Bernoulli sites, ReinMax()."
-            )
+        if isinstance(fn, Independent):
+            joined = fn.base_dist.batch_shape[-fn.reinterpreted_batch_ndims :]
+            if joined.numel() > 1:
+                raise ValueError(
+                    f"At site {msg['name']!r}, Enumerate() cannot serve a distribution under "
+                    f"to_event: the joint support of event shape {tuple(fn.event_shape)} is a "
+                    "product. Put the variables in a pyro.plate, or in a site each, or use "
+                    "Score() or, for one-hot and Bernoulli sites, ReinMax()."
+                )
         fn = fn.base_dist

@@ -1,152 +1,159 @@
-"""All runs of one step, read site by site: particles first, whether they were rows or runs."""
+"""All passes of one step, read site by site: particles first, whether they were rows or runs."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_gumbel.estimators import Call, Estimator, Site
-from pyro_gumbel.estimators.families import (
-    is_bit,
-    is_categorical,
-    is_one_hot,
-    one_hot_logits,
-    unwrap,
-)
-from pyro_gumbel.infer.particles import Layout
+from pyro_gumbel.estimators.families import event_dims, one_hot_logits, unwrap
+from pyro_gumbel.infer.particles import MAIN
 from pyro_gumbel.infer.run import Run
 
-__all__ = ["LoopPaths", "Paths", "RowPaths", "coupled_sites"]
+__all__ = ["Paths"]
 
 
-def coupled_sites(estimators: dict[str, Estimator]) -> list[tuple[str, int]]:
-    """List the sites that own branches, each with its number of branches."""
-    return [
-        (name, chosen.num_values - 1)
-        for name, chosen in estimators.items()
-        if chosen.num_values > 1
-    ]
+class Paths:
+    """The passes of a step, in groups that each have one pass with the main path first.
 
-
-class Paths(ABC):
-    """The paths of all repetitions.
+    Vectorised particles are one group; looped ones a group each. Structure may differ between
+    groups: a site is gathered from those that have it.
 
     Attributes:
+        groups: The passes.
         estimators: The estimator of each latent site, in program order.
     """
 
-    estimators: dict[str, Estimator]
-
-    @abstractmethod
-    def elbo(self) -> Tensor:
-        """Average the ELBO over repetitions and over their paths that are draws of the guide."""
-
-    @abstractmethod
-    def gather(self, name: str, read: Callable[[Run], Tensor], event_dim: int = 0) -> Tensor:
-        """Read a tensor of a site off its main path and its own branches: ``(K, R, ...)``."""
-
-    def site(self, name: str, call: Call) -> Site:
-        """Put together what the estimator of ``name`` sees."""
-        run = self.any_run(name)
-        fn = run.guide[name]["fn"]
-        return Site(
-            name=name,
-            values=self.gather(name, lambda run: run.guide[name]["value"], fn.event_dim),
-            cost=self.gather(name, lambda run: run.cost(name)),
-            log_prob=self.gather(name, lambda run: run.log_prob[name])[0],
-            logits=self._logits(name, fn.event_dim - unwrap(fn).event_dim, unwrap(fn)),
-            call=call,
-        )
-
-    @abstractmethod
-    def any_run(self, name: str) -> Run:
-        """Return a run that has the site."""
-
-    def _logits(self, name: str, events: int, fn: object) -> Tensor | None:
-        if not (is_one_hot(fn) or is_bit(fn) or is_categorical(fn)):
-            return None
-        return self.gather(
-            name, lambda run: one_hot_logits(unwrap(run.guide[name]["fn"])), events + 1
-        )[0]
-
-
-class RowPaths(Paths):
-    """Paths that are rows of one run."""
-
-    def __init__(self, run: Run, layout: Layout) -> None:
-        self.run = run
-        self.layout = layout
-        self.estimators = run.estimators
-        _check_static(run, layout)
-
-    def elbo(self) -> Tensor:
-        totals = self.run.costs.totals()
-        owners = self.layout.owners
-        draws = [owner is None or self.estimators[owner].branches_are_draws for owner in owners]
-        if all(draws):
-            return totals.mean()
-        paths = totals.unflatten(0, (len(owners), self.layout.repetitions))
-        return torch.stack([path for path, draw in zip(paths, draws, strict=True) if draw]).mean()
-
-    def gather(self, name: str, read: Callable[[Run], Tensor], event_dim: int = 0) -> Tensor:
-        split = self.layout.split(read(self.run), event_dim)
-        rows = self.layout.paths_of(name)
-        return split if len(rows) == split.shape[0] else split[rows]
-
-    def any_run(self, name: str) -> Run:
-        return self.run
-
-
-class LoopPaths(Paths):
-    """Paths that are runs: for each repetition the main path's, then the branches'.
-
-    Structure may differ between repetitions: a site is gathered from those that have it.
-    """
-
-    def __init__(self, repetitions: list[list[Run]]) -> None:
-        self.repetitions = repetitions
-        self.estimators = {}
-        for main, *_ in repetitions:
+    def __init__(self, groups: list[list[Run]]) -> None:
+        self.groups = groups
+        self.estimators: dict[str, Estimator] = {}
+        for main, *_ in groups:
             self.estimators.update(main.estimators)
 
     def elbo(self) -> Tensor:
+        """Average the ELBO over repetitions and over their paths that are draws of the guide."""
         means = []
-        for main, *branches in self.repetitions:
+        for group in self.groups:
             draws = [
-                main,
-                *(run for run in branches if self.estimators[str(run.owner)].branches_are_draws),
+                totals
+                for run in group
+                for path, totals in zip(run.layout.paths, run.totals, strict=True)
+                if path.owner is None or self.estimators[path.owner].branches_are_draws
             ]
-            means.append(torch.cat([run.costs.totals() for run in draws]).mean())
+            means.append(torch.stack(draws).mean())
         return torch.stack(means).mean()
 
     def gather(self, name: str, read: Callable[[Run], Tensor], event_dim: int = 0) -> Tensor:
-        repetitions = [
-            torch.stack([read(main), *(read(run) for run in branches if run.owner == name)])
-            for main, *branches in self.repetitions
-            if name in main.estimators
-        ]
-        shapes = {tuple(block.shape) for block in repetitions}
+        """Read a tensor of a site off its main path and its own branches: ``(K, R, ...)``."""
+        groups = [self._gather_group(group, name, read, event_dim) for group in self.having(name)]
+        shapes = {tuple(group.shape[:1] + group.shape[2:]) for group in groups}
         if len(shapes) > 1:
             raise ValueError(
                 f"At site {name!r}, shapes differ between particles: {sorted(shapes)}. Draw the "
-                "same shapes in every run, or use "
-                "num_particles=1."
+                "same shapes in every run, or use num_particles=1."
             )
-        return torch.stack(repetitions, 1)
+        return groups[0] if len(groups) == 1 else torch.cat(groups, 1)
 
-    def any_run(self, name: str) -> Run:
-        return next(main for main, *_ in self.repetitions if name in main.estimators)
+    def having(self, name: str) -> list[list[Run]]:
+        """The groups whose main path has the site."""
+        return [group for group in self.groups if name in group[0].estimators]
+
+    def _gather_group(
+        self, group: list[Run], name: str, read: Callable[[Run], Tensor], event_dim: int
+    ) -> Tensor:
+        blocks: list[Tensor] = []
+        for run in group:
+            paths = run.layout.paths
+            own = [index for index, path in enumerate(paths) if path.owner in (None, name)]
+            if own:
+                split = run.layout.split(read(run), event_dim)
+                blocks.append(split if len(own) == len(paths) else split[own])
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+    def site(self, name: str, call: Call) -> Site:
+        """Put together what the estimator of ``name`` sees."""
+        fn = self.having(name)[0][0].guide[name]["fn"]
+        return Site(name, unwrap(fn), event_dims(fn), call, _Reader(self, name, fn))
 
 
-def _check_static(run: Run, layout: Layout) -> None:
-    found = coupled_sites(run.estimators)
-    if layout.branches and found != list(layout.branches):
-        raise ValueError(
-            f"The coupled sites of this run, {[name for name, _ in found]}, are not those that "
-            "its rows were laid out for, "
-            f"{[name for name, _ in layout.branches]}. Programs whose structure varies need "
-            "vectorize_particles=False."
+class _Reader:
+    """Reads one site's tensors off the paths."""
+
+    def __init__(self, paths: Paths, name: str, fn: Any) -> None:
+        self.paths = paths
+        self.name = name
+        self.event_dim = fn.event_dim
+        self.joined = event_dims(fn)
+        self.logits_event_dim = unwrap(fn).event_dim
+
+    def values(self) -> Tensor:
+        return self._gather(lambda run: run.value(self.name), self.event_dim)
+
+    def cost(self, *, live: bool) -> Tensor:
+        return self._gather(lambda run: run.cost(self.name, live=live))
+
+    def totals(self) -> Tensor:
+        blocks = []
+        for group in self.paths.having(self.name):
+            own = [
+                totals
+                for run in group
+                for path, totals in zip(run.layout.paths, run.totals, strict=True)
+                if path.owner in (None, self.name)
+            ]
+            blocks.append(torch.stack(own))
+        return torch.cat(blocks, 1)
+
+    def log_prob(self) -> Tensor:
+        return self._gather(lambda run: run.log_prob(self.name))[0]
+
+    def logits(self) -> Tensor:
+        return self._gather(lambda run: one_hot_logits(self._fn(run)), self.joined + 1)[0]
+
+    def value_gradients(self) -> Tensor:
+        runs = [run for group in self.paths.having(self.name) for run in group]
+        output = torch.stack([run.totals.sum() for run in runs]).sum()
+        gradients = _gradients(output, [run.value(self.name) for run in runs])
+        by_run = {id(run): grad for run, grad in zip(runs, gradients, strict=True)}
+        return self._gather(lambda run: by_run[id(run)], self.event_dim)
+
+    def logits_gradients(self, output: Tensor, *, create_graph: bool) -> Tensor:
+        # Coupled values are drawn on the main path, so its logits alone were used.
+        mains = [group[0] for group in self.paths.having(self.name)]
+        logits = [self._fn(run).logits for run in mains]
+        gradients = _gradients(output, logits, create_graph=create_graph)
+        events = self.joined + self.logits_event_dim
+        blocks = [
+            run.layout.split(gradient, events)[run.layout.paths.index(MAIN)]
+            for run, gradient in zip(mains, gradients, strict=True)
+        ]
+        return torch.cat(blocks)
+
+    def _fn(self, run: Run) -> Any:
+        return unwrap(run.guide[self.name]["fn"])
+
+    def _gather(self, read: Callable[[Run], Tensor], event_dim: int = 0) -> Tensor:
+        return self.paths.gather(self.name, read, event_dim)
+
+
+def _gradients(
+    output: Tensor, inputs: list[Tensor], *, create_graph: bool = False
+) -> list[Tensor]:
+    """Differentiate; an input that the output does not depend on gets zeros."""
+    live = [tensor for tensor in inputs if tensor.requires_grad]
+    if not live or not output.requires_grad:
+        return [torch.zeros_like(tensor) for tensor in inputs]
+    found = iter(
+        torch.autograd.grad(
+            output,
+            live,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
         )
+    )
+    return [next(found) if x.requires_grad else torch.zeros_like(x) for x in inputs]

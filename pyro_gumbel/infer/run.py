@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
 from pyro_gumbel.estimators import Call, Estimator
-from pyro_gumbel.estimators.families import log_mass, unwrap
+from pyro_gumbel.estimators.families import event_dims, log_mass, unwrap
 from pyro_gumbel.infer.checks import check_programs, latent_sites
 from pyro_gumbel.infer.costs import Costs, EnumeratedSite, Frames, Term
 from pyro_gumbel.infer.particles import DrawMessenger, SharedSubsample
@@ -28,36 +27,58 @@ __all__ = ["Run", "run_programs"]
 _PARTICLES = "num_particles_vectorized"
 
 
-@dataclass
 class Run:
-    """What one run left behind.
+    """What one pass left behind.
 
     Attributes:
         guide: The guide's latent sites.
         estimators: The estimator of each of them that drew its value here.
-        log_prob: For each of these ``log q`` with its gradient, neither scaled nor masked.
+        layout: The paths of the pass.
         costs: The terms of the ELBO.
-        own_kl: For each site whose terms were replaced by an analytic KL divergence, that term.
-        owner: The coupled site that owns this run's branch; ``None`` on the main path and where
-            particles are rows.
+        totals: The ELBO of each path, ``(paths, repetitions)``, with gradient.
     """
 
-    guide: dict[str, Any]
-    estimators: dict[str, Estimator]
-    log_prob: dict[str, Tensor]
-    costs: Costs
-    own_kl: dict[str, Term]
-    owner: str | None
+    def __init__(
+        self,
+        guide: dict[str, Any],
+        draw: DrawMessenger,
+        scores: dict[str, Tensor],
+        terms: list[Term],
+        own_kl: dict[str, Term],
+    ) -> None:
+        self.guide = guide
+        self.layout = draw.layout
+        self.estimators = dict(draw.estimators)
+        self.sizes = dict(draw.sizes)
+        self._scores = scores
+        self._own_kl = own_kl
+        enumerated = [
+            EnumeratedSite(name, dim, self.log_prob(name).exp(), _frames(guide[name]))
+            for name, dim in draw.enumerated.items()
+        ]
+        self.costs = Costs(terms, enumerated, draw.layout)
+        shape = (len(self.layout.paths), self.layout.repetitions)
+        self.totals = self.costs.totals().reshape(shape)
 
-    def frames(self, name: str) -> Frames:
-        """The vectorised plates that a site is in."""
-        return _frames(self.guide[name])
+    def value(self, name: str) -> Tensor:
+        """The value of a site on each path."""
+        return self.guide[name]["value"]
 
-    def cost(self, name: str) -> Tensor:
-        """The detached downstream cost of a site, of the shape of its ``log_prob``."""
-        cost = self.costs.downstream(self.frames(name), self.log_prob[name])
-        if name in self.own_kl:  # it does not depend on the value drawn
-            cost = cost - self.own_kl[name].value.detach()
+    def log_prob(self, name: str) -> Tensor:
+        """Score a site's value with gradient, neither scaled nor masked, of its batch shape."""
+        fn = self.guide[name]["fn"]
+        raw = self._scores.get(name)
+        if raw is None:
+            raw = self._scores[name] = log_mass(unwrap(fn), self.value(name))
+        return sum_rightmost(raw, event_dims(fn))
+
+    def cost(self, name: str, *, live: bool = False) -> Tensor:
+        """The downstream cost of a site, shaped like its ``log_prob``, detached unless live."""
+        like = self.log_prob(name)
+        cost = self.costs.downstream(_frames(self.guide[name]), like, live=live)
+        if name in self._own_kl:  # it does not depend on the value drawn
+            own = self._own_kl[name].value
+            cost = cost - (own if live else own.detach())
         return cost
 
 
@@ -99,25 +120,24 @@ def _collect(
     guide = latent_sites(guide_trace)
     kls = _analytic_kls(model_trace, guide) if analytic_kl else {}
     terms = list(kls.values())
-    log_prob: dict[str, Tensor] = {}
+    scores: dict[str, Tensor] = {}
     for name, site in _samples(guide_trace).items():
+        if name in kls:
+            continue
         estimator = draw.estimators.get(name)
-        raw = _guide_log_prob(site, estimator)
-        if estimator is not None:
-            log_prob[name] = _sum_events(site["fn"], raw)
-            keeps_gradient = estimator.pathwise or estimator.enumerates
-            raw = raw if keeps_gradient else raw.detach()
-        if name not in kls:
-            terms.append(_term(site, -raw, nesting))
+        if estimator is None:  # a value that the guide itself fixed, or a factor
+            raw = _observed_log_prob(site)
+        else:
+            raw = estimator.log_prob(unwrap(site["fn"]), site["value"])
+            if type(estimator).log_prob is Estimator.log_prob:
+                scores[name] = raw
+            if not estimator.keeps_score_gradient:
+                raw = raw.detach()
+        terms.append(_term(site, -raw, nesting))
     for name, site in _samples(model_trace).items():
         if name not in kls:
             terms.append(_term(site, _model_log_prob(site), nesting))
-    enumerated = [
-        EnumeratedSite(name, dim, log_prob[name].exp(), _frames(guide[name]))
-        for name, dim in draw.enumerated.items()
-    ]
-    costs = Costs(terms, enumerated, draw.layout)
-    return Run(guide, dict(draw.estimators), log_prob, costs, kls, draw.owner)
+    return Run(guide, draw, scores, terms, kls)
 
 
 def _samples(trace: Trace) -> dict[str, Any]:
@@ -130,13 +150,6 @@ def _samples(trace: Trace) -> dict[str, Any]:
 
 def _frames(site: Any) -> Frames:
     return frozenset(frame for frame in site["cond_indep_stack"] if frame.vectorized)
-
-
-def _guide_log_prob(site: Any, estimator: Estimator | None) -> Tensor:
-    """Score a guide's value, of the batch shape without ``to_event``, not masked."""
-    if estimator is None:  # a value that the guide itself fixed, or a factor
-        return _observed_log_prob(site)
-    return estimator.log_prob(unwrap(site["fn"]), site["value"])
 
 
 def _model_log_prob(site: Any) -> Tensor:
@@ -157,11 +170,6 @@ def _observed_log_prob(site: Any) -> Tensor:
         raise ValueError(
             f"Scoring site {site['name']!r} ({type(fn).__name__}; {shapes}): {error}"
         ) from error
-
-
-def _sum_events(fn: Any, raw: Tensor) -> Tensor:
-    """Sum what ``to_event`` declared dependent."""
-    return sum_rightmost(raw, fn.event_dim - unwrap(fn).event_dim)
 
 
 def _apply_wrappers(fn: Any, raw: Tensor) -> Tensor:

@@ -1,0 +1,217 @@
+"""A model's discrete latent as a continuous one: for HMC, autoguides and plain ELBOs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import MaskedDistribution
+from pyro.infer.reparam.reparam import Reparam
+from pyro.poutine.reparam_messenger import ReparamMessenger
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
+from torch.distributions import Independent, Transform, constraints, transform_to
+
+from pyro_gumbel.distributions import ExpRelaxedOneHot, RelaxedBernoulli, RelaxedOneHot
+from pyro_gumbel.distributions import straight_through as pass_straight_through
+from pyro_gumbel.distributions.one_hot import one_hot_argmax
+from pyro_gumbel.estimators.families import is_bit, is_categorical, is_one_hot, unwrap
+from pyro_gumbel.estimators.schedules import Schedule, check_temperature
+
+__all__ = ["RelaxReparam"]
+
+# What a coordinate of exactly zero starts from: off the boundary, and within 1e-6 of it.
+_INTERIOR = 1e-6
+
+
+class RelaxReparam(Reparam):
+    r"""Turn a one-hot or Bernoulli latent into a relaxed one whose log-coordinates are sampled.
+
+    For ``poutine.reparam(model, {"z": RelaxReparam(0.5)})``. A one-hot site ``z`` becomes
+
+    .. math:: u \sim \mathrm{ExpConcrete}(\phi, \tau), \qquad z = e^u \in \Delta^{C-1}
+
+    with a new latent site ``z_log`` for ``u``, a bit becomes :math:`z = \sigma(\ell)`,
+    :math:`\ell \sim \mathrm{Logistic}(\phi / \tau, 1 / \tau)`, with a new site ``z_logit``; ``z``
+    itself is a deterministic site then. Densities are stated in these coordinates, so they are
+    exact at every temperature, and nothing has to stay off the boundary of the simplex. The model
+    runs on values between the categories, and its posterior is that of the relaxed model, which
+    tends to the discrete one's as :math:`\tau \to 0` while its geometry gets harder.
+
+    With ``straight_through=True`` the model runs on the one-hot :math:`\mathrm{onehot}(\arg\max
+    u)`, the gradient being that of the relaxed value. By the Gumbel-max trick this leaves the law
+    of ``z`` exactly what it was, so that an ELBO of the new model bounds the evidence of the old
+    one. Meant for ELBOs: Hamiltonian dynamics do not see where such a model's density jumps.
+
+    Initial values of ``z`` (``init_to_value(values={"z": ...})``) are taken over, from inside the
+    simplex exactly, one-hot ones up to 1e-6; other initialisation strategies choose ``z_log``.
+    Pyro's default strategies ask for a map from the reals to the discrete support before a
+    reparameteriser is heard. While a ``RelaxReparam`` is active they get one, and its outcome is
+    not used; at all other times they fail as before.
+
+    Shapes: ``z_log`` has the shape of ``z``, ``z_logit`` too; ``to_event``, plates and ``mask``
+    are kept.
+
+    Args:
+        temperature: Positive number, or tensor that broadcasts against the site's batch shape.
+        straight_through: Whether the model runs on one-hot values.
+
+    Raises:
+        TypeError: If the temperature is neither a number nor a tensor.
+        ValueError: If the temperature is not positive; when the model runs, if the site is
+            observed or of another family.
+
+    References:
+        The Concrete Distribution (Maddison, Mnih, Teh, 2017), https://arxiv.org/abs/1611.00712
+
+    Example:
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> def model():
+        ...     z = pyro.sample("z", dist.OneHotCategorical(torch.tensor([0.2, 0.8])))
+        ...     pyro.sample("x", dist.Normal(z[..., 1], 1.0), obs=torch.tensor(0.7))
+        >>> relaxed = pyro.poutine.reparam(model, {"z": RelaxReparam(0.5)})
+        >>> list(AutoNormal(relaxed)())
+        ['z_log']
+    """
+
+    def __init__(self, temperature: float | Tensor, *, straight_through: bool = False) -> None:
+        if isinstance(temperature, Schedule):
+            raise TypeError(
+                "RelaxReparam: temperature must be a number or a tensor, since nothing would "
+                f"advance a schedule inside a model; got {temperature!r}. Write "
+                "RelaxReparam(temperature.value), anew for each temperature."
+            )
+        check_temperature("RelaxReparam", "temperature", temperature)
+        self.temperature = temperature
+        self.straight_through = straight_through
+
+    def __repr__(self) -> str:
+        return f"RelaxReparam({self.temperature!r}, straight_through={self.straight_through!r})"
+
+    def apply(self, msg: Any) -> Any:
+        """Sample the log-coordinates and put a deterministic site in place of the discrete one."""
+        name, fn, value = msg["name"], msg["fn"], msg["value"]
+        base = unwrap(fn)
+        _check_site(name, base, msg["is_observed"])
+        if not getattr(value, "_pyro_custom_init", True):
+            value = None  # nobody's choice: the strategy will be asked about the new site
+        relax = self._relax_bit if is_bit(base) else self._relax_one_hot
+        relaxed = relax(name, fn, value)
+        # A value that came is handed back as it is: Pyro takes a new one for a failed round trip.
+        result = relaxed if value is None else value
+        return {
+            "fn": dist.Delta(result, event_dim=fn.event_dim).mask(False),
+            "value": result,
+            "is_observed": True,
+        }
+
+    def _relax_one_hot(self, name: str, fn: Any, value: Tensor | None) -> Tensor:
+        concrete = ExpRelaxedOneHot(self.temperature, logits=unwrap(fn).logits)
+        start = None if value is None else _log_coordinates(value)
+        log_value = _sample(f"{name}_log", _wrap_like(fn, concrete), start)
+        soft = log_value.exp()
+        if not self.straight_through:
+            return soft
+        return pass_straight_through(one_hot_argmax(log_value.detach(), soft.dtype), soft)
+
+    def _relax_bit(self, name: str, fn: Any, value: Tensor | None) -> Tensor:
+        logits = unwrap(fn).logits
+        logistic = dist.Logistic(logits / self.temperature, torch.ones_like(logits) / self.temperature)
+        start = None if value is None else _log_odds(value)
+        log_odds = _sample(f"{name}_logit", _wrap_like(fn, logistic), start)
+        soft = log_odds.sigmoid()
+        if not self.straight_through:
+            return soft
+        return pass_straight_through((log_odds.detach() > 0).to(soft.dtype), soft)
+
+
+def _sample(name: str, fn: Any, start: Tensor | None) -> Tensor:
+    # A value that is not observed: an initial one.
+    return pyro.sample(name, fn, obs=start, infer={"is_observed": False})
+
+
+def _wrap_like(fn: Any, base: Any) -> Any:
+    """Do to ``base`` what ``to_event`` and ``mask`` did to the distribution inside ``fn``."""
+    if isinstance(fn, Independent):
+        return _wrap_like(fn.base_dist, base).to_event(fn.reinterpreted_batch_ndims)
+    if isinstance(fn, MaskedDistribution):
+        return _wrap_like(fn.base_dist, base).mask(fn._mask)
+    return base
+
+
+def _log_coordinates(value: Tensor) -> Tensor:
+    interior = torch.where(value == 0, _INTERIOR / value.shape[-1], value)
+    return interior.log().log_softmax(-1)
+
+
+def _log_odds(value: Tensor) -> Tensor:
+    on_boundary = (value == 0) | (value == 1)
+    return torch.where(on_boundary, value.clamp(_INTERIOR, 1 - _INTERIOR), value).logit()
+
+
+def _check_site(name: str, base: Any, is_observed: bool) -> None:
+    family = type(base).__name__
+    if is_observed:
+        raise ValueError(
+            f"RelaxReparam: site {name!r} is observed, and only latent sites can be relaxed. Leave "
+            f"{name!r} out of poutine.reparam's config, or drop obs=... where it is sampled."
+        )
+    if is_one_hot(base) or is_bit(base):
+        return
+    if is_categorical(base):
+        remedy = (
+            "an index has no values in between. Write OneHotCategorical(logits=...) and, where "
+            f"the model indexed with {name}, a product with the one-hot: {name} @ locs for "
+            f"locs[{name}]"
+        )
+    elif isinstance(base, (RelaxedOneHot, RelaxedBernoulli, *_PYRO_RELAXED)):
+        remedy = (
+            "it is a relaxed distribution already. Write the discrete one, OneHotCategorical("
+            "logits=...) or Bernoulli(logits=...)"
+        )
+    else:
+        remedy = (
+            "RelaxReparam serves OneHotCategorical and Bernoulli; enumerate other discrete sites, "
+            f"or leave {name!r} out of poutine.reparam's config"
+        )
+    raise ValueError(f"RelaxReparam: site {name!r} is a {family}: {remedy}.")
+
+
+_PYRO_RELAXED = (dist.RelaxedOneHotCategorical, dist.RelaxedBernoulli)
+
+
+class _Round(Transform):
+    """From the reals to a discrete support, and back: what an initialisation strategy asks for."""
+
+    bijective = False
+
+    def __init__(self, support: constraints.Constraint) -> None:
+        super().__init__()
+        self.one_hot = support.event_dim == 1
+        self.domain = constraints.real_vector if self.one_hot else constraints.real
+        self.codomain = support
+
+    def _call(self, x: Tensor) -> Tensor:
+        return one_hot_argmax(x, x.dtype) if self.one_hot else (x > 0).to(x.dtype)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y
+
+
+def _round(support: constraints.Constraint) -> Transform:
+    """Answer initialisation strategies while a model is being relaxed, and nobody else."""
+    for handler in _PYRO_STACK:
+        if isinstance(handler, ReparamMessenger):
+            config = handler.config
+            if not isinstance(config, dict) or any(
+                isinstance(reparam, RelaxReparam) for reparam in config.values()
+            ):
+                return _Round(support)
+    raise NotImplementedError(f"Cannot transform {type(support).__name__} constraints")
+
+
+transform_to.register(type(constraints.one_hot), _round)
+transform_to.register(type(constraints.boolean), _round)
