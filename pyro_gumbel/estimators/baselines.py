@@ -32,7 +32,8 @@ class LeaveOneOut(Baseline):
 
     .. math:: b_r = \frac{1}{R - 1} \sum_{s \ne r} f_s
 
-    No state, no network; each element of a plate has its own. Needs ``num_particles >= 2``. In one
+    No state, no network; each element of a plate has its own. Needs ``num_particles >= 2``; where
+    structure varies, a particle that is alone in having the site has no baseline. In one
     dimension the variance falls as :math:`1 / (R (R - 1))`-times a constant where the plain score
     function's falls as :math:`1 / R`.
 
@@ -47,9 +48,12 @@ class LeaveOneOut(Baseline):
 
     min_particles = 2
 
-    def forward(self, site: Site) -> tuple[Tensor, None]:
+    def forward(self, site: Site) -> tuple[Tensor | float, None]:
         cost = site.cost[0]
-        return (cost.sum(0) - cost) / (cost.shape[0] - 1), None
+        others = cost.shape[0] - 1
+        if others == 0:  # where structure varies, no other particle may have come by this site
+            return 0.0, None
+        return (cost.sum(0) - cost) / others, None
 
 
 class MovingAverage(Baseline):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
@@ -49,7 +50,8 @@ class Pathwise(Estimator):
 
     def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
         log_prob = log_mass(fn, value)
-        if not self.sticking_the_landing:
+        # A Delta's log_density is the Jacobian of a value drawn upstream, not a score.
+        if not self.sticking_the_landing or isinstance(fn, Delta):
             return log_prob
         score = log_mass(fn, value.detach())
         return log_prob - (score - score.detach())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
+from pyro.poutine.runtime import _PYRO_STACK, Message
 from pyro.poutine.util import site_is_subsample
 from torch import nn
 
@@ -83,6 +83,13 @@ class GradientMessenger(Messenger):
         super().__exit__(*exc_info)
         if exc_info[0] is None and self._unseen:
             self._refuse_unknown_sites()
+
+    def run(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a program under this handler, once: a guide that calls itself is under it already."""
+        if any(handler is self for handler in _PYRO_STACK):
+            return program(*args, **kwargs)
+        with self:
+            return program(*args, **kwargs)
 
     def _pyro_sample(self, msg: Message) -> None:
         if msg["is_observed"] or site_is_subsample(msg):
@@ -224,8 +231,7 @@ def _configure(guide: Callable[..., Any], config: Config) -> Callable[..., Any]:
 
     @functools.wraps(guide)
     def configured(*args: Any, **kwargs: Any) -> Any:
-        with messenger:
-            return guide(*args, **kwargs)
+        return messenger.run(guide, *args, **kwargs)
 
     configured.gradient_messenger = messenger  # type: ignore[attr-defined]
     return configured
@@ -235,8 +241,7 @@ def _configure_module(guide: nn.Module, messenger: GradientMessenger) -> nn.Modu
     """Give the module a second face: same attributes, but calls run under the messenger."""
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        with messenger:
-            return type(guide).__call__(self, *args, **kwargs)
+        return messenger.run(type(guide).__call__, self, *args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # noqa: N807
         return config_gradient, (guide, messenger.config)
@@ -295,7 +300,10 @@ def resolve(msg: Message, auto: Auto, default: Choice, num_particles: int) -> Es
 
 
 def _check_infer_keys(msg: Message) -> None:
-    for key in msg["infer"] or {}:
+    infer = msg["infer"] or {}
+    for key in infer:
+        if key == "enumerate" and "gradient" in infer:
+            continue  # left by Pyro's config_enumerate or an autoguide, and overruled
         if key == "gradient" or key in _PYRO_INFER_KEYS or key.startswith("_"):
             continue
         remedy = {
