@@ -36,7 +36,7 @@ class RelaxReparam(Reparam):
 
     with a new latent site ``z_log`` for ``u``, a bit becomes :math:`z = \sigma(\ell)`,
     :math:`\ell \sim \mathrm{Logistic}(\phi / \tau, 1 / \tau)`, with a new site ``z_logit``; ``z``
-    itself is a deterministic site then. Densities are stated in these coordinates, so they are
+    itself is a deterministic site then (``Predictive`` returns it for the draws of a chain). Densities are stated in these coordinates, so they are
     exact at every temperature, and nothing has to stay off the boundary of the simplex. The model
     runs on values between the categories, and its posterior is that of the relaxed model, which
     tends to the discrete one's as :math:`\tau \to 0` while its geometry gets harder.
@@ -119,7 +119,9 @@ class RelaxReparam(Reparam):
 
     def _relax_bit(self, name: str, fn: Any, value: Tensor | None) -> Tensor:
         logits = unwrap(fn).logits
-        logistic = dist.Logistic(logits / self.temperature, torch.ones_like(logits) / self.temperature)
+        logistic = dist.Logistic(
+            logits / self.temperature, torch.ones_like(logits) / self.temperature
+        )
         start = None if value is None else _log_odds(value)
         log_odds = _sample(f"{name}_logit", _wrap_like(fn, logistic), start)
         soft = log_odds.sigmoid()
