@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pyro
@@ -36,10 +35,11 @@ class RelaxReparam(Reparam):
 
     with a new latent site ``z_log`` for ``u``, a bit becomes :math:`z = \sigma(\ell)`,
     :math:`\ell \sim \mathrm{Logistic}(\phi / \tau, 1 / \tau)`, with a new site ``z_logit``; ``z``
-    itself is a deterministic site then (``Predictive`` returns it for the draws of a chain). Densities are stated in these coordinates, so they are
-    exact at every temperature, and nothing has to stay off the boundary of the simplex. The model
-    runs on values between the categories, and its posterior is that of the relaxed model, which
-    tends to the discrete one's as :math:`\tau \to 0` while its geometry gets harder.
+    itself is a deterministic site then (``Predictive`` returns it for the draws of a chain).
+    Densities are stated in these coordinates, so they are exact at every temperature, and nothing
+    has to stay off the boundary of the simplex. The model runs on values between the categories,
+    and its posterior is that of the relaxed model, which tends to the discrete one's as
+    :math:`\tau \to 0` while its geometry gets harder.
 
     With ``straight_through=True`` the model runs on the one-hot :math:`\mathrm{onehot}(\arg\max
     u)`, the gradient being that of the relaxed value. By the Gumbel-max trick this leaves the law
@@ -158,8 +158,8 @@ def _check_site(name: str, base: Any, is_observed: bool) -> None:
     family = type(base).__name__
     if is_observed:
         raise ValueError(
-            f"RelaxReparam: site {name!r} is observed, and only latent sites can be relaxed. Leave "
-            f"{name!r} out of poutine.reparam's config, or drop obs=... where it is sampled."
+            f"RelaxReparam: site {name!r} is observed, and only latent sites can be relaxed. "
+            f"Leave {name!r} out of poutine.reparam's config, or drop obs=... where it is sampled."
         )
     if is_one_hot(base) or is_bit(base):
         return

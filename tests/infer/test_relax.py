@@ -1,4 +1,4 @@
-"""RelaxReparam: the relaxed law against closed forms and quadrature, the round trip, the errors."""
+"""RelaxReparam: its law against closed forms and quadrature, the round trip, the errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def switch() -> None:
 
 
 def relaxed_moments(log_odds: float, locs: tuple[float, float], temperature: float) -> Tensor:
-    """Mean and second moment of the first coordinate given the datum, on a grid of the log-odds."""
+    """Mean and second moment of the first coordinate given the datum, on a grid."""
     grid = torch.linspace(-120, 120, 240_001, dtype=torch.float64)
     noise = temperature * grid - log_odds  # standard logistic
     prior = torch.nn.functional.logsigmoid(noise) + torch.nn.functional.logsigmoid(-noise)
@@ -55,7 +55,7 @@ def relaxed_moments(log_odds: float, locs: tuple[float, float], temperature: flo
 
 
 def z_scores(draws: Tensor, exact: Tensor) -> Tensor:
-    """Distance of the means of autocorrelated draws from their exact values, in standard errors."""
+    """Distance of autocorrelated draws' means from exact ones, in standard errors."""
     moments = torch.stack([draws, draws**2], -1)  # (draws, 2)
     size = effective_sample_size(moments[None], sample_dim=1, chain_dim=0)
     return (moments.mean(0) - exact) / (moments.std(0) / size.sqrt())
@@ -195,7 +195,7 @@ def test_straight_through_leaves_the_law_as_it_was(dtype: torch.dtype) -> None:
 
 
 def test_straight_through_elbo_bounds_the_discrete_evidence() -> None:
-    """The bound is reached up to what a Gaussian guide of the coordinates can do, and never passed."""
+    """The bound is reached up to what a Gaussian guide can do, and never passed."""
     log_joint = torch.tensor(PRIOR, dtype=torch.float64).log() + dist.Normal(
         torch.tensor(LOCS, dtype=torch.float64), 1.0
     ).log_prob(torch.tensor(OBSERVED))
