@@ -74,10 +74,8 @@ def current_temperature(
         return temperature
     batch = logits.shape[:-1]
     temperature = temperature.to(logits.device)
-    trailing_one = temperature.dim() == logits.dim() and temperature.shape[-1] == 1
-    candidate = temperature if trailing_one else temperature.unsqueeze(-1)
     try:
-        fits = torch.broadcast_shapes(candidate.shape[:-1], batch) == batch
+        fits = torch.broadcast_shapes(temperature.shape, batch) == batch
     except RuntimeError:
         fits = False
     if not fits:
@@ -86,7 +84,7 @@ def current_temperature(
             "site's batch shape "
             f"{tuple(batch)}; give a number or one temperature for each element of the batch."
         )
-    return candidate
+    return temperature.unsqueeze(-1)
 
 
 class StraightThrough(OneHotEstimator):

@@ -85,7 +85,7 @@ class GradientMessenger(Messenger):
             self._refuse_unknown_sites()
 
     def run(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a program under this handler, once: a guide that calls itself is under it already."""
+        """Run a program under this handler; a guide that calls itself is under it already."""
         if any(handler is self for handler in _PYRO_STACK):
             return program(*args, **kwargs)
         with self:

@@ -79,15 +79,18 @@ class Costs:
 
     def downstream(self, frames: Frames, like: Tensor, *, live: bool = False) -> Tensor:
         """The cost of a site in plates ``frames``, of the shape of its score ``like``."""
-        own = [site for site in self.enumerated if site.indexes(like)]
+        own = self._closure(site for site in self.enumerated if site.indexes(like))
+        upstream = [site for site in own if not site.indexes(like)]
         total = like.new_zeros(())
         for (term_frames, _), value in self._group(live).items():
-            sites = self._closure(
-                site for site in self.enumerated if site in own or site.indexes(value)
-            )
-            if sites:
-                value = _expect(value, sites, [site for site in sites if site not in own])
-            total = total + _sum_plates(value, term_frames - frames)
+            closure = self._closure(site for site in self.enumerated if site.indexes(value))
+            others = [site for site in closure if site not in own]
+            if others:
+                value = _expect(value, others, others)
+            # Plates are summed before the own weights come in: these are in other plates, maybe
+            # of the same dimension.
+            value = _sum_plates(value, term_frames - frames)
+            total = total + (_expect(value, own, upstream) if own else value)
         while total.dim() > like.dim():  # what was summed out left of the site's own dimensions
             total = total.squeeze(0)
         return (total if live else total.detach()).expand(like.shape)

@@ -110,8 +110,8 @@ class Estimator_ELBO(ELBO):  # noqa: N801
         module = ELBOModule(model, guide, self)
         messenger = getattr(guide, "gradient_messenger", None)
         estimators = messenger.estimators() if messenger is not None else []
-        if isinstance(self.default, Estimator):
-            estimators.append(self.default)
+        default = self.default
+        estimators.append(default if isinstance(default, Estimator) else self._auto.moving_average)
         module.estimators = nn.ModuleList(estimators)
         return module
 
@@ -256,7 +256,7 @@ class Estimator_ELBO(ELBO):  # noqa: N801
         repetitions = self.num_particles if self.vectorize_particles else 1
         paths = (MAIN, *branches) if self.vectorize_particles else (MAIN,)
         layout = Layout(paths, repetitions, int(nesting), self.vectorize_particles)
-        self._structure = (call, layout)
+        self._structure = (Call(call.model, call.guide), layout)  # no hold on a minibatch
         return layout
 
 

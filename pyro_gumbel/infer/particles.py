@@ -157,9 +157,8 @@ class DrawMessenger(Messenger):
             raise PlateNestingNeeded
         dim = -int(self.layout.total_nesting) - 1 - len(self.enumerated)
         self.enumerated[name] = dim
-        fn = unwrap(msg["fn"])
-        support = estimator.draw(fn)  # (K,) + ones + event
-        return support.reshape(support.shape[:1] + (1,) * (-dim - 1) + fn.event_shape)
+        support = estimator.draw(unwrap(msg["fn"]))  # (K,) + ones + event
+        return support.reshape(support.shape[:1] + (1,) * (-dim - 1) + msg["fn"].event_shape)
 
     def _compose(self, name: str, blocks: list[Tensor], event_dim: int) -> Tensor:
         """Put the paths' values together: drawn here, or remembered from the main path."""

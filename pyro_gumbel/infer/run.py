@@ -194,8 +194,9 @@ def _term(site: Any, raw: Tensor, nesting: float) -> Term:
 def _analytic_kls(model_trace: Trace, guide: dict[str, Any]) -> dict[str, Term]:
     """Minus the KL divergence of each site that has one and may use it for its sampled terms.
 
-    It does where no parent of the site in the model can depend on the site's value in the guide:
-    every latent site before it in the model comes before it in the guide too.
+    It does where model and guide scale and mask the site alike, and no parent of the site in the
+    model can depend on the site's value in the guide: every latent site before it in the model
+    comes before it in the guide too.
     """
     order = {name: position for position, name in enumerate(guide)}
     kls: dict[str, Term] = {}
@@ -204,6 +205,8 @@ def _analytic_kls(model_trace: Trace, guide: dict[str, Any]) -> dict[str, Term]:
         in_order = order[name] > latest
         latest = max(latest, order[name])
         if not in_order:
+            continue
+        if not _weighed_alike(guide[name], site):
             continue
         q, p = guide[name]["fn"], site["fn"]
         try:
@@ -215,3 +218,22 @@ def _analytic_kls(model_trace: Trace, guide: dict[str, Any]) -> dict[str, Term]:
             value = -scale_and_mask(kl, site["scale"], site["mask"])
             kls[name] = Term(name, value, _frames(guide[name]))
     return kls
+
+
+def _weighed_alike(one: Any, other: Any) -> bool:
+    """Tell whether two sites' scores are scaled and masked by what is known to be the same."""
+    weights = [[site["scale"], site["mask"], *_masks(site["fn"])] for site in (one, other)]
+    # Tensors are compared by identity: looking into them would wait for the device.
+    return len(weights[0]) == len(weights[1]) and all(
+        a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b
+        for a, b in zip(*weights, strict=True)
+    )
+
+
+def _masks(fn: Any) -> list[Any]:
+    masks = []
+    while isinstance(fn, (Independent, MaskedDistribution)):
+        if isinstance(fn, MaskedDistribution):
+            masks.append(fn._mask)
+        fn = fn.base_dist
+    return masks
