@@ -59,6 +59,7 @@ $(STAMP): pyproject.toml
 	  { echo "$(PYTHON) is older than 3.11: name a newer one, make PYTHON=python3.12"; exit 1; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || \
 	  { echo 'no venv module: install the package python3-venv (or the like)'; exit 1; }
+	@echo 'making $(VENV), once: this fetches torch and takes a few minutes'; \
 	torch='$(TORCH)'; \
 	if [ -z "$$torch" ]; then torch='torch>=2.4'; \
 	  if ! command -v nvidia-smi >/dev/null 2>&1 && \

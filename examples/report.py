@@ -27,20 +27,26 @@ def report(
     args.out.mkdir(parents=True, exist_ok=True)
     epochs = history.to_dataset(runs, images=images.name, binarize=args.binarize, lr=args.lr)
     history.save(epochs, args.out / "history.nc")
-    table(args, images, trained)
+    table(args, images, trained, epochs.seconds.sum("draw").mean("chain"))
     first = next(iter(next(iter(trained.values())).values()))
     written = pictures(first, images, epochs, args.out)
     print("\nwritten:", *written, args.out / "history.nc", sep="\n  ")
 
 
-def table(args: argparse.Namespace, images: Images, trained: dict[str, dict[int, Any]]) -> None:
+def table(
+    args: argparse.Namespace,
+    images: Images,
+    trained: dict[str, dict[int, Any]],
+    seconds: xr.DataArray,
+) -> None:
     """Print one row an estimator; every row is measured in the same way."""
     print(
-        f"\n{images.name}, binarize {args.binarize}: {args.latents} {args.latent} latents, "
-        f"{args.epochs} epochs, {len(images.test)} held-out images.\nNats an image from "
-        f"{args.num_samples} hard draws; mean over seeds (half the range)\n"
+        f"\n{images.name} (--binarize {args.binarize}), {args.latents} {args.latent} latents, "
+        f"{args.epochs} epochs, {len(images.test)} held-out images.\n"
+        f"Nats an image by {args.num_samples} hard draws, less is better; "
+        f"mean of {args.seeds} seed(s) and half their range.\n"
     )
-    print(f"{'gradient':28}{'held-out -ELBO':>18}{'importance-weighted':>22}")
+    print(f"{'gradient':26}{'held-out -ELBO':>18}{'importance-weighted':>22}{'seconds':>10}")
     for gradient, vaes in trained.items():
         bounds = [
             held_out_bounds(vae.model, vae.guide, images.test, args.num_samples)
@@ -48,16 +54,17 @@ def table(args: argparse.Namespace, images: Images, trained: dict[str, dict[int,
         ]
         elbo = _spread([-bound.elbo for bound in bounds])
         weighted = _spread([-bound.importance_weighted for bound in bounds])
-        print(f"{gradient:28}{elbo:>18}{weighted:>22}")
+        took = float(seconds.sel(gradient=gradient))
+        print(f"{gradient:26}{elbo:>18}{weighted:>22}{took:>10.1f}")
 
 
 def _spread(values: list[float]) -> str:
     mean, half = sum(values) / len(values), (max(values) - min(values)) / 2
-    return f"{mean:.2f} ({half:.2f})" if len(values) > 1 else f"{mean:.2f}"
+    return f"{mean:.2f} +- {half:.2f}" if len(values) > 1 else f"{mean:.2f}"
 
 
 def pictures(vae: Any, images: Images, runs: xr.Dataset, folder: Path) -> list[Path]:
-    """Draw reconstructions and new samples of one Any, and the training curves of all."""
+    """Draw reconstructions and new samples of one VAE, and the training curves of all."""
     rows = {"image": images.test[:12], "decoded": vae.reconstruct(images.test[:12])}
     return [
         plots.image_grid(rows, images.shape, folder / "reconstructions.png"),

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
-__all__ = ["__version__"]
+from pyro_gumbel import distributions, estimators, infer
+
+__all__ = ["__version__", "distributions", "estimators", "infer"]
 
 __version__ = "0.1.0"

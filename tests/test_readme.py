@@ -1,0 +1,108 @@
+"""The README's program runs, its tables name what exists, its pictures are there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pyro_gumbel import distributions, estimators
+from pyro_gumbel.estimators import Baseline, Estimator
+from vae_options import make_parser
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = {"README.md": README, "examples/README.md": (ROOT / "examples/README.md").read_text()}
+
+
+def first_column(heading: str) -> list[str]:
+    """Read the class names in the first column of the table that follows a heading."""
+    section = README.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    return [name for cell in rows for name in re.findall(r"`(\w+)", cell)]
+
+
+@pytest.fixture(scope="module")
+def quickstart() -> str:
+    (program,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    return program
+
+
+def test_quickstart_is_short(quickstart: str) -> None:
+    statements = [line for line in quickstart.splitlines() if line.strip()]
+    assert len(statements) <= 25
+
+
+def test_quickstart_finds_the_clusters(quickstart: str, capsys: pytest.CaptureFixture) -> None:
+    names: dict[str, Any] = {}
+    exec(compile(quickstart, "README.md", "exec"), names)
+    centres = torch.stack([names["data"][:100].mean(), names["data"][100:].mean()])
+    # The prior's pull is 1 / (100 * 25 + 1) of the way; the rest is the optimiser's noise, of a
+    # size that the learning rate of 0.02 sets.
+    fitted = names["pyro"].param("centres_loc").detach()
+    assert (fitted - centres).abs().max() < 0.2
+    assert capsys.readouterr().out.startswith("tensor(")
+
+
+def test_every_distribution_has_a_row() -> None:
+    classes = {
+        name for name in distributions.__all__ if isinstance(getattr(distributions, name), type)
+    }
+    assert set(first_column("Distributions")) == classes
+
+
+def test_every_estimator_has_a_row() -> None:
+    classes = {
+        name
+        for name in estimators.__all__
+        if issubclass(getattr(estimators, name), Estimator) and name != "Estimator"
+    }
+    assert set(first_column("Estimators")) == classes
+
+
+def test_bias_column_says_what_the_class_says() -> None:
+    rows = re.findall(r"^\| `(\w+)[^|]*\| (yes|no|exact)\b", README, flags=re.MULTILINE)
+    said = {name: answer != "no" for name, answer in rows}
+    assert len(said) == len(first_column("Estimators"))
+    assert said == {name: getattr(estimators, name).unbiased for name in said}
+
+
+def test_baselines_are_named() -> None:
+    for name in estimators.__all__:
+        kind = getattr(estimators, name)
+        assert not issubclass(kind, Baseline) or kind is Baseline or f"`{name}" in README
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pictures_and_links_exist(page: str) -> None:
+    folder = (ROOT / page).parent
+    targets = re.findall(r"\]\(([^)#:]+)\)", PAGES[page])
+    assert targets
+    for target in targets:
+        assert (folder / target).exists(), target
+
+
+def test_pictures_are_small() -> None:
+    pictures = list((ROOT / "examples/figures").glob("*"))
+    assert pictures
+    for picture in pictures:
+        assert picture.stat().st_size < 200_000, picture.name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_parse(page: str) -> None:
+    text = PAGES[page].replace("\\\n", " ")
+    commands = re.findall(r"python (examples/vae\.py[^\n`]*)", text)
+    assert commands
+    for command in commands:
+        make_parser("").parse_args(shlex.split(command)[1:])
+
+
+def test_make_verbs_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for verb in re.findall(r"make ([a-z][a-z-]*)", "".join(PAGES.values())):
+        assert re.search(rf"^{verb}:", makefile, flags=re.MULTILINE), verb
