@@ -7,7 +7,7 @@ from typing import Any
 import pyro
 import pyro.poutine as poutine
 import torch
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
@@ -209,6 +209,8 @@ def _analytic_kls(model_trace: Trace, guide: dict[str, Any]) -> dict[str, Term]:
         if not _weighed_alike(guide[name], site):
             continue
         q, p = guide[name]["fn"], site["fn"]
+        if isinstance(unwrap(q), Delta):  # its closed form forgets the log_density
+            continue
         try:
             kl = kl_divergence(q, p)
         except NotImplementedError:
