@@ -42,10 +42,25 @@ def may_cache() -> bool:
     return plain_eager() and not torch.is_inference_mode_enabled()
 
 
+def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
+    """Broadcast shapes; at once where nothing is to be done."""
+    widest = max(shapes, key=len)
+    if all(shape == widest or len(shape) == 0 for shape in shapes):
+        return widest
+    return torch.broadcast_shapes(*shapes)
+
+
 def as_floating(value: Any) -> Tensor:
     """Turn numbers, sequences and integer tensors into a floating-point tensor."""
     tensor = torch.as_tensor(value)
     return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+
+
+def _expands(shape: torch.Size, to: torch.Size) -> bool:
+    if len(shape) > len(to):
+        return False
+    aligned = zip(reversed(shape), reversed(to), strict=False)
+    return all(old in (1, new) for old, new in aligned)
 
 
 class BaseDistribution(TorchDistribution):
@@ -65,7 +80,7 @@ class BaseDistribution(TorchDistribution):
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Self:
         """Broadcast to ``batch_shape`` without touching, copying or recomputing a tensor."""
         batch_shape = torch.Size(batch_shape)
-        if torch.broadcast_shapes(self.batch_shape, batch_shape) != batch_shape:
+        if not _expands(self.batch_shape, batch_shape):
             raise ValueError(
                 f"{type(self).__name__}: batch_shape {tuple(self.batch_shape)} does not expand to "
                 f"{tuple(batch_shape)}."
@@ -94,7 +109,7 @@ class BaseDistribution(TorchDistribution):
                 f"{tuple(self.event_shape)} on the right, but its shape is {tuple(value.shape)}."
             )
         try:
-            torch.broadcast_shapes(value.shape, expected)
+            broadcast_shapes(value.shape, expected)
         except RuntimeError:
             raise ValueError(
                 f"The value scored by {type(self).__name__} must broadcast against "
@@ -113,7 +128,7 @@ class BaseDistribution(TorchDistribution):
 
     def _score(self, result: Tensor, value: Tensor) -> Tensor:
         """Cast and broadcast what ``log_prob`` (or ``cdf``) of ``value`` returns."""
-        shape = torch.broadcast_shapes(result.shape, self.batch_shape)
+        shape = broadcast_shapes(result.shape, self.batch_shape)
         return result.to(torch.promote_types(self.dtype, value.dtype)).expand(shape)
 
     def _statistic(self, result: Tensor) -> Tensor:

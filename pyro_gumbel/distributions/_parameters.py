@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_gumbel.distributions._base import as_floating, checkable, may_cache
+from pyro_gumbel.distributions._base import as_floating, broadcast_shapes, checkable, may_cache
 from pyro_gumbel.distributions._noise import noise_dtype
 from pyro_gumbel.distributions._softmax import log_softmax
 from pyro_gumbel.distributions._widen import widen
@@ -161,7 +161,7 @@ def align_temperature(
 
 def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size | None:
     try:
-        return torch.broadcast_shapes(a, b)
+        return broadcast_shapes(a, b)
     except RuntimeError:
         return None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_gumbel.distributions._base import BaseDistribution, may_cache
+from pyro_gumbel.distributions._base import BaseDistribution, broadcast_shapes, may_cache
 from pyro_gumbel.distributions._categorical import CategoricalDistribution, infer_one_hot_shapes
 from pyro_gumbel.distributions._parameters import (
     align_temperature,
@@ -36,7 +36,7 @@ class TemperedDistribution(BaseDistribution):
         )
         self._device = device
         if isinstance(self._temperature, Tensor):
-            self._batch_shape = torch.broadcast_shapes(self.batch_shape, self._temperature.shape)
+            self._batch_shape = broadcast_shapes(self.batch_shape, self._temperature.shape)
 
     @property
     def temperature(self) -> Tensor:
@@ -113,5 +113,5 @@ class TemperedCategorical(CategoricalDistribution, TemperedDistribution):
         batch_shape, event_shape = infer_one_hot_shapes(probs, logits)
         if len(temperature) > 0:
             aligned = align_temperature(torch.Size(temperature), batch_shape)
-            batch_shape = torch.broadcast_shapes(batch_shape, aligned)
+            batch_shape = broadcast_shapes(batch_shape, aligned)
         return batch_shape, event_shape

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_gumbel.distributions._base import BaseDistribution, as_floating, checkable
+from pyro_gumbel.distributions._base import (
+    BaseDistribution,
+    as_floating,
+    broadcast_shapes,
+    checkable,
+)
 from pyro_gumbel.distributions._noise import gumbel_noise, noise_dtype
 
 __all__ = ["Gumbel", "gumbel_noise"]
@@ -77,7 +82,7 @@ class Gumbel(BaseDistribution):
 
     def __init__(self, loc: Any, scale: Any = 1.0, *, validate_args: bool | None = None) -> None:
         self._loc, self._scale = location_scale(loc=loc, scale=scale).values()
-        batch_shape = torch.broadcast_shapes(self._loc.shape, self._scale.shape)
+        batch_shape = broadcast_shapes(self._loc.shape, self._scale.shape)
         self._init_shapes(batch_shape, (), validate_args)
         if self._validate_args and checkable(self._loc, self._scale):
             check_parameter("loc", self._loc, ~self._loc.isnan(), "a number")

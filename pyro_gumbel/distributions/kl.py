@@ -11,6 +11,7 @@ from torch.distributions import Bernoulli, Distribution, OneHotCategorical, regi
 from torch.distributions import Gumbel as TorchGumbel
 from torch.nn.functional import logsigmoid
 
+from pyro_gumbel.distributions._base import broadcast_shapes
 from pyro_gumbel.distributions._categorical import CategoricalDistribution
 from pyro_gumbel.distributions._noise import noise_dtype
 from pyro_gumbel.distributions._parameters import CategoricalParameters
@@ -73,7 +74,7 @@ def _check_discrete(*distributions: Distribution) -> None:
 
 def _finish(p: Distribution, q: Distribution, divergence: Tensor) -> Tensor:
     dtypes = [_dtype(p), _dtype(q)]
-    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    shape = broadcast_shapes(p.batch_shape, q.batch_shape)
     return divergence.to(torch.promote_types(*dtypes)).expand(shape)
 
 

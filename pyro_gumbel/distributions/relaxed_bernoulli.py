@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
-from pyro_gumbel.distributions._base import as_floating, checkable, may_cache
+from pyro_gumbel.distributions._base import as_floating, broadcast_shapes, checkable, may_cache
 from pyro_gumbel.distributions._density import log_coordinate_pair
 from pyro_gumbel.distributions._noise import logistic_noise
 from pyro_gumbel.distributions._parameters import align_temperature, check_one_given
@@ -277,4 +277,4 @@ class RelaxedBernoulli(TemperedDistribution):
         check_one_given(probs, logits)
         shape = torch.Size(probs if logits is None else logits)  # type: ignore[arg-type]
         aligned = align_temperature(torch.Size(temperature), shape, event_dim=0)
-        return torch.broadcast_shapes(shape, aligned), torch.Size()
+        return broadcast_shapes(shape, aligned), torch.Size()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_gumbel.distributions._base import checkable
+from pyro_gumbel.distributions._base import broadcast_shapes, checkable
 from pyro_gumbel.distributions._constraints import less_than_eq
 from pyro_gumbel.distributions._noise import log_exponential_noise, noise_dtype
 from pyro_gumbel.distributions.gumbel import (
@@ -69,7 +69,7 @@ class TruncatedGumbel(Gumbel):
             loc=loc, upper=upper, scale=scale
         ).values()
         shapes = (self._loc.shape, self._upper.shape, self._scale.shape)
-        self._init_shapes(torch.broadcast_shapes(*shapes), (), validate_args)
+        self._init_shapes(broadcast_shapes(*shapes), (), validate_args)
         if self._validate_args and checkable(self._loc, self._upper, self._scale):
             check_parameter("loc", self._loc, ~self._loc.isnan(), "a number")
             above = self._upper > -torch.inf  # false for NaN too

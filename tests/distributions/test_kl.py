@@ -1,0 +1,120 @@
+"""KL divergences in closed form against enumeration, with probabilities of zero."""
+
+from __future__ import annotations
+
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from laws import DTYPES
+from torch.distributions import kl_divergence
+
+from pyro_gumbel.distributions import (
+    ExpRelaxedOneHot,
+    Gumbel,
+    OneHot,
+    RelaxedBernoulli,
+    RelaxedOneHot,
+    TruncatedGumbel,
+)
+
+ONE_HOT = {
+    "OneHot": OneHot,
+    "RelaxedOneHot": lambda **given: RelaxedOneHot(0.3, **given, straight_through=True),
+    "pyro": dist.OneHotCategorical,
+    "torch": torch.distributions.OneHotCategorical,
+}
+BERNOULLI = {
+    "RelaxedBernoulli": lambda **given: RelaxedBernoulli(0.3, **given, straight_through=True),
+    "pyro": dist.Bernoulli,
+    "torch": torch.distributions.Bernoulli,
+}
+
+
+def pairs(family):
+    ours = [name for name in family if name not in {"pyro", "torch"}]
+    return [(p, q) for p in family for q in family if p in ours or q in ours]
+
+
+@pytest.mark.parametrize(("p", "q"), pairs(ONE_HOT))
+def test_one_hot_by_enumeration(p, q):
+    p_logits = torch.randn(4, 5, dtype=torch.float64)
+    q_logits = torch.randn(5, dtype=torch.float64)
+    log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+    divergence = kl_divergence(ONE_HOT[p](logits=p_logits), ONE_HOT[q](logits=q_logits))
+    torch.testing.assert_close(divergence, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("p", "q"), pairs(ONE_HOT))
+def test_one_hot_with_probabilities_of_zero(p, q):
+    some, fewer = torch.tensor([0.2, 0.8, 0.0]), torch.tensor([0.0, 1.0, 0.0])
+    inside = kl_divergence(ONE_HOT[p](probs=fewer), ONE_HOT[q](probs=some))
+    assert inside.item() == pytest.approx(math.log(1 / 0.8), rel=1e-6)
+    outside = kl_divergence(ONE_HOT[p](probs=some), ONE_HOT[q](probs=fewer))
+    assert outside.item() == math.inf
+    assert kl_divergence(ONE_HOT[p](probs=some), ONE_HOT[q](probs=some)).item() == 0
+
+
+@pytest.mark.parametrize(("p", "q"), pairs(BERNOULLI))
+def test_bernoulli_by_enumeration(p, q):
+    p_probs, q_probs = torch.rand(2, 6, dtype=torch.float64).unbind()
+    expected = p_probs * (p_probs / q_probs).log()
+    expected = expected + (1 - p_probs) * ((1 - p_probs) / (1 - q_probs)).log()
+    divergence = kl_divergence(BERNOULLI[p](probs=p_probs), BERNOULLI[q](probs=q_probs))
+    torch.testing.assert_close(divergence, expected, rtol=1e-9, atol=1e-9)
+    from_logits = kl_divergence(
+        BERNOULLI[p](logits=p_probs.logit()), BERNOULLI[q](logits=q_probs.logit())
+    )
+    torch.testing.assert_close(from_logits, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("p", "q"), pairs(BERNOULLI))
+def test_bernoulli_with_probabilities_of_zero(p, q):
+    certain, open_ = torch.tensor([0.0, 1.0]), torch.tensor([0.25, 0.25])
+    inside = kl_divergence(BERNOULLI[p](probs=certain), BERNOULLI[q](probs=open_))
+    torch.testing.assert_close(inside, torch.tensor([math.log(4 / 3), math.log(4)]))
+    outside = kl_divergence(BERNOULLI[p](probs=open_), BERNOULLI[q](probs=certain))
+    assert outside.tolist() == [math.inf, math.inf]
+
+
+def test_under_independent_and_gradients():
+    logits = torch.randn(4, 5, requires_grad=True)
+    p = RelaxedOneHot(0.5, logits=logits, straight_through=True)
+    q = dist.OneHotCategorical(probs=torch.tensor([0.1, 0.2, 0.3, 0.4, 0.0])).expand([4])
+    finite = dist.OneHotCategorical(probs=torch.full((4, 5), 0.2))
+    total = kl_divergence(p.to_event(1), finite.to_event(1))
+    torch.testing.assert_close(total, kl_divergence(p, finite).sum())
+    assert torch.autograd.grad(total, logits)[0].isfinite().all()
+    masked = torch.tensor([0.0, 0.5, 0.5, 0.0, 0.0], requires_grad=True)
+    divergence = kl_divergence(OneHot(probs=masked), q.base_dist if hasattr(q, "base_dist") else q)
+    assert torch.autograd.grad(divergence.sum(), masked)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtype_and_shape(dtype):
+    logits = torch.randn(3, 4).to(dtype)
+    divergence = kl_divergence(OneHot(logits=logits).expand([2, 3]), OneHot(logits=logits[0]))
+    assert divergence.dtype == dtype
+    assert divergence.shape == (2, 3)
+
+
+def test_no_closed_form():
+    phi = torch.zeros(3)
+    hard, soft = OneHot(logits=phi), RelaxedOneHot(0.5, logits=phi)
+    with pytest.raises(NotImplementedError, match="straight_through=True"):
+        kl_divergence(soft, hard)
+    with pytest.raises(NotImplementedError, match="straight_through=True"):
+        kl_divergence(hard, soft)
+    with pytest.raises(NotImplementedError, match="straight_through=True"):
+        kl_divergence(RelaxedBernoulli(0.5, logits=phi), dist.Bernoulli(logits=phi))
+    with pytest.raises(NotImplementedError):
+        kl_divergence(ExpRelaxedOneHot(0.5, logits=phi), hard)
+    with pytest.raises(NotImplementedError, match="TruncatedGumbel"):
+        kl_divergence(TruncatedGumbel(0.0, 1.0), Gumbel(0.0))
+
+
+def test_numbers_of_categories_must_agree():
+    with pytest.raises(ValueError, match="numbers of categories differ, 3 and 4"):
+        kl_divergence(OneHot(logits=torch.zeros(3)), OneHot(logits=torch.zeros(4)))
