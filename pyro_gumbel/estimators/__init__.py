@@ -2,8 +2,11 @@
 
 from pyro_gumbel.estimators.base import Call, Estimator, Site, SiteReader
 from pyro_gumbel.estimators.baselines import Baseline, LeaveOneOut, MovingAverage, NeuralBaseline
+from pyro_gumbel.estimators.control_variates import DoubleControlVariate, MuProp, Rodeo
+from pyro_gumbel.estimators.coupled import ARMS, DisARM, DisARMTree
 from pyro_gumbel.estimators.pathwise import Pathwise
 from pyro_gumbel.estimators.rao import GumbelRao, ReinMaxRao
+from pyro_gumbel.estimators.rebar import Rebar, Relax
 from pyro_gumbel.estimators.schedules import Exponential, Linear, Schedule
 from pyro_gumbel.estimators.score import Score
 from pyro_gumbel.estimators.straight_through import (
@@ -13,11 +16,16 @@ from pyro_gumbel.estimators.straight_through import (
     ReinMax,
     StraightThrough,
 )
-from pyro_gumbel.estimators.sums import Enumerate
+from pyro_gumbel.estimators.sums import Enumerate, LocalExpectation
+from pyro_gumbel.estimators.without_replacement import SumAndSample, UnorderedSet
 
 __all__ = [
+    "ARMS",
     "Baseline",
     "Call",
+    "DisARM",
+    "DisARMTree",
+    "DoubleControlVariate",
     "Enumerate",
     "Estimator",
     "Exponential",
@@ -27,14 +35,21 @@ __all__ = [
     "GumbelStraightThrough",
     "LeaveOneOut",
     "Linear",
+    "LocalExpectation",
     "MovingAverage",
+    "MuProp",
     "NeuralBaseline",
     "Pathwise",
+    "Rebar",
     "ReinMax",
     "ReinMaxRao",
+    "Relax",
+    "Rodeo",
     "Schedule",
     "Score",
     "Site",
     "SiteReader",
     "StraightThrough",
+    "SumAndSample",
+    "UnorderedSet",
 ]

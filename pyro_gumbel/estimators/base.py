@@ -104,6 +104,10 @@ class Site:
         """Align a cost with the variables of an event: append a one for each joined dimension."""
         return cost.reshape(cost.shape + (1,) * self.event_dims)
 
+    def per_event(self, cost: Tensor) -> Tensor:
+        """Align a cost with the values: append a one for each dimension of the event."""
+        return cost.reshape(cost.shape + (1,) * (self.event_dims + self.fn.event_dim))
+
     def value_gradients(self) -> Tensor:
         """Differentiate each path's ELBO with respect to its value, shaped like ``values``."""
         return self._reader.value_gradients()
@@ -157,6 +161,7 @@ class Estimator(nn.Module):
     enumerates: ClassVar[bool] = False  # a value is the whole support
     differentiates: ClassVar[bool] = False  # the surrogate uses the cost's gradient in the value
     branches_are_draws: ClassVar[bool] = True  # every coupled value has the guide's law
+    relaxed_branches: ClassVar[bool] = False  # coupled values are outside the support
     branches_have_graph: ClassVar[bool] = True  # more than the cost's number is wanted of them
     num_values: int = 1
     chunk_size: int | None = None  # branches without graph that are evaluated at once
@@ -165,6 +170,10 @@ class Estimator(nn.Module):
     def supports(self, fn: Distribution) -> bool:
         """Tell whether it can serve ``fn`` (given without ``to_event`` and ``mask``)."""
         raise NotImplementedError
+
+    def objection(self, fn: Distribution, event_dims: int) -> str | None:
+        """Say what of a site of a supported family stands in the way, if anything."""
+        return None
 
     def draw(self, fn: Distribution) -> Tensor:
         """Draw a value of shape ``fn.batch_shape + fn.event_shape``, without gradient."""

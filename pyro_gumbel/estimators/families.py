@@ -7,7 +7,7 @@ from pyro.distributions import MaskedDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Independent, OneHotCategorical
-from torch.nn.functional import softplus
+from torch.nn.functional import one_hot, softplus
 
 from pyro_gumbel.distributions import OneHot, RelaxedBernoulli, RelaxedOneHot
 from pyro_gumbel.distributions.one_hot import draw_one_hot, multilinear_log_prob
@@ -15,6 +15,7 @@ from pyro_gumbel.distributions.one_hot import draw_one_hot, multilinear_log_prob
 __all__ = [
     "event_dims",
     "exact_draw",
+    "from_index",
     "has_logits",
     "is_bit",
     "is_categorical",
@@ -22,6 +23,8 @@ __all__ = [
     "log_mass",
     "log_mass_of_value",
     "one_hot_logits",
+    "to_index",
+    "uniform",
     "unwrap",
 ]
 
@@ -90,6 +93,28 @@ def log_mass_of_value(fn: Distribution, value: Tensor) -> Tensor:
     if is_one_hot(fn):
         return multilinear_log_prob(value, logits)
     return log_mass(Bernoulli(logits=logits, validate_args=False), value)
+
+
+def to_index(fn: Distribution, value: Tensor) -> Tensor:
+    """Number the category of each value; a bit's first category is 1."""
+    if is_one_hot(fn):
+        return value.max(-1).indices
+    return (1 - value).long() if is_bit(fn) else value
+
+
+def from_index(fn: Distribution, index: Tensor) -> Tensor:
+    """Write categories as values of ``fn``: the inverse of :func:`to_index`."""
+    if is_one_hot(fn):
+        return one_hot(index, fn.logits.shape[-1]).to(fn.logits.dtype)
+    return (1 - index).to(fn.logits.dtype) if is_bit(fn) else index
+
+
+def uniform(like: Tensor, sample_shape: tuple[int, ...] = ()) -> Tensor:
+    """Draw uniform noise strictly inside (0, 1), float32 or better, of the shape of ``like``."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    noise = torch.rand((*sample_shape, *like.shape), dtype=dtype, device=like.device)
+    # Half a cell up: zero is never drawn, and one still is not.
+    return noise * (1 - torch.finfo(dtype).eps) + torch.finfo(dtype).eps / 4
 
 
 @torch.no_grad()

@@ -36,14 +36,14 @@ def conditional_scores(
         sample_shape: Leading shape of the noise.
 
     Returns:
-        Scores of shape ``sample_shape + batch_shape + (C,)``, without gradient.
+        Scores of shape ``sample_shape + batch_shape + (C,)``, differentiable in ``log_probs``.
     """
     noise = (
         -gumbel_noise((*sample_shape, *log_probs.shape), log_probs.dtype, log_probs.device)
     ).exp()
     top = (noise * hard).sum(-1, keepdim=True)
     # A category of probability zero waits for ever; the clamp keeps its score finite.
-    waits = noise * (-log_probs.detach()).clamp(max=80.0).exp()
+    waits = noise * (-log_probs).clamp(max=80.0).exp()
     return -torch.where(hard > 0, top, waits + top).log()
 
 

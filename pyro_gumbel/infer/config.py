@@ -6,7 +6,7 @@ import difflib
 import functools
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK, Message
@@ -15,23 +15,33 @@ from torch import nn
 
 from pyro_gumbel import estimators
 from pyro_gumbel.estimators import Estimator, LeaveOneOut, MovingAverage, Pathwise, Score
-from pyro_gumbel.estimators.families import unwrap
+from pyro_gumbel.estimators.families import event_dims, unwrap
 
 __all__ = ["Auto", "config_gradient", "estimator_names", "resolve"]
 
 Choice = Estimator | str | None
 Config = Estimator | str | Mapping[str, Choice] | Callable[[Message], Choice]
 
-_CLASSES = {
+_CLASSES: dict[str, type[Estimator]] = {
+    "arms": estimators.ARMS,
+    "disarm": estimators.DisARM,
+    "disarm_tree": estimators.DisARMTree,
+    "double_control_variate": estimators.DoubleControlVariate,
     "enumerate": estimators.Enumerate,
     "gapped_straight_through": estimators.GappedStraightThrough,
     "gumbel_rao": estimators.GumbelRao,
     "gumbel_softmax": estimators.GumbelSoftmax,
     "gumbel_straight_through": estimators.GumbelStraightThrough,
+    "local_expectation": estimators.LocalExpectation,
+    "muprop": estimators.MuProp,
     "pathwise": estimators.Pathwise,
+    "rebar": estimators.Rebar,
     "reinmax": estimators.ReinMax,
     "reinmax_rao": estimators.ReinMaxRao,
+    "rodeo": estimators.Rodeo,
     "straight_through": estimators.StraightThrough,
+    "sum_and_sample": estimators.SumAndSample,
+    "unordered_set": estimators.UnorderedSet,
 }
 
 # What Pyro itself, and nothing else, may leave in a latent site's `infer`.
@@ -284,11 +294,10 @@ def resolve(msg: Message, auto: Auto, default: Choice, num_particles: int) -> Es
         choice = auto.__dict__.setdefault(choice, _CLASSES[choice]())
     estimator = cast(Estimator, choice)
     if not estimator.supports(fn):
-        raise ValueError(
-            f"At site {msg['name']!r}, {estimator!r} cannot serve {_describe(msg)}: it needs "
-            f"{estimator.sites}. "
-            f"{_suggest(fn)}"
-        )
+        _refuse(msg, estimator, f"it needs {estimator.sites}")
+    objection = estimator.objection(fn, event_dims(msg["fn"]))
+    if objection is not None:
+        _refuse(msg, estimator, objection)
     if num_particles < estimator.min_particles:
         raise ValueError(
             f"At site {msg['name']!r}, {estimator!r} needs num_particles >= "
@@ -315,12 +324,20 @@ def _check_infer_keys(msg: Message) -> None:
         )
 
 
-def _describe(msg: Message) -> str:
+def _refuse(msg: Message, estimator: Estimator, reason: str) -> NoReturn:
     fn = unwrap(msg["fn"])
     wrapped = "" if fn is msg["fn"] else f" (inside {type(msg['fn']).__name__})"
-    return f"a {type(fn).__name__} site{wrapped}"
+    raise ValueError(
+        f"At site {msg['name']!r}, {estimator!r} cannot serve a {type(fn).__name__} "
+        f"site{wrapped}: "
+        f"{reason}. {_suggest(fn, event_dims(msg['fn']))}"
+    )
 
 
-def _suggest(fn: Any) -> str:
-    candidates = [cls.__name__ for cls in _CLASSES.values() if cls().supports(fn)]
-    return f"What would work: {', '.join([*candidates, 'Score'])}."
+def _suggest(fn: Any, joined: int) -> str:
+    serving = [
+        name
+        for name, make in _CLASSES.items()
+        if make().supports(fn) and make().objection(fn, joined) is None
+    ]
+    return f"What would work: {', '.join([*serving, 'score'])}."

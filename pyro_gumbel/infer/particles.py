@@ -30,7 +30,6 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Independent
 
 from pyro_gumbel.estimators import Estimator
 from pyro_gumbel.estimators.families import event_dims, exact_draw, unwrap
@@ -152,7 +151,6 @@ class DrawMessenger(Messenger):
         return self._compose(name, blocks, msg["fn"].event_dim)
 
     def _enumerate(self, name: str, estimator: Estimator, msg: Message) -> Tensor:
-        _check_enumerable(msg)
         if self.layout.plate_nesting is None:
             raise PlateNestingNeeded
         dim = -int(self.layout.total_nesting) - 1 - len(self.enumerated)
@@ -204,18 +202,3 @@ class SharedSubsample(Messenger):
 def _plate_key(msg: Message) -> tuple[Any, ...]:
     fn = cast(Any, msg["fn"])
     return msg["name"], fn.size, fn.subsample_size
-
-
-def _check_enumerable(msg: Message) -> None:
-    fn = msg["fn"]
-    while fn is not unwrap(fn):
-        if isinstance(fn, Independent):
-            joined = fn.base_dist.batch_shape[-fn.reinterpreted_batch_ndims :]
-            if joined.numel() > 1:
-                raise ValueError(
-                    f"At site {msg['name']!r}, Enumerate() cannot serve a distribution under "
-                    f"to_event: the joint support of event shape {tuple(fn.event_shape)} is a "
-                    "product. Put the variables in a pyro.plate, or in a site each, or use "
-                    "Score() or, for one-hot and Bernoulli sites, ReinMax()."
-                )
-        fn = fn.base_dist

@@ -1,0 +1,295 @@
+"""Score functions with control variates made of the cost's own gradient: unbiased."""
+
+from __future__ import annotations
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
+from torch import Tensor, nn
+
+from pyro_gumbel.estimators.base import Estimator, Site
+from pyro_gumbel.estimators.coupled import check_num_samples
+from pyro_gumbel.estimators.families import (
+    exact_draw,
+    is_bit,
+    is_one_hot,
+    log_mass_of_value,
+)
+
+__all__ = ["DoubleControlVariate", "MuProp", "Rodeo", "lower"]
+
+
+class DifferentiatingEstimator(Estimator):
+    """Common part: values whose cost is differentiated, at one-hot or Bernoulli sites."""
+
+    unbiased = True
+    sites = "one-hot or Bernoulli"
+    differentiates = True
+
+    def supports(self, fn: Distribution) -> bool:
+        return is_one_hot(fn) or is_bit(fn)
+
+    def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
+        return log_mass_of_value(fn, value)
+
+
+class MuProp(DifferentiatingEstimator):
+    r"""The cost's first-order expansion around the mean as control variate.
+
+    .. math::
+        \hat g = \bigl(f(b) - f(\mu) - \nabla f(\mu)^\top (b - \mu)\bigr) \nabla \log q(b)
+        + \nabla_\phi\, \mu^\top \nabla f(\mu)
+
+    *Unbiased*: yes. *Requires*: one-hot or Bernoulli sites and a cost differentiable at the mean,
+    which is no value of the site. *Costs*: two evaluations and one more backward pass.
+
+    References:
+        MuProp: Unbiased Backpropagation for Stochastic Neural Networks (Gu, Levine, Sutskever,
+            Mnih,
+        2016), https://arxiv.org/abs/1511.05176
+
+    Example:
+        >>> MuProp()
+        MuProp()
+    """
+
+    num_values = 2
+    branches_are_draws = False
+
+    def draw(self, fn: Distribution) -> Tensor:
+        mean = fn.logits.detach().sigmoid() if is_bit(fn) else fn.logits.detach().softmax(-1)
+        return torch.stack([exact_draw(fn), mean]).requires_grad_()
+
+    def surrogate(self, site: Site) -> Tensor:
+        slope = site.value_gradients()[1]
+        value, mean = site.values.detach()
+        linear = _sum_event(slope * (value - mean), site)
+        advantage = site.cost[0] - site.cost[1] - linear
+        score = (advantage * site.log_prob).sum()
+        return score + (slope * _mean(site)).sum()
+
+
+class DoubleControlVariate(DifferentiatingEstimator):
+    r"""Leave-one-out whose costs are corrected by the gradients of the *other* samples.
+
+    .. math::
+        c_k = \alpha\, \bar\nabla_{-k}^\top (b_k - \theta), \qquad
+        \hat g = \tfrac1K \sum_k \Bigl(f_k + c_k - \tfrac{1}{K-1} \sum_{j \ne k} (f_j + c_j)\Bigr)
+        \nabla \log q(b_k) - \alpha\, \nabla_\phi\, \theta^\top \bar\nabla
+
+    with :math:`\bar\nabla_{-k}` the mean of the cost's gradients at the other samples. *Unbiased*:
+    yes, for every :math:`\alpha`. *Requires*: one-hot or Bernoulli sites and a cost differentiable
+    at their values.
+    *Costs*: ``num_samples`` evaluations and one more backward pass.
+
+    Args:
+        num_samples: Number ``K`` of independent draws, at least 2.
+        learn: Train :math:`\alpha`, which starts at zero (plain leave-one-out), to lower the
+            variance, through the user's optimiser.
+
+    Raises:
+        ValueError: If ``num_samples`` is below 2.
+
+    References:
+        Double Control Variates for Gradient Estimation in Discrete Latent Variable Models
+        (Titsias, Shi, 2022), https://arxiv.org/abs/2111.05300
+
+    Example:
+        >>> DoubleControlVariate(2)
+        DoubleControlVariate(2, learn=True)
+    """
+
+    def __init__(self, num_samples: int = 2, *, learn: bool = True) -> None:
+        super().__init__()
+        check_num_samples("DoubleControlVariate", num_samples, least=2)
+        self.num_samples = num_samples
+        self.num_values = num_samples
+        self.learn = learn
+        self.alpha = nn.Parameter(torch.zeros(()), requires_grad=learn)
+
+    def draw(self, fn: Distribution) -> Tensor:
+        return independent_draws(fn, self.num_samples).requires_grad_()
+
+    def surrogate(self, site: Site) -> Tensor:
+        slopes = site.value_gradients()
+        values = site.values.detach()
+        mean = _mean(site)
+        deviation = values - mean.detach()
+        others = (slopes.sum(0) - slopes) / (self.num_samples - 1)
+        correction = _sum_event(others * deviation, site)
+        base, slope = (_leave_one_out(cost) for cost in (site.cost, correction))
+        alpha = self.alpha.detach()
+        scores = _log_probs(site, values)
+        surrogate = ((base + alpha * slope) * scores).mean(0).sum()
+        surrogate = surrogate - alpha * (slopes.mean(0) * mean).sum()
+        if not self.learn:
+            return surrogate
+        fixed = (site.per_event(base) * deviation).mean(0)
+        moving = (site.per_event(slope) * deviation).mean(0) - _jacobian_product(
+            site, slopes.mean(0)
+        )
+        loss = ((fixed + self.alpha * moving) ** 2).sum()
+        return surrogate + lower(loss, [self.alpha])
+
+
+class Rodeo(DifferentiatingEstimator):
+    r"""Leave-one-out with discrete Stein operators as control variates.
+
+    For sample ``k`` a small network :math:`h = (h^1, h^2)` of the other samples' linearised costs
+    is turned into functions of mean zero by :math:`(A h)(x) = \frac1D \sum_i q(\bar x_i) (h(\bar
+    x^{(i)}) - h(x))`, where :math:`\bar x^{(i)}` has bit ``i`` flipped:
+
+    .. math::
+        \hat g = \tfrac1K \sum_k \Bigl(f_k - \tfrac{1}{K-1} \sum_{j \ne k} (f_j + \alpha (A
+        h^1_{-j})(b_j)) \Bigr) (b_k - \theta) + \beta\, (A\, h^2_{-k} (\cdot - \theta))(b_k)
+
+    *Unbiased*: yes, whatever the network. *Requires*: Bernoulli sites and a cost differentiable at
+    their values. *Costs*: ``num_samples`` evaluations, one more backward pass, and a network
+    evaluated once for each bit.
+
+    Args:
+        num_samples: Number ``K`` of independent draws, at least 2.
+        learn: Train :math:`\alpha, \beta` (zero at first: plain leave-one-out) and the network to
+            lower the variance, through the user's optimiser.
+        hidden: Width of the network.
+
+    Raises:
+        ValueError: If ``num_samples`` is below 2.
+
+    References:
+        Gradient Estimation with Discrete Stein Operators (Shi, Zhou, Hwang, Titsias, Mackey,
+        2022), https://arxiv.org/abs/2202.09497
+
+    Example:
+        >>> Rodeo(2)
+        Rodeo(2, learn=True, hidden=100)
+    """
+
+    sites = "Bernoulli"
+
+    def __init__(self, num_samples: int = 2, *, learn: bool = True, hidden: int = 100) -> None:
+        super().__init__()
+        check_num_samples("Rodeo", num_samples, least=2)
+        self.num_samples = num_samples
+        self.num_values = num_samples
+        self.learn = learn
+        self.hidden = hidden
+        self.scales = nn.Parameter(torch.zeros(2))
+        self.network = nn.Sequential(nn.Linear(2, hidden), nn.LeakyReLU(0.3), nn.Linear(hidden, 2))
+        self.requires_grad_(learn)
+
+    def supports(self, fn: Distribution) -> bool:
+        return is_bit(fn)
+
+    def draw(self, fn: Distribution) -> Tensor:
+        return independent_draws(fn, self.num_samples).requires_grad_()
+
+    def surrogate(self, site: Site) -> Tensor:
+        logits = _flatten_event(site.logits[..., 0], site)
+        probs = logits.detach().sigmoid()
+        values = _flatten_event(site.values.detach(), site)
+        slopes = _flatten_event(site.value_gradients(), site)
+        deviation = values - probs
+        first, second = self._stein(values, probs, slopes, site.cost)
+        plain = _leave_one_out(site.cost)
+        shift = -(first.sum(0) - first) / (self.num_samples - 1)
+        alpha, beta = self.scales.to(logits.dtype)
+        advantage = plain + alpha * shift
+        estimate = (advantage.unsqueeze(-1) * deviation + beta * second).mean(0)
+        surrogate = (estimate.detach() * logits).sum()
+        if not self.learn:
+            return surrogate
+        return surrogate + lower((estimate**2).sum(), list(self.parameters()))
+
+    def _stein(
+        self, values: Tensor, probs: Tensor, slopes: Tensor, cost: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``A h1``, ``(K, R) + batch_shape``, and ``A h2 (x - theta)``, the same and the bits."""
+        flip = torch.where(values > 0, 1 - probs, probs)  # probability of the other value
+        turn = 1 - 2 * values
+        scale = 1 / (values.shape[-1] * (self.num_samples - 1))
+        firsts, seconds = [], []
+        for k in range(self.num_samples):
+            first, second = torch.zeros_like(cost[k]), torch.zeros_like(values[k])
+            for j in range(self.num_samples):
+                if j == k:
+                    continue
+                linear = (slopes[j] * (values[k] - values[j])).sum(-1, keepdim=True)
+                here = self._network(linear, cost[j])
+                there = self._network(linear + slopes[j] * turn[k], cost[j])
+                change = flip[k] * (there - here).movedim(-1, 0)  # (2, R, ..., bits)
+                first = first + change[0].sum(-1)
+                second = second + flip[k] * turn[k] * there[..., 1]
+                second = second + (values[k] - probs) * change[1].sum(-1, keepdim=True)
+            firsts.append(first * scale)
+            seconds.append(second * scale)
+        return torch.stack(firsts), torch.stack(seconds)
+
+    def _network(self, linear: Tensor, cost: Tensor) -> Tensor:
+        inputs = torch.stack(torch.broadcast_tensors(linear, cost.unsqueeze(-1)), -1)
+        return self.network(inputs.to(self.scales.dtype)).to(linear.dtype)
+
+
+def independent_draws(fn: Distribution, count: int) -> Tensor:
+    """Draw ``count`` times from ``fn``, stacked along a new first dimension, without gradient."""
+    return torch.stack([exact_draw(fn) for _ in range(count)])
+
+
+def lower(loss: Tensor, parameters: list[Tensor]) -> Tensor:
+    """A term that, added to a surrogate that is raised, lowers ``loss`` in ``parameters`` alone.
+
+    The loss may depend on the programs' parameters too; their gradient is left as it is.
+    """
+    gradients = torch.autograd.grad(
+        loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    terms = [
+        (parameter * gradient).sum()
+        for parameter, gradient in zip(parameters, gradients, strict=True)
+    ]
+    total = -torch.stack(terms).sum()
+    return total - total.detach()
+
+
+def _leave_one_out(cost: Tensor) -> Tensor:
+    """Each cost minus the mean of the others."""
+    count = cost.shape[0]
+    return (cost - cost.mean(0)) * (count / (count - 1))
+
+
+def _mean(site: Site) -> Tensor:
+    """The mean value of the site, with gradient, shaped like one value."""
+    probs = site.logits.softmax(-1)
+    return probs[..., 0] if is_bit(site.fn) else probs
+
+
+def _log_probs(site: Site, values: Tensor) -> Tensor:
+    """Score each of the coupled values, ``(K, R) + batch_shape``, with gradient."""
+    log_probs = site.logits.log_softmax(-1)
+    if is_bit(site.fn):
+        values = torch.stack([values, 1 - values], -1)
+    score = torch.where(values > 0, log_probs, 0.0).sum(-1)
+    return _sum_joined(score, site)
+
+
+def _sum_event(tensor: Tensor, site: Site) -> Tensor:
+    """Sum a tensor shaped like the values over the event."""
+    return _sum_joined(tensor if is_bit(site.fn) else tensor.sum(-1), site)
+
+
+def _sum_joined(tensor: Tensor, site: Site) -> Tensor:
+    return tensor.flatten(tensor.dim() - site.event_dims).sum(-1) if site.event_dims else tensor
+
+
+def _flatten_event(tensor: Tensor, site: Site) -> Tensor:
+    """Join the event's dimensions of a tensor of bits into one, the last."""
+    if not site.event_dims:
+        return tensor.unsqueeze(-1)
+    return tensor.flatten(tensor.dim() - site.event_dims)
+
+
+def _jacobian_product(site: Site, slope: Tensor) -> Tensor:
+    """Multiply the Jacobian of the site's mean in its logits with ``slope``."""
+    probs = _mean(site).detach()
+    if is_bit(site.fn):
+        return probs * (1 - probs) * slope
+    return probs * (slope - (probs * slope).sum(-1, keepdim=True))

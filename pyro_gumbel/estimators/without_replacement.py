@@ -1,0 +1,187 @@
+"""Draws without replacement: no value is evaluated twice."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
+from torch import Tensor
+
+from pyro_gumbel.distributions.gumbel import gumbel_noise
+from pyro_gumbel.estimators.base import Estimator, Site
+from pyro_gumbel.estimators.coupled import check_num_samples
+from pyro_gumbel.estimators.families import (
+    from_index,
+    is_categorical,
+    is_one_hot,
+    one_hot_logits,
+    to_index,
+)
+from pyro_gumbel.estimators.sums import joins_variables
+
+__all__ = ["SumAndSample", "UnorderedSet"]
+
+_LARGEST_SET = 10  # the weights take 2^k sums
+
+
+class _WithoutReplacement(Estimator):
+    """Common part of the two: ``K`` categories by the Gumbel top-k trick, in the order drawn."""
+
+    unbiased = True
+    sites = "one-hot or categorical, one variable an element"
+    branches_are_draws = False
+    branches_have_graph = False
+
+    def supports(self, fn: Distribution) -> bool:
+        return is_one_hot(fn) or is_categorical(fn)
+
+    def objection(self, fn: Distribution, event_dims: int) -> str | None:
+        if joins_variables(fn, event_dims):
+            return (
+                "to_event joins its variables, and they cannot be drawn jointly without "
+                "replacement; put them in a pyro.plate or in a site each"
+            )
+        categories = one_hot_logits(fn).shape[-1]
+        if self.num_values > categories:
+            return f"it draws {self.num_values} different categories of {categories}"
+        return None
+
+    @torch.no_grad()
+    def draw(self, fn: Distribution) -> Tensor:
+        logits = one_hot_logits(fn)
+        scores = logits + gumbel_noise(logits.shape, logits.dtype, logits.device)
+        index = scores.topk(self.num_values, -1).indices.movedim(-1, 0)
+        return from_index(fn, index)
+
+    def _log_probs(self, site: Site) -> Tensor:
+        """Log-probabilities of the drawn categories, ``(K, R) + batch_shape``."""
+        index = to_index(site.fn, site.values)
+        log_probs = site.logits.log_softmax(-1).movedim(-1, 0).gather(0, index)
+        return (
+            log_probs.flatten(log_probs.dim() - site.event_dims) if site.event_dims else log_probs
+        )
+
+
+class SumAndSample(_WithoutReplacement):
+    r"""All but the last of a few different draws are summed; the last stands for the rest.
+
+    .. math::
+        \hat g = \sum_{i < k} f(s_i) \nabla p(s_i)
+        + \Bigl(1 - \sum_{i < k} p(s_i)\Bigr) f(s_k) \nabla \log p(s_k)
+
+    with :math:`s_1, \dots, s_k` drawn without replacement. *Unbiased*: yes. *Requires*: one-hot or
+    categorical sites, one variable an element; nothing of the cost. *Costs*: ``num_sum + 1``
+    evaluations, all but one without gradient.
+
+    Args:
+        num_sum: How many values to sum, at least 1.
+
+    Raises:
+        ValueError: If ``num_sum`` is below 1; at a site, if it has too few categories.
+
+    References:
+        Rao-Blackwellized Stochastic Gradients for Discrete Distributions (Liu et al., 2019),
+        https://arxiv.org/abs/1810.04777; Kool, van Hoof, Welling (2020),
+        https://arxiv.org/abs/2002.06043
+
+    Example:
+        >>> SumAndSample(2)
+        SumAndSample(2)
+    """
+
+    def __init__(self, num_sum: int = 2) -> None:
+        super().__init__()
+        check_num_samples("SumAndSample", num_sum, least=1)
+        self.num_sum = num_sum
+        self.num_values = num_sum + 1
+
+    def surrogate(self, site: Site) -> Tensor:
+        log_probs = self._log_probs(site)
+        summed = log_probs[:-1].exp()
+        rest = (1 - summed.detach().sum(0)).clamp(min=0)
+        cost = site.cost.reshape(log_probs.shape)
+        return (summed * cost[:-1]).sum(0) + rest * cost[-1] * log_probs[-1]
+
+
+class UnorderedSet(_WithoutReplacement):
+    r"""A few different draws, weighted as the set that they are, with a built-in baseline.
+
+    .. math::
+        \hat g = \sum_{s \in S} p(s) R(S, s) \Bigl(f(s) - \sum_{t \in S} p(t) R^{D \setminus s}(S,
+        t) f(t) \Bigr) \nabla \log p(s)
+
+    where :math:`R(S, s)` is the probability of drawing the rest of ``S`` once ``s`` is drawn, over
+    that of drawing ``S``. *Unbiased*: yes. *Requires*: one-hot or categorical sites, one variable
+    an element; nothing of the cost. *Costs*: ``num_samples`` evaluations, all but one without
+    gradient, and :math:`2^{k}` sums for the weights.
+
+    Args:
+        num_samples: Size ``k`` of the set, from 2 to 10.
+
+    Raises:
+        ValueError: If ``num_samples`` is out of range; at a site, if it has too few categories.
+
+    References:
+        Estimating Gradients for Discrete Random Variables by Sampling without Replacement (Kool,
+        van Hoof, Welling, 2020), https://arxiv.org/abs/2002.06043
+
+    Example:
+        >>> UnorderedSet(3)
+        UnorderedSet(3)
+    """
+
+    def __init__(self, num_samples: int = 3) -> None:
+        super().__init__()
+        check_num_samples("UnorderedSet", num_samples, least=2)
+        if num_samples > _LARGEST_SET:
+            raise ValueError(
+                f"UnorderedSet: num_samples must be at most {_LARGEST_SET}, since the weights "
+                "take "
+                f"2^num_samples sums; got {num_samples!r}."
+            )
+        self.num_samples = num_samples
+        self.num_values = num_samples
+
+    def surrogate(self, site: Site) -> Tensor:
+        log_probs = self._log_probs(site)
+        cost = site.cost.reshape(log_probs.shape)
+        with torch.no_grad():
+            probs = log_probs.exp().double().clamp(min=1e-300)
+            first, second = leave_out_ratios(probs)
+            baseline = (second * probs * cost).sum(1)  # over t, for each s
+            weight = (probs * first * (cost - baseline)).to(log_probs.dtype)
+        return (weight * log_probs).sum(0)
+
+
+def leave_out_ratios(probs: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Ratios of set probabilities with one or two members drawn already.
+
+    Let :math:`Q(U)` be the probability that, the members ``U`` being drawn, the next draws are the
+    rest of the set in any order: :math:`Q(U) = \sum_{s \notin U} p(s) / (1 - p(U)) \, Q(U + s)`.
+
+    Args:
+        probs: Probabilities of the members, ``(k, ...)``.
+
+    Returns:
+        :math:`Q(\{s\}) / Q(\emptyset)`, ``(k, ...)``, and :math:`Q(\{s, t\}) / Q(\{s\})`,
+        ``(k, k, ...)``, with ones on the diagonal.
+    """
+    k = probs.shape[0]
+    rest = (1 - probs.sum(0)).clamp(min=0)
+    everything = frozenset(range(k))
+    chance = {everything: torch.ones_like(rest)}
+    for size in range(k - 1, -1, -1):
+        for drawn in map(frozenset, itertools.combinations(range(k), size)):
+            left = sorted(everything - drawn)
+            # 1 - p(U), as a sum of what is left: no cancellation.
+            remaining = probs[left].sum(0) + rest
+            chance[drawn] = sum(
+                (probs[s] / remaining * chance[drawn | {s}] for s in left), torch.zeros_like(rest)
+            )
+    single = [chance[frozenset({s})] for s in range(k)]
+    first = torch.stack(single) / chance[frozenset()]
+    second = torch.stack(
+        [torch.stack([chance[frozenset({s, t})] / single[s] for t in range(k)]) for s in range(k)]
+    )
+    return first, second
