@@ -1,0 +1,243 @@
+"""An amortised guide made of a model and an encoder."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer.autoguide.initialization import init_to_median
+from pyro.poutine import Trace
+from torch import Tensor, nn
+
+from pyro_gumbel.guides.base import StructuredGuide
+from pyro_gumbel.guides.data_plate import find_data_plate
+from pyro_gumbel.guides.latents import Latent, read_latent
+from pyro_gumbel.infer.config import Config
+
+__all__ = ["AutoAmortized"]
+
+
+class AutoAmortized(StructuredGuide):
+    r"""A guide whose parameters for each datum come from an encoder.
+
+    .. math::
+        q(\beta, z) = \prod_g q(\beta_g; \phi_g)
+                      \prod_i \prod_s q(z_{si}; h_s(\mathrm{encoder}(x)_i))
+
+    One run of the model shows its latent sites. Each site :math:`z_s` inside the data plate gets a
+    head :math:`h_s`, a linear layer from the encoder's features to the parameters of a
+    distribution that fits it: one-hot, Bernoulli, Categorical, Normal, LogNormal, Beta, Dirichlet,
+    Gamma, Poisson and Geometric sites have a guide of their own family; other continuous ones, a
+    normal distribution moved onto their support by ``biject_to``. Heads start with the prior's
+    parameters as their bias. Latents outside the plate are global: they get variational
+    parameters of their own, of the same families. Draws are independent given the features, or,
+    with ``autoregressive=True``, each head also reads the values of the sites before it.
+
+    The guide asks the model for its plates in every call, so that minibatches may differ in size
+    and be subsampled in any way that Pyro knows: as an argument,
+    ``pyro.plate("data", total, subsample_size=len(x))`` or ``subsample=indices``, or inside the
+    model, when the encoder may return rows for all data or call ``pyro.subsample`` itself. For
+    that the model runs up to its first site inside the plate; all else runs once.
+
+    Shapes: ``encoder(*args, **kwargs)`` is ``(N, features)``, one row an element of the plate, or
+    of what is subsampled from it. Sites in further plates inside the data plate get all their
+    elements from the same row.
+
+    ``state_dict`` has the encoder, the heads, and the estimators that ``gradient`` names. A new
+    guide has no heads yet: call ``setup(*args)`` before ``load_state_dict``.
+
+    Args:
+        model: The model.
+        encoder: A module or a function of the model's arguments.
+        gradient: An estimator, a name, a dict ``{site: estimator}`` or a callable, as for
+            ``config_gradient``; ``"auto"`` leaves the choice to ``Estimator_ELBO``.
+        plate: Name of the data plate, where the model has several that could be it.
+        autoregressive: Whether heads read the values of earlier sites in the plate.
+        create_plates: As for Pyro's autoguides; left out, the model itself is asked.
+        init_loc_fn: Where continuous global latents start from.
+        init_scale: Their standard deviation at the start, relative to the prior's where the guide
+            is of the prior's family, else in unconstrained space.
+
+    Raises:
+        TypeError: If the encoder is not callable; when run, if it returns no tensor.
+        ValueError: When first run, if the model has no data plate or no latent in it, the
+            encoder's output does not match the plate, or a site has no head; each with the site's
+            or the plate's name.
+
+    References:
+        Auto-Encoding Variational Bayes (Kingma, Welling, 2014), https://arxiv.org/abs/1312.6114
+
+    Example:
+        >>> decoder = torch.nn.Linear(10, 64)
+        >>> def model(x):
+        ...     pyro.module("decoder", decoder)
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.OneHotCategorical(torch.ones(10)))
+        ...         pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+        >>> encoder = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU())
+        >>> guide = AutoAmortized(model, encoder, gradient="reinmax")
+        >>> guide(torch.zeros(5, 64))["z"].shape
+        torch.Size([5, 10])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        encoder: Callable[..., Tensor],
+        *,
+        gradient: Config = "auto",
+        plate: str | None = None,
+        autoregressive: bool = False,
+        create_plates: Callable[..., Any] | None = None,
+        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_scale: float = 0.1,
+    ) -> None:
+        super().__init__(
+            model,
+            gradient=gradient,
+            create_plates=create_plates,
+            init_loc_fn=init_loc_fn,
+            init_scale=init_scale,
+        )
+        if not callable(encoder):
+            raise TypeError(
+                "AutoAmortized: encoder must be a module or a function of the model's arguments; "
+                f"got {encoder!r}."
+            )
+        self.encoder = encoder
+        self.plate = plate
+        self.autoregressive = autoregressive
+        self._data_plate = ""
+        self._nesting = 0  # dimensions that the plates of local sites take
+
+    def _choose_sites(self, trace: Trace) -> dict[str, Any]:
+        self._data_plate = find_data_plate(trace, self.plate)
+        return super()._choose_sites(trace)
+
+    def _read(self, site: Any) -> Latent:
+        local = self._data_plate in {frame.name for frame in site["cond_indep_stack"]}
+        latent = read_latent(site, None if local else self.init_scale)
+        if local:
+            self._nesting = max(self._nesting, len(latent.batch))
+            _check_inner_plates(latent, self._data_plate)
+        return latent
+
+    def _is_local(self, latent: Latent) -> bool:
+        return self._data_plate in latent.plates.values()
+
+    @property
+    def _dim(self) -> int:
+        """The data plate's dimension."""
+        return self.plates[self._data_plate].dim
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Run the encoder: ``(...) + (N, features)``, a row for each element that is looked at."""
+        plate = self.plates[self._data_plate]
+        with plate as indices:  # so that the encoder may subsample
+            features = self.encoder(*args, **kwargs)
+        if not isinstance(features, Tensor):
+            raise TypeError(
+                "AutoAmortized: encoder must return one tensor of features, (N, features); got "
+                f"{type(features).__name__}. Concatenate its outputs, or wrap it in a function."
+            )
+        rows = features.shape[-2] if features.dim() > 1 else None
+        if rows == plate.subsample_size:
+            return features
+        if rows == plate.size:
+            return features.index_select(-2, indices.to(features.device))
+        size, looked_at = plate.size, plate.subsample_size
+        expected = f"{size}" if size == looked_at else f"{looked_at} (or all {size})"
+        raise ValueError(
+            f"AutoAmortized: encoder returned shape {tuple(features.shape)}, which does not match "
+            f"the plate {plate.name!r}: expected (N, features) with N = {expected} rows, one a "
+            "datum. Keep the data dimension first and flatten the others into features, "
+            "x.flatten(1); where another plate holds the data, name it, plate='...'."
+        )
+
+    def _check_inputs(self, inputs: Tensor, params: Trace) -> None:
+        if inputs.requires_grad and not (isinstance(self.encoder, nn.Module) or params.nodes):
+            warnings.warn(
+                "AutoAmortized: encoder is a function, and no optimiser will see the parameters "
+                "that its output depends on. Pass the nn.Module itself, or call "
+                "pyro.module('encoder', module) inside the function.",
+                stacklevel=2,
+            )
+
+    def _make_head(self, latent: Latent, inputs: Any) -> nn.Module:
+        if not self._is_local(latent):
+            return super()._make_head(latent, inputs)
+        num_inputs = inputs.shape[-1]
+        if self.autoregressive:
+            num_inputs += sum(self._num_features(other) for other in self._before(latent))
+        start = latent.start.mean(self._dim - latent.event_dim)
+        return NetworkHead(num_inputs, start.flatten().to(inputs))
+
+    def _before(self, latent: Latent) -> list[Latent]:
+        names = list(self.latents)
+        before = names[: names.index(latent.name)]
+        return [self.latents[name] for name in before if self._is_local(self.latents[name])]
+
+    def _num_features(self, latent: Latent) -> int:
+        """How many numbers of a site's value belong to one datum."""
+        elements = latent.batch.numel() // latent.batch[self._dim] * latent.event_batch.numel()
+        return elements * latent.head.num_features
+
+    def _numbers(self, latent: Latent, inputs: Any, values: dict[str, Tensor]) -> Tensor:
+        if not self._is_local(latent):
+            return super()._numbers(latent, inputs, values)
+        read = [inputs]
+        if self.autoregressive:
+            read += [
+                self._rows(other, values[other.name]).to(inputs) for other in self._before(latent)
+            ]
+            batch = torch.broadcast_shapes(*(numbers.shape[:-1] for numbers in read))
+            read = [numbers.expand(*batch, numbers.shape[-1]) for numbers in read]
+        return self._columns(latent, self._head(latent)(torch.cat(read, -1)))
+
+    def _rows(self, latent: Latent, value: Tensor) -> Tensor:
+        """Gather a datum's numbers: ``(...) + batch + (n,)`` to ``(...) + (N, rest * n)``."""
+        numbers = latent.features(value)
+        missing = self._nesting + 1 - numbers.dim()
+        numbers = numbers.reshape((1,) * missing + numbers.shape)
+        # An enumerated value comes with ones in place of plates.
+        sizes = list(numbers.shape)
+        for dim, name in latent.plates.items():
+            sizes[dim - 1] = self.plates[name].subsample_size
+        left = numbers.dim() - 1 - self._nesting
+        return numbers.expand(sizes).movedim(self._dim - 1, left).flatten(left + 1)
+
+    def _columns(self, latent: Latent, raw: Tensor) -> Tensor:
+        """Undo ``_rows`` for a head's output: ``(...) + batch + event_batch + (size,)``."""
+        left = raw.dim() - 2
+        batch = [1] * (self._nesting - len(latent.batch)) + list(latent.batch)
+        del batch[self._dim]
+        raw = raw.unflatten(-1, (*batch, *latent.event_batch, latent.head.size))
+        raw = raw.movedim(left, self._dim - latent.event_dim)
+        while raw.dim() > len(latent.batch) + latent.event_dim and raw.shape[0] == 1:
+            raw = raw.squeeze(0)  # a dimension that only other sites' plates take
+        return raw
+
+
+class NetworkHead(nn.Module):
+    """The numbers of a site's guide as a linear function of features."""
+
+    def __init__(self, num_inputs: int, start: Tensor) -> None:
+        super().__init__()
+        self.linear = nn.Linear(num_inputs, len(start), device=start.device, dtype=start.dtype)
+        with torch.no_grad():
+            self.linear.bias.copy_(start)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(features)
+
+
+def _check_inner_plates(latent: Latent, data_plate: str) -> None:
+    for dim, name in latent.plates.items():
+        if name != data_plate and latent.sizes[dim] != latent.batch[dim]:
+            raise ValueError(
+                f"Site {latent.name!r} is in the plate {name!r} inside the data plate "
+                f"{data_plate!r}, and {name!r} is subsampled: a head has parameters for each of "
+                "its elements. Subsample the data plate alone."
+            )

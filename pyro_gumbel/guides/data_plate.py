@@ -1,0 +1,92 @@
+"""Which plate of a model is the one over its data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyro.poutine import Trace
+
+from pyro_gumbel.guides.latents import observed_sites
+from pyro_gumbel.infer.checks import latent_sites
+
+__all__ = ["find_data_plate"]
+
+
+def find_data_plate(trace: Trace, plate: str | None) -> str:
+    """Find the plate that an encoder's rows belong to.
+
+    It is the one vectorised plate with observed sites and latent ones; of several, the one that
+    holds all that the others hold.
+
+    Args:
+        trace: One run of the model.
+        plate: Its name, where the user said so.
+
+    Raises:
+        ValueError: If there is no such plate, more than one, or the named one will not do.
+    """
+    latent = latent_sites(trace)
+    observed = observed_sites(trace)
+    members = _members(trace, [*latent, *observed])
+    if plate is not None:
+        _check_named(plate, members, trace)
+        candidates = [plate]
+    else:
+        candidates = [name for name, sites in members.items() if sites & set(observed)]
+    if not candidates:
+        raise ValueError(
+            "AutoAmortized: the model has no plate over its data; its plates are "
+            f"{list(members)}, its observed sites {observed}. Write "
+            "`with pyro.plate('data', len(x)):` around the latents and the observations of a "
+            "datum, or name the plate, AutoAmortized(..., plate='data')."
+        )
+    with_latents = [name for name in candidates if members[name] & set(latent)]
+    if not with_latents:
+        inside = sorted(set.union(*(members[name] for name in candidates)) & set(observed))
+        raise ValueError(
+            f"AutoAmortized: the plate {candidates[0]!r} holds no latent site; {inside} are "
+            f"observed in it, and the latent sites {list(latent)} are outside. Drop obs=... where "
+            "a site was meant to be latent, or use AutoDiscrete or AutoNormal for latents without "
+            "a plate."
+        )
+    widest = [
+        name
+        for name in with_latents
+        if all(members[name] > members[other] for other in with_latents if other != name)
+    ]
+    if not widest:
+        raise ValueError(
+            f"AutoAmortized: each of the plates {with_latents} holds latents and data; say which "
+            f"one the encoder's rows belong to, AutoAmortized(..., plate={with_latents[0]!r})."
+        )
+    return widest[0]
+
+
+def _members(trace: Trace, names: list[str]) -> dict[str, set[str]]:
+    """List the sites of each vectorised plate."""
+    members: dict[str, set[str]] = {}
+    for name in names:
+        for frame in trace.nodes[name]["cond_indep_stack"]:
+            if frame.vectorized:
+                members.setdefault(frame.name, set()).add(name)
+    return members
+
+
+def _check_named(plate: str, members: dict[str, Any], trace: Trace) -> None:
+    if plate in members:
+        return
+    sequential = {
+        frame.name
+        for site in trace.nodes.values()
+        for frame in site.get("cond_indep_stack", ())
+        if not frame.vectorized
+    }
+    if plate in sequential:
+        raise ValueError(
+            f"AutoAmortized: the plate {plate!r} is a loop, and an encoder serves all rows at "
+            f"once: write `with pyro.plate({plate!r}, ...)` in place of `for i in ...`."
+        )
+    raise ValueError(
+        f"AutoAmortized: plate={plate!r} names no plate of the model; its plates are "
+        f"{list(members)}."
+    )

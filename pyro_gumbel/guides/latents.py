@@ -1,0 +1,131 @@
+"""What a guide has to know of a model's latent sites, read off one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+from pyro.distributions import MaskedDistribution
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyro_gumbel.estimators.families import unwrap
+from pyro_gumbel.guides.heads import Head, find_head
+
+__all__ = ["Latent", "observed_sites", "prototype", "read_latent"]
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A latent site of the model.
+
+    Attributes:
+        name: Its name.
+        head: How numbers make its guide.
+        plates: Its vectorised plates by dimension, the rightmost first: ``{-1: "data", ...}``.
+        sizes: The full size of each of them.
+        batch: The batch shape that these plates give it, ones where there is no plate.
+        event_batch: Batch dimensions that ``to_event`` declared dependent.
+        start: Numbers to start the guide from, ``batch + event_batch + (head.size,)``.
+    """
+
+    name: str
+    head: Head
+    plates: dict[int, str]
+    sizes: dict[int, int]
+    batch: torch.Size
+    event_batch: torch.Size
+    start: Tensor
+
+    @property
+    def event_dim(self) -> int:
+        """How many dimensions of the numbers belong to one element of the plates."""
+        return len(self.event_batch) + 1
+
+    def build(self, raw: Tensor) -> Any:
+        """Make the guide's distribution from ``(...) + batch + event_batch + (size,)`` numbers."""
+        fn = self.head.build(raw)
+        return fn.to_event(len(self.event_batch)) if self.event_batch else fn
+
+    def features(self, value: Tensor) -> Tensor:
+        """Turn a value into numbers ``(...) + batch + (n,)``."""
+        numbers = self.head.features(value)
+        return numbers.flatten(numbers.dim() - self.event_dim)
+
+
+@torch.no_grad()
+def prototype(
+    model: Callable[..., Any],
+    init_loc_fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Trace:
+    """Run the model once, unseen by others; continuous latents start from ``init_loc_fn``."""
+
+    def start(site: Any) -> Tensor:
+        # A strategy would look for values between those of a discrete site.
+        return site["fn"].sample() if site["fn"].support.is_discrete else init_loc_fn(site)
+
+    with poutine.block(), InitMessenger(start):
+        return poutine.trace(model).get_trace(*args, **kwargs)
+
+
+def observed_sites(trace: Trace) -> list[str]:
+    """List the sites that carry data: observed, and neither deterministic nor subsamples."""
+    return [
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and not site_is_subsample(site)
+        and type(unwrap(site["fn"])).__name__ not in ("Delta", "Unit")
+    ]
+
+
+def read_latent(site: Any, shrink: float | None) -> Latent:
+    """Read a latent site of the prototype.
+
+    Raises:
+        ValueError: If it is in a sequential plate or masked, or there is no head for it.
+    """
+    name, fn = site["name"], site["fn"]
+    sequential = [frame.name for frame in site["cond_indep_stack"] if not frame.vectorized]
+    if sequential:
+        raise ValueError(
+            f"Site {name!r} is in the sequential plate {sequential[0]!r}, whose elements a guide "
+            f"cannot serve at once: write `with pyro.plate({sequential[0]!r}, ...)` in place of "
+            "the loop."
+        )
+    if site["mask"] is not None or _is_masked(fn):
+        raise ValueError(
+            f"Site {name!r} is masked in the model: a guide that is not masked in the same way is "
+            "rewarded for masked elements without limit. Mask observed sites alone, or write the "
+            "guide by hand."
+        )
+    prior = unwrap(fn)
+    frames = sorted(site["cond_indep_stack"], key=lambda frame: -frame.dim)
+    plates = {frame.dim: frame.name for frame in frames}
+    sizes = {frame.dim: frame.full_size or frame.size for frame in frames}
+    nesting = -min(plates, default=0)
+    num_event = fn.event_dim - len(prior.event_shape)
+    batch = torch.Size((1,) * (nesting - len(fn.batch_shape)) + tuple(fn.batch_shape))
+    event_batch = prior.batch_shape[len(prior.batch_shape) - num_event :]
+    prior = prior.expand(batch + event_batch)
+    value = site["value"].reshape(batch + event_batch + prior.event_shape)
+    head = find_head(name, prior)
+    start = head.start(prior, value, shrink)
+    return Latent(name, head, plates, sizes, batch, event_batch, start)
+
+
+def _is_masked(fn: Any) -> bool:
+    while isinstance(fn, (Independent, MaskedDistribution)):
+        if isinstance(fn, MaskedDistribution):
+            return True
+        fn = fn.base_dist
+    return False
