@@ -83,6 +83,10 @@ class StructuredGuide(AutoGuide):
         self._model = (model,)
 
     def __getstate__(self) -> dict[str, Any]:
+        for parameter in self.parameters():
+            # Pyro leaves a weak reference there, which cannot be pickled; it puts another when
+            # the parameter is next used.
+            parameter.__dict__.pop("unconstrained", None)
         return {**self.__dict__, "_model": None, "master": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -39,7 +39,7 @@ class PlateShape:
 
     def make(self) -> pyro.plate:
         """Make the guide's plate of this name; the model will find its indices there."""
-        chosen = self.subsample is not None and self.subsample_size < self.size
+        chosen = self.subsample is not None  # all elements in another order, perhaps
         return pyro.plate(
             self.name,
             self.size,

@@ -96,7 +96,9 @@ def test_other_continuous_sites_get_a_normal_moved_to_their_support(prior: Any) 
 
 
 def test_a_uniform_guide_is_logit_normal() -> None:
-    guide = AutoAmortized(model_of(dist.Uniform(torch.tensor(-1.0), torch.tensor(3.0))), Constant())
+    guide = AutoAmortized(
+        model_of(dist.Uniform(torch.tensor(-1.0), torch.tensor(3.0))), Constant()
+    )
     guide.setup(torch.zeros(N))
     with torch.no_grad():
         guide.heads["z"].linear.bias.copy_(torch.tensor([0.4, -1.0]))
