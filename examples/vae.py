@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -88,26 +89,30 @@ def mlp(*sizes: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def train(
-    args: argparse.Namespace, gradient: str, seed: int, images: Images
-) -> tuple[VAE, list[dict[str, float]]]:
-    """Fit one VAE by SVI; return it with the losses of each epoch, in nats an image."""
+def make_svi(args: argparse.Namespace, gradient: str, images: Images) -> tuple[VAE, Any, SVI]:
+    """Put a new VAE, the estimator of its latents and the optimiser together."""
     pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
     vae = VAE(args, images.num_pixels).to(images.train.device)
     estimator, num_particles = gradients.parse(
         gradient, args.num_particles, args.temperature, reparameterized=args.latent == "normal"
     )
-    guide = config_gradient(vae.guide, {"z": estimator})
     elbo = Estimator_ELBO(
         num_particles,
         vectorize_particles=True,
         max_plate_nesting=1,
         analytic_kl=args.analytic_kl,
     )
+    guide = config_gradient(vae.guide, {"z": estimator})
     optimizer = {"adam": pyro.optim.Adam, "radam": pyro.optim.RAdam}[args.optimizer]
-    svi = SVI(vae.model, guide, optimizer({"lr": args.lr}), loss=elbo)
+    return vae, estimator, SVI(vae.model, guide, optimizer({"lr": args.lr}), loss=elbo)
 
+
+def train(
+    args: argparse.Namespace, gradient: str, seed: int, images: Images
+) -> tuple[VAE, list[dict[str, float]]]:
+    """Fit one VAE by SVI; return it with the losses of each epoch, in nats an image."""
+    pyro.set_rng_seed(seed)
+    vae, estimator, svi = make_svi(args, gradient, images)
     epochs: list[dict[str, float]] = []
     everything = nn.ModuleList([vae, estimator])
     settings = settings_of(args, gradient, seed, images)
@@ -158,8 +163,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     try:
         images = load_images(args.data, args.binarize).to(find_device(args.device))
-        for name in names:  # a slip of the pen shows before the first run, not after it
-            gradients.parse(name, args.num_particles, args.temperature)
+        for name in names:  # what cannot work says so before the first run, not after it
+            make_svi(args, name, images)[2].evaluate_loss(images.train[:1])
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if args.smoke:
