@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI
+from torch import Tensor, nn
+
 import vae
 from evaluation import held_out_bounds
 from image_data import Images, load_images
-from pyro.infer import SVI
-from torch import Tensor, nn
-from vae_options import make_parser
-
 from pyro_gumbel.guides import AutoAmortized
 from pyro_gumbel.infer import Estimator_ELBO
+from vae_options import make_parser
 
 PRIORS = {
     "onehot": dist.OneHotCategorical(torch.ones(10)).expand([10]).to_event(1),
     "bernoulli": dist.Bernoulli(torch.tensor(0.5)).expand([40]).to_event(1),
     "normal": dist.Normal(torch.zeros(10), 1.0).to_event(1),
 }
-EPOCHS = 60
+
+
+def options(kind: str) -> argparse.Namespace:
+    latents = str(PRIORS[kind].event_shape[0])
+    return make_parser("").parse_args(["--latent", kind, "--latents", latents, "--epochs", "60"])
 
 
 def fit_automatic(kind: str, images: Images) -> float:
+    args = options(kind)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     prior = PRIORS[kind]
@@ -41,19 +48,16 @@ def fit_automatic(kind: str, images: Images) -> float:
     gradient = "pathwise" if kind == "normal" else "reinmax"
     guide = AutoAmortized(model, encoder, gradient=gradient)
     elbo = Estimator_ELBO(vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), elbo)
-    for _ in range(EPOCHS):
-        for batch in images.batches(100):
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": args.lr}), elbo)
+    for _ in range(args.epochs):
+        for batch in images.batches(args.batch_size):
             svi.step(batch)
     return -held_out_bounds(model, guide, images.test).elbo
 
 
 def fit_by_hand(kind: str, images: Images) -> float:
-    latents = str(PRIORS[kind].event_shape[0])
     gradient = "pathwise" if kind == "normal" else "reinmax"
-    flags = ["--latent", kind, "--latents", latents, "--epochs", str(EPOCHS)]
-    args = make_parser("").parse_args(flags)
-    fitted, _ = vae.train(args, gradient, 0, images)
+    fitted, _ = vae.train(options(kind), gradient, 0, images)
     return -held_out_bounds(fitted.model, fitted.guide, images.test).elbo
 
 
