@@ -2,6 +2,13 @@
 
 from pyro_gumbel.infer.config import config_gradient, estimator_names
 from pyro_gumbel.infer.elbo import Estimator_ELBO
+from pyro_gumbel.infer.importance import ImportanceWeighted_ELBO
 from pyro_gumbel.infer.relax import RelaxReparam
 
-__all__ = ["Estimator_ELBO", "RelaxReparam", "config_gradient", "estimator_names"]
+__all__ = [
+    "Estimator_ELBO",
+    "ImportanceWeighted_ELBO",
+    "RelaxReparam",
+    "config_gradient",
+    "estimator_names",
+]

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
-import pyro
-import pyro.poutine as poutine
-import torch
-from pyro.infer.elbo import ELBO, ELBOModule
-from pyro.infer.util import is_validation_enabled
-from pyro.util import warn_if_nan
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyro_gumbel.estimators import Call, Estimator
-from pyro_gumbel.infer._rng import preserved_rng
-from pyro_gumbel.infer.config import Auto, Choice, check_choice
-from pyro_gumbel.infer.particles import (
-    MAIN,
-    DrawMessenger,
-    Layout,
-    Path,
-    PlateNestingNeeded,
-    SharedSubsample,
-)
+from pyro_gumbel.estimators import Call
+from pyro_gumbel.infer.particle_elbo import ParticleELBO
 from pyro_gumbel.infer.paths import Paths
-from pyro_gumbel.infer.run import Run, run_programs
 
 __all__ = ["Estimator_ELBO"]
 
-_MANY_PLATES = 20  # more than any program nests: the trial run puts enumerated values left of them
 
-
-class Estimator_ELBO(ELBO):  # noqa: N801
+class Estimator_ELBO(ParticleELBO):  # noqa: N801
     r"""The ELBO of a model and a guide whose sites choose their gradient estimators.
 
     .. math:: \mathcal L = E_{q_\phi(z)}[\log p_\theta(x, z) - \log q_\phi(z)]
@@ -81,229 +61,20 @@ class Estimator_ELBO(ELBO):  # noqa: N801
     """
 
     def __init__(
-        self,
-        num_particles: int = 1,
-        *,
-        default: Estimator | str = "auto",
-        vectorize_particles: bool = False,
-        max_plate_nesting: float = float("inf"),
-        analytic_kl: bool = False,
-        **kwargs: Any,
+        self, num_particles: int = 1, *, analytic_kl: bool = False, **kwargs: Any
     ) -> None:
-        if not isinstance(num_particles, int) or num_particles < 1:
-            raise ValueError(
-                "Estimator_ELBO: num_particles must be an integer of at least 1; got "
-                f"{num_particles!r}."
-            )
-        check_choice(default, "Estimator_ELBO: default is")
-        super().__init__(
-            num_particles=num_particles, vectorize_particles=vectorize_particles, **kwargs
-        )
-        self.max_plate_nesting = max_plate_nesting
-        self.default: Choice = default
+        super().__init__(num_particles, **kwargs)
         self.analytic_kl = analytic_kl
-        self._auto = Auto()
-        self._structure: tuple[Call, Layout] | None = None
 
-    def __call__(self, model: nn.Module, guide: nn.Module) -> ELBOModule:
-        """Return a module that calls :meth:`differentiable_loss` and holds estimators."""
-        module = ELBOModule(model, guide, self)
-        messenger = getattr(guide, "gradient_messenger", None)
-        estimators = messenger.estimators() if messenger is not None else []
-        default = self.default
-        estimators.append(default if isinstance(default, Estimator) else self._auto.moving_average)
-        module.estimators = nn.ModuleList(estimators)
-        return module
+    def _value(self, paths: Paths) -> Tensor:
+        return paths.elbo()
 
-    @torch.no_grad()
-    def loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> float:
-        """Estimate the negative ELBO; no estimator's state changes."""
-        call = Call(model, guide, args, kwargs)
-        loss = -self._run(call, SharedSubsample(), evaluate=True).elbo()
-        warn_if_nan(loss, "loss")
-        return loss.item()
-
-    def differentiable_loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Estimate the negative ELBO by a scalar whose gradient is the estimators'."""
-        loss, surrogate = self._estimate(Call(model, guide, args, kwargs))
-        return loss + (surrogate - surrogate.detach())
-
-    def loss_and_grads(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Estimate the negative ELBO and add the estimate of its gradient to ``.grad``.
-
-        Returns:
-            The loss, a detached scalar left on its device.
-        """
-        loss, surrogate = self._estimate(Call(model, guide, args, kwargs))
-        if surrogate.requires_grad:
-            surrogate.backward(retain_graph=self.retain_graph)
-        return loss
-
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-        raise NotImplementedError(
-            "Estimator_ELBO runs programs by itself; call loss or loss_and_grads."
-        )
-
-    def _estimate(self, call: Call) -> tuple[Tensor, Tensor]:
-        """Return the detached loss and the surrogate loss."""
-        subsample = SharedSubsample()
-        paths = self._run(call, subsample, evaluate=False)
-        elbo = paths.elbo()
-        surrogate = elbo
+    def _estimate(self, paths: Paths, call: Call) -> tuple[Tensor, Tensor]:
+        elbo = surrogate = paths.elbo()
         for name, estimator in paths.estimators.items():
-            if not (estimator.pathwise or estimator.enumerates):
-                term = estimator.surrogate(paths.site(name, call))
-                if term is not None:
-                    surrogate = surrogate + term.sum() / self.num_particles
-        if any(estimator.relaxed for estimator in paths.estimators.values()):
-            with torch.no_grad():
-                elbo = self._run(call, subsample, evaluate=True).elbo()
-        _finish_step(paths.estimators)
-        loss = -elbo.detach()
-        if is_validation_enabled():
-            warn_if_nan(loss, "loss")
-        return loss, -surrogate
-
-    def _run(self, call: Call, subsample: SharedSubsample, *, evaluate: bool) -> Paths:
-        """Run the programs on every path of every particle."""
-        if self.vectorize_particles:
-            layout = self._trial(call)
-            if evaluate:
-                layout = dataclasses.replace(layout, paths=(MAIN,))
-            return Paths([self._run_group(call, layout, subsample, evaluate=evaluate)])
-        layout = Layout(plate_nesting=self._known_nesting(call))
-        if layout.plate_nesting is not None:
-            return self._run_loop(call, layout, subsample, evaluate=evaluate)
-        state = pyro.util.get_rng_state()
-        try:
-            return self._run_loop(call, layout, subsample, evaluate=evaluate)
-        except PlateNestingNeeded:
-            pyro.util.set_rng_state(state)
-            layout = Layout(plate_nesting=self._trial(call).plate_nesting)
-            return self._run_loop(call, layout, subsample, evaluate=evaluate)
-
-    def _run_loop(
-        self, call: Call, layout: Layout, subsample: SharedSubsample, *, evaluate: bool
-    ) -> Paths:
-        return Paths(
-            [
-                self._run_group(call, layout, subsample, evaluate=evaluate)
-                for _ in range(self.num_particles)
-            ]
-        )
-
-    def _run_group(
-        self, call: Call, layout: Layout, subsample: SharedSubsample, *, evaluate: bool
-    ) -> list[Run]:
-        """Run the pass with the main path, then the branches that did not fit into it."""
-        memory: dict[str, list[Tensor]] = {}
-
-        def run(paths: tuple[Path, ...]) -> Run:
-            here = dataclasses.replace(layout, paths=paths)
-            draw = DrawMessenger(
-                here, self.num_particles, self._auto, self.default, evaluate, memory
-            )
-            return run_programs(call, draw, subsample, analytic_kl=self.analytic_kl)
-
-        runs = [run(layout.paths)]
-        if evaluate:
-            return runs
-        _check_paths(runs[0])
-        for name, size in coupled_sites(runs[0]):
-            estimator = runs[0].estimators[name]
-            paths = [Path(name, value) for value in range(1, size)]
-            paths = [path for path in paths if path not in layout.paths]
-            chunk = estimator.chunk_size or len(paths) or 1
-            chunk = chunk if layout.vectorized else 1
-            with torch.set_grad_enabled(torch.is_grad_enabled() and estimator.branches_have_graph):
-                for start in range(0, len(paths), chunk):
-                    runs.append(run(tuple(paths[start : start + chunk])))
-        return runs
-
-    def _known_nesting(self, call: Call) -> int | None:
-        if self.max_plate_nesting != float("inf"):
-            return int(self.max_plate_nesting)
-        if self._structure is not None and _same_programs(self._structure[0], call):
-            return self._structure[1].plate_nesting
-        return None
-
-    def _trial(self, call: Call) -> Layout:
-        """Find the number of plates and the coupled sites by a run whose draws are taken back."""
-        if self._structure is not None and _same_programs(self._structure[0], call):
-            return self._structure[1]
-        many = Layout(plate_nesting=_MANY_PLATES)
-        draw = DrawMessenger(many, self.num_particles, self._auto, self.default, evaluate=True)
-        with preserved_rng(), poutine.block():
-            with draw:
-                guide_trace = poutine.trace(call.guide).get_trace(*call.args, **call.kwargs)
-            replayed = poutine.replay(call.model, trace=guide_trace)
-            model_trace = poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
-        nesting = self.max_plate_nesting
-        if nesting == float("inf"):
-            nesting = max(_plate_nesting(guide_trace), _plate_nesting(model_trace))
-        branches = [
-            Path(name, value)
-            for name, size in coupled_sites(draw)
-            if draw.estimators[name].branches_have_graph
-            for value in range(1, size)
-        ]
-        repetitions = self.num_particles if self.vectorize_particles else 1
-        paths = (MAIN, *branches) if self.vectorize_particles else (MAIN,)
-        layout = Layout(paths, repetitions, int(nesting), self.vectorize_particles)
-        self._structure = (Call(call.model, call.guide), layout)  # no hold on a minibatch
-        return layout
-
-
-def coupled_sites(run: Run | DrawMessenger) -> list[tuple[str, int]]:
-    """List the sites that own branches, each with its number of coupled values."""
-    return [(name, size) for name, size in run.sizes.items() if size > 1]
-
-
-def _check_paths(run: Run) -> None:
-    owners = {path.owner for path in run.layout.paths if path.owner is not None}
-    sizes = dict(coupled_sites(run))
-    laid = {owner: 1 + sum(path.owner == owner for path in run.layout.paths) for owner in owners}
-    for owner, size in laid.items():
-        if sizes.get(owner) != size:
-            raise ValueError(
-                f"Site {owner!r} draws {sizes.get(owner, 0)} coupled values in this run, and rows "
-                f"were laid out for {size}. Programs whose structure varies need "
-                "vectorize_particles=False."
-            )
-
-
-def _same_programs(one: Call, other: Call) -> bool:
-    return one.model == other.model and one.guide == other.guide
-
-
-def _plate_nesting(trace: poutine.Trace) -> int:
-    dims = [
-        frame.dim
-        for site in trace.nodes.values()
-        if site["type"] == "sample"
-        for frame in site["cond_indep_stack"]
-        if frame.vectorized
-    ]
-    return -min(dims, default=0)
-
-
-def _finish_step(estimators: dict[str, Estimator]) -> None:
-    """Advance each schedule once, and show learnable parameters to whoever collects parameters."""
-    schedules = {
-        id(schedule): schedule
-        for estimator in estimators.values()
-        for schedule in estimator.schedules()
-    }
-    for schedule in schedules.values():
-        schedule.advance()
-    seen: set[int] = set()
-    for name, estimator in estimators.items():
-        if id(estimator) not in seen and next(estimator.parameters(), None) is not None:
-            pyro.module(f"gradient${name}", estimator)
-        seen.add(id(estimator))
+            if estimator.pathwise or estimator.enumerates:
+                continue
+            term = estimator.surrogate(paths.site(name, call))
+            if term is not None:
+                surrogate = surrogate + term.sum() / self.num_particles
+        return elbo, surrogate

@@ -72,6 +72,12 @@ class Run:
             raw = self._scores[name] = log_mass(unwrap(fn), self.value(name))
         return sum_rightmost(raw, event_dims(fn))
 
+    def fixed_value_score(self, name: str) -> Tensor:
+        """Score a site's value, held fixed, as in the ELBO's terms: scaled and masked."""
+        site = self.guide[name]
+        raw = log_mass(unwrap(site["fn"]), site["value"].detach())
+        return scale_and_mask(_apply_wrappers(site["fn"], raw), site["scale"], site["mask"])
+
     def cost(self, name: str, *, live: bool = False) -> Tensor:
         """The downstream cost of a site, shaped like its ``log_prob``, detached unless live."""
         like = self.log_prob(name)
@@ -83,7 +89,12 @@ class Run:
 
 
 def run_programs(
-    call: Call, draw: DrawMessenger, subsample: SharedSubsample, *, analytic_kl: bool
+    call: Call,
+    draw: DrawMessenger,
+    subsample: SharedSubsample,
+    *,
+    analytic_kl: bool,
+    full_scores: bool,
 ) -> Run:
     """Run the guide, then the model on its values, and collect the terms.
 
@@ -92,6 +103,8 @@ def run_programs(
         draw: Draws the guide's values.
         subsample: Gives every run of the step the same minibatch.
         analytic_kl: Whether to put closed-form KL divergences in place of sampled terms.
+        full_scores: Whether ``log q`` keeps its whole gradient, as a bound that is not linear in
+            it needs; else each estimator drops what has mean zero.
 
     Returns:
         The run.
@@ -110,11 +123,15 @@ def run_programs(
         model_trace = poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
     if is_validation_enabled():
         check_programs(model_trace, guide_trace)
-    return _collect(model_trace, guide_trace, draw, analytic_kl)
+    return _collect(model_trace, guide_trace, draw, analytic_kl, full_scores)
 
 
 def _collect(
-    model_trace: Trace, guide_trace: Trace, draw: DrawMessenger, analytic_kl: bool
+    model_trace: Trace,
+    guide_trace: Trace,
+    draw: DrawMessenger,
+    analytic_kl: bool,
+    full_scores: bool,
 ) -> Run:
     nesting = draw.layout.total_nesting
     guide = latent_sites(guide_trace)
@@ -127,6 +144,8 @@ def _collect(
         estimator = draw.estimators.get(name)
         if estimator is None:  # a value that the guide itself fixed, or a factor
             raw = _observed_log_prob(site)
+        elif full_scores:
+            raw = scores[name] = log_mass(unwrap(site["fn"]), site["value"])
         else:
             raw = estimator.log_prob(unwrap(site["fn"]), site["value"])
             if type(estimator).log_prob is Estimator.log_prob:

@@ -1,0 +1,397 @@
+"""The importance-weighted bound against enumeration over all tuples of states, and quadrature."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_gumbel.estimators import (
+    DisARM,
+    Estimator,
+    GumbelSoftmax,
+    LeaveOneOut,
+    Pathwise,
+    ReinMax,
+    Score,
+)
+from pyro_gumbel.infer import Estimator_ELBO, ImportanceWeighted_ELBO, config_gradient
+
+DATA = torch.tensor([0.7, -1.3], dtype=torch.float64)
+PARAMS = {
+    "phi": torch.tensor([0.4, -0.9], dtype=torch.float64),
+    "psi": torch.tensor([[0.5, -0.2, 0.1], [-0.6, 0.3, 0.8]], dtype=torch.float64),
+    "theta": torch.tensor([0.6, -0.4, 1.1], dtype=torch.float64),
+}
+
+
+def model(data: Tensor) -> None:
+    theta = pyro.param("theta")
+    with pyro.plate("data", len(data), dim=-1):
+        b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.3, dtype=theta.dtype)))
+        prior = torch.tensor([0.2, 0.5, 0.3], dtype=theta.dtype)
+        z = pyro.sample("z", dist.OneHotCategorical(probs=prior))
+        pyro.sample("x", dist.Normal((z * theta).sum(-1) * (1 + b) ** 2, 0.8), obs=data)
+
+
+def guide(data: Tensor) -> None:
+    phi, psi = pyro.param("phi"), pyro.param("psi")
+    with pyro.plate("data", len(data), dim=-1):
+        b = pyro.sample("b", dist.Bernoulli(logits=phi[: len(data)]))
+        pyro.sample("z", dist.OneHotCategorical(logits=psi[: len(data)] + b.unsqueeze(-1)))
+
+
+def reset(dtype: torch.dtype = torch.float64) -> None:
+    pyro.clear_param_store()
+    for name, value in PARAMS.items():
+        pyro.param(name, value.to(dtype).clone())
+
+
+def gradients() -> Tensor:
+    store = pyro.get_param_store()
+    parts = []
+    for name in PARAMS:
+        param = store._params[name]
+        parts.append(torch.zeros_like(param) if param.grad is None else param.grad.clone())
+        param.grad = None
+    return torch.cat([part.flatten() for part in parts]).double()
+
+
+def states(datum: int) -> tuple[Tensor, Tensor]:
+    """Log q and log w of the six states of one datum, from the formulas."""
+    phi, psi, theta = (pyro.param(name) for name in PARAMS)
+    prior = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    log_q, log_w = [], []
+    for b, z in itertools.product((0.0, 1.0), torch.eye(3, dtype=torch.float64)):
+        bit = torch.tensor(b, dtype=torch.float64)
+        q = dist.Bernoulli(logits=phi[datum]).log_prob(bit)
+        q = q + (z * (psi[datum] + bit).log_softmax(-1)).sum()
+        p = dist.Bernoulli(torch.tensor(0.3, dtype=torch.float64)).log_prob(bit)
+        p = p + (z * prior.log()).sum()
+        p = p + dist.Normal((z * theta).sum() * (1 + bit) ** 2, 0.8).log_prob(DATA[datum])
+        log_q.append(q)
+        log_w.append(p - q)
+    return torch.stack(log_q), torch.stack(log_w)
+
+
+def exact(num_particles: int) -> tuple[float, Tensor]:
+    """Sum over the counts of states among the particles; the bound and minus its gradient."""
+    reset()
+    bound = torch.zeros((), dtype=torch.float64)
+    for datum in range(len(DATA)):
+        log_q, log_w = states(datum)
+        multinomial = dist.Multinomial(num_particles, logits=log_q)
+        for drawn in itertools.combinations_with_replacement(range(6), num_particles):
+            counts = torch.bincount(torch.tensor(drawn), minlength=6).double()
+            mean = (log_w + counts.log()).logsumexp(0) - np.log(num_particles)
+            bound = bound + multinomial.log_prob(counts).exp() * mean
+    (-bound).backward()
+    return bound.item(), gradients()
+
+
+def exact_by_tuples(num_particles: int) -> tuple[float, Tensor]:
+    """The same, tuple by tuple."""
+    reset()
+    bound = torch.zeros((), dtype=torch.float64)
+    for datum in range(len(DATA)):
+        log_q, log_w = states(datum)
+        for drawn in itertools.product(range(6), repeat=num_particles):
+            mean = log_w[list(drawn)].logsumexp(0) - np.log(num_particles)
+            bound = bound + log_q[list(drawn)].sum().exp() * mean
+    (-bound).backward()
+    return bound.item(), gradients()
+
+
+def draw(
+    estimator: Estimator | dict[str, Estimator], num_draws: int, elbo: ImportanceWeighted_ELBO
+) -> tuple[Tensor, Tensor]:
+    configured = config_gradient(guide, estimator)
+    grads, losses = [], []
+    for _ in range(num_draws):
+        losses.append(float(elbo.loss_and_grads(many(model), many(configured), DATA)))
+        grads.append(gradients())
+    return torch.stack(grads), torch.tensor(losses)
+
+
+REPEATS = 200
+
+
+def many(program: Callable[..., None]) -> Callable[..., None]:
+    """Independent repeats of a program in one call, as rows of a plate that every site is in."""
+    return pyro.plate("repeats", REPEATS, dim=-2)(program)
+
+
+def assert_unbiased(
+    grads: Tensor, losses: Tensor, value: float, gradient: Tensor, precision: float = 0.02
+) -> None:
+    grads, losses = grads / REPEATS, losses / REPEATS
+    error = grads.std(0) / len(grads) ** 0.5
+    assert error.norm() < precision * gradient.norm()
+    assert ((grads.mean(0) - gradient) / error).abs().max() < 5
+    assert abs(losses.mean() + value) < 5 * losses.std() / len(losses) ** 0.5
+
+
+def test_oracles_agree() -> None:
+    one, other = exact(2), exact_by_tuples(2)
+    assert one[0] == pytest.approx(other[0], rel=1e-12)
+    torch.testing.assert_close(one[1], other[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("num_particles", [2, 5])
+def test_vimco_is_unbiased(num_particles: int, dtype: torch.dtype, vectorize: bool) -> None:
+    value, gradient = exact(num_particles)
+    reset(dtype)
+    elbo = ImportanceWeighted_ELBO(
+        num_particles, vectorize_particles=vectorize, max_plate_nesting=2
+    )
+    assert_unbiased(*draw(Score(), 150, elbo), value, gradient)
+
+
+class NoReplacement(ImportanceWeighted_ELBO):
+    """A planted error: log q enters the weights without its gradient."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.full_scores = False
+
+
+def test_a_dropped_score_term_is_seen() -> None:
+    value, gradient = exact(2)
+    reset()
+    elbo = NoReplacement(2, vectorize_particles=True, max_plate_nesting=2)
+    drawn = draw(Score(), 150, elbo)
+    with pytest.raises(AssertionError):
+        assert_unbiased(*drawn, value, gradient)
+
+
+def test_pyro_s_discrete_example_has_its_exact_gradient() -> None:
+    """One bit, two particles: the exact gradient is -0.322, where RenyiELBO gives zero."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        pyro.sample("x", dist.Normal(2 * z - 1, 1.0), obs=torch.tensor(1.3))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.3))))
+
+    elbo = ImportanceWeighted_ELBO(2, vectorize_particles=True, max_plate_nesting=1)
+    grads = []
+    for _ in range(100):
+        elbo.loss_and_grads(many_bits(model), many_bits(guide))
+        param = pyro.get_param_store()._params["l"]
+        grads.append(param.grad.item() / REPEATS)
+        param.grad = None
+    draws = torch.tensor(grads)
+    error = (draws.std() / len(draws) ** 0.5).item()
+    assert error < 0.005
+    assert abs(draws.mean().item() + 0.322) < 5 * error + 0.0005  # published to three digits
+
+
+def many_bits(program: Callable[..., None]) -> Callable[..., None]:
+    return pyro.plate("repeats", REPEATS, dim=-1)(program)
+
+
+MIXED = {
+    "phi": torch.tensor(0.4, dtype=torch.float64),
+    "loc": torch.tensor([0.3, -0.5], dtype=torch.float64),
+    "log_scale": torch.tensor([-0.2, 0.1], dtype=torch.float64),
+    "theta": torch.tensor(0.7, dtype=torch.float64),
+}
+
+
+def mixed_model() -> None:
+    theta = pyro.param("theta")
+    b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.3, dtype=theta.dtype)))
+    y = pyro.sample("y", dist.Normal(b - 0.5, 1.2))
+    pyro.sample("x", dist.Normal(theta * y + b, 0.7), obs=torch.tensor(0.9, dtype=theta.dtype))
+
+
+def mixed_guide() -> None:
+    loc, scale = pyro.param("loc"), pyro.param("log_scale").exp()
+    b = pyro.sample("b", dist.Bernoulli(logits=pyro.param("phi")))
+    where = b * loc[1] + (1 - b) * loc[0]
+    spread = b * scale[1] + (1 - b) * scale[0]
+    pyro.sample("y", dist.Normal(where, spread))
+
+
+def mixed_exact() -> tuple[float, Tensor]:
+    """Two particles: Gauss-Hermite quadrature over both continuous draws, sums over both bits."""
+    nodes, masses = np.polynomial.hermite_e.hermegauss(60)
+    noise = torch.as_tensor(nodes)
+    masses = torch.as_tensor(masses / masses.sum())
+    params = {name: value.clone().requires_grad_() for name, value in MIXED.items()}
+    scales = params["log_scale"].exp()
+    log_q, log_w = [], []
+    for bit in (0, 1):
+        b = torch.tensor(float(bit), dtype=torch.float64)
+        y = params["loc"][bit] + scales[bit] * noise
+        q_bit = dist.Bernoulli(logits=params["phi"]).log_prob(b)
+        q = q_bit + dist.Normal(params["loc"][bit], scales[bit]).log_prob(y)
+        p = dist.Bernoulli(torch.tensor(0.3, dtype=torch.float64)).log_prob(b)
+        p = p + dist.Normal(b - 0.5, 1.2).log_prob(y)
+        p = p + dist.Normal(params["theta"] * y + b, 0.7).log_prob(
+            torch.tensor(0.9, dtype=torch.float64)
+        )
+        log_q.append(q_bit)
+        log_w.append(p - q)
+    bound = torch.zeros((), dtype=torch.float64)
+    for one, other in itertools.product((0, 1), repeat=2):
+        mean = torch.logaddexp(log_w[one][:, None], log_w[other][None]) - np.log(2)
+        weight = (log_q[one] + log_q[other]).exp() * masses[:, None] * masses[None]
+        bound = bound + (weight * mean).sum()
+    grads = torch.autograd.grad(-bound, list(params.values()))
+    return bound.item(), torch.cat([grad.flatten() for grad in grads])
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("doubly", [False, True], ids=["plain", "doubly"])
+def test_mixed_sites_are_unbiased(doubly: bool, vectorize: bool) -> None:
+    value, gradient = mixed_exact()
+    pyro.clear_param_store()
+    for name, start in MIXED.items():
+        pyro.param(name, start.clone())
+    elbo = ImportanceWeighted_ELBO(
+        2, doubly_reparameterized=doubly, vectorize_particles=vectorize, max_plate_nesting=1
+    )
+    grads, losses = [], []
+    for _ in range(150):
+        losses.append(float(elbo.loss_and_grads(many_bits(mixed_model), many_bits(mixed_guide))))
+        params = [pyro.get_param_store()._params[name] for name in MIXED]
+        grads.append(torch.cat([param.grad.flatten() for param in params]))
+        for param in params:
+            param.grad = None
+    assert_unbiased(torch.stack(grads), torch.tensor(losses), value, gradient)
+
+
+def test_doubly_reparameterized_noise_vanishes_at_the_posterior() -> None:
+    """At q = p(z | x) every weight is the same, and so the path's gradient is exactly zero."""
+    x = torch.tensor(0.8, dtype=torch.float64)
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide() -> None:
+        loc = pyro.param("loc", x / 2)
+        pyro.sample("z", dist.Normal(loc, pyro.param("scale", torch.tensor(0.5).double().sqrt())))
+
+    elbo = ImportanceWeighted_ELBO(4, doubly_reparameterized=True)
+    elbo.loss_and_grads(model, guide)
+    grads = [param.grad for param in pyro.get_param_store()._params.values()]
+    assert len(grads) == 2
+    for grad in grads:
+        torch.testing.assert_close(grad, torch.zeros_like(grad), rtol=0, atol=1e-12)
+
+
+def test_a_path_that_feeds_the_guide_keeps_the_plain_gradient() -> None:
+    """On a chain of two reparameterised sites both gradients have the same mean."""
+
+    def model() -> None:
+        u = pyro.sample("u", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        v = pyro.sample("v", dist.Normal(u, 1.0))
+        pyro.sample("x", dist.Normal(v * u, 0.5), obs=torch.tensor(1.1, dtype=torch.float64))
+
+    def guide() -> None:
+        u = pyro.sample("u", dist.Normal(pyro.param("a", torch.tensor(0.6).double()), 0.8))
+        v = pyro.param("b", torch.tensor(0.5).double()) * u
+        pyro.sample("v", dist.Normal(v, 0.7))
+
+    means, errors = [], []
+    for doubly in (False, True):
+        elbo = ImportanceWeighted_ELBO(
+            3, doubly_reparameterized=doubly, vectorize_particles=True, max_plate_nesting=1
+        )
+        grads = []
+        for _ in range(500):
+            elbo.loss_and_grads(many_bits(model), many_bits(guide))
+            params = list(pyro.get_param_store()._params.values())
+            grads.append(torch.stack([param.grad.clone() for param in params]) / REPEATS)
+            for param in params:
+                param.grad = None
+        drawn = torch.stack(grads)
+        means.append(drawn.mean(0))
+        errors.append(drawn.std(0) / len(drawn) ** 0.5)
+    error = (errors[0] ** 2 + errors[1] ** 2).sqrt()
+    assert (error < 0.02 * means[0].norm()).all()
+    assert ((means[0] - means[1]) / error).abs().max() < 5
+
+
+def test_one_particle_is_the_elbo() -> None:
+    def guide() -> None:
+        loc = pyro.param("loc", torch.tensor(0.3))
+        pyro.sample("z", dist.Normal(loc, 0.5))
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.8))
+
+    results = []
+    for elbo in (ImportanceWeighted_ELBO(1), Estimator_ELBO()):
+        pyro.set_rng_seed(3)
+        loss = float(elbo.loss_and_grads(model, guide))
+        param = pyro.get_param_store()._params["loc"]
+        results.append((loss, param.grad.item()))
+        param.grad = None
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
+
+
+def test_the_bound_of_each_datum_is_scaled_outside_the_logarithm() -> None:
+    """Subsampling half of the data doubles the bound of each, not the weights inside it."""
+    data = torch.tensor([0.7, 0.7, 0.7, 0.7])
+
+    def model(size: int) -> None:
+        with pyro.plate("data", 4, subsample_size=size) as index:
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=data[index])
+
+    def guide(size: int) -> None:
+        with pyro.plate("data", 4, subsample_size=size):
+            pyro.sample("z", dist.Bernoulli(0.6))
+
+    elbo = ImportanceWeighted_ELBO(3, vectorize_particles=True)
+    whole = torch.tensor([elbo.loss(model, guide, 4) for _ in range(400)])
+    part = torch.tensor([elbo.loss(model, guide, 2) for _ in range(800)])
+    error = (whole.var() / len(whole) + part.var() / len(part)).sqrt()
+    assert abs(whole.mean() - part.mean()) < 5 * error
+    assert error < 0.02 * whole.mean().abs()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "num_particles", "match"),
+    [
+        (Score(LeaveOneOut()), 2, "'b'.*baseline of its own"),
+        (Score(), 1, "'b'.*num_particles >= 2.*ImportanceWeighted_ELBO\\(2\\)"),
+        (DisARM(), 2, "'b'.*DisARM.*no importance-weighted form.*Score"),
+        (GumbelSoftmax(0.5), 2, "'b'.*GumbelSoftmax.*no importance-weighted form"),
+    ],
+)
+def test_estimators_without_an_importance_weighted_form_are_refused(
+    estimator: Estimator, num_particles: int, match: str
+) -> None:
+    reset()
+    elbo = ImportanceWeighted_ELBO(num_particles, default=ReinMax())
+    with pytest.raises(ValueError, match=match):
+        elbo.loss_and_grads(model, config_gradient(guide, {"b": estimator}), DATA)
+
+
+def test_sticking_the_landing_is_refused() -> None:
+    pyro.param("loc", torch.tensor(0.3))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc"), 0.5))
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    configured = config_gradient(guide, Pathwise(sticking_the_landing=True))
+    with pytest.raises(ValueError, match="'z'.*sticking the landing.*doubly_reparameterized=True"):
+        ImportanceWeighted_ELBO(2).loss_and_grads(model, configured)
