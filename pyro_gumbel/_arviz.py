@@ -1,0 +1,92 @@
+"""What differs between ArviZ 0.x and 1.x, in one place.
+
+The file needs NumPy, xarray and ArviZ alone, so that it can be loaded by its path and tested where
+neither torch nor Pyro is installed. Plotting libraries are imported where a picture is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import arviz as az
+import numpy as np
+import xarray as xr
+
+__all__ = ["ARVIZ_1", "group", "pareto_khat", "plot_forest", "psislw", "tree"]
+
+# ArviZ 1.2 and later answers hasattr(az, "InferenceData") with yes, so the version has to tell.
+ARVIZ_1 = int(az.__version__.split(".", 1)[0]) >= 1
+
+
+def tree(groups: Mapping[str, xr.Dataset]) -> Any:
+    """Put named groups into the installed ArviZ's container.
+
+    Args:
+        groups: A Dataset for each group's name.
+
+    Returns:
+        An ``arviz.InferenceData`` (0.x) or an ``xarray.DataTree`` (1.x). Both have ``to_netcdf``,
+        and ``arviz.from_netcdf`` of either reads the other's files.
+
+    Example:
+        >>> sorted(group(tree({"gradients": xr.Dataset({"a": 1.0})}), "gradients"))
+        ['a']
+    """
+    if ARVIZ_1:
+        return xr.DataTree.from_dict(dict(groups))
+    return az.InferenceData(**groups, warn_on_custom_groups=False)
+
+
+def group(data: Any, name: str) -> xr.Dataset:
+    """Take one group out of a container as a Dataset."""
+    node = data[name]
+    return node.to_dataset() if isinstance(node, xr.DataTree) else node
+
+
+def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pareto-smooth log weights along the last axis.
+
+    Returns:
+        The smoothed, normalised log weights and the shape :math:`\\hat k` of the tail.
+    """
+    if ARVIZ_1:
+        from arviz_stats.base import array_stats
+
+        # ArviZ 1.x expects log likelihoods, the negative of log weights, and turns them round.
+        return array_stats.psislw(-log_weights, axis=-1)
+    return az.psislw(log_weights)
+
+
+def pareto_khat(values: np.ndarray) -> np.ndarray:
+    """Estimate the shape of the upper tail of non-negative values along the last axis.
+
+    A shape above 1/2 means that the variance is infinite, above 1 the mean.
+
+    Args:
+        values: Of shape ``(..., draws)``.
+
+    Returns:
+        The shape, ``(...)``; ``nan`` where the largest values are ties, as they are if only a few
+        different ones occur, and where there are too few draws to say.
+    """
+    # A draw of zero is in the lower tail, whatever its logarithm is set to.
+    log_values = np.log(np.maximum(values, np.finfo(np.float64).tiny))
+    with np.errstate(all="ignore"):
+        khat = np.asarray(psislw(np.ascontiguousarray(log_values))[1], dtype=float)
+    return np.where(np.isfinite(khat), khat, np.nan)
+
+
+def plot_forest(draws: Mapping[str, xr.Dataset], **kwargs: Any) -> Any:
+    """Draw intervals of several Datasets over one another, with a legend.
+
+    Returns:
+        What the installed ArviZ returns: an array of axes (0.x) or a ``PlotCollection`` (1.x).
+    """
+    if ARVIZ_1:
+        collection = az.plot_forest(dict(draws), combined=True, **kwargs)
+        collection.add_legend("model")
+        return collection
+    return az.plot_forest(
+        list(draws.values()), model_names=list(draws), combined=True, **kwargs
+    )

@@ -1,0 +1,28 @@
+"""What a choice of estimator costs and buys, on your own model.
+
+:func:`gradient_draws` and :func:`exact_gradient` make the data, :func:`compare_gradients` the
+table, :func:`recommend` the choice; :func:`to_arviz` hands the draws over to ArviZ.
+"""
+
+from pyro_gumbel.diagnostics.check import UnbiasedCheck, check_unbiased
+from pyro_gumbel.diagnostics.compare import compare_gradients
+from pyro_gumbel.diagnostics.convert import to_arviz
+from pyro_gumbel.diagnostics.draws import gradient_draws
+from pyro_gumbel.diagnostics.exact import exact_gradient
+from pyro_gumbel.diagnostics.fit import guide_khat
+from pyro_gumbel.diagnostics.plots import plot_efficiency, plot_gradients, plot_training
+from pyro_gumbel.diagnostics.training import train
+
+__all__ = [
+    "UnbiasedCheck",
+    "check_unbiased",
+    "compare_gradients",
+    "exact_gradient",
+    "gradient_draws",
+    "guide_khat",
+    "plot_efficiency",
+    "plot_gradients",
+    "plot_training",
+    "to_arviz",
+    "train",
+]

@@ -1,0 +1,140 @@
+"""The parameters of two programs: which there are, at what values, and which of them to record."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import constraints, transform_to
+
+from pyro_gumbel.estimators import Call
+
+__all__ = ["Params", "check_complete", "find_parameters", "read_gradients"]
+
+_TRIALS = 3  # runs, since a parameter may be met in some of them only
+
+Params = Mapping[str, Any] | Iterable[str] | str | None
+
+
+@torch.no_grad()
+def find_parameters(
+    call: Call, keep: Callable[[Iterable[Tensor]], None], params: Params = None
+) -> dict[str, Tensor]:
+    """Run guide and model and list the unconstrained leaves behind their parameters.
+
+    Args:
+        call: The programs and their arguments.
+        keep: Is shown the leaves before anything is done to them.
+        params: ``None``; or names (shell patterns such as ``"encoder*"`` too) to which the list is
+            cut; or a dict of values to be given to the named parameters, in their constrained
+            space.
+
+    Returns:
+        Leaves by name, in the order in which the programs asked for them.
+
+    Raises:
+        TypeError: If ``params`` is neither.
+        ValueError: If a name is not a parameter's, a value has another shape, or there is no
+            parameter at all.
+    """
+    sites: dict[str, Any] = {}
+    for _ in range(_TRIALS):
+        with poutine.trace(param_only=True) as capture:
+            guide = poutine.trace(call.guide).get_trace(*call.args, **call.kwargs)
+            poutine.replay(call.model, trace=guide)(*call.args, **call.kwargs)
+        found = capture.trace.nodes.items()
+        sites |= {name: site for name, site in found if site["type"] == "param"}
+    leaves = {name: _leaf(site["value"]) for name, site in sites.items()}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    keep(leaves.values())
+    if not leaves:
+        raise ValueError(
+            "Neither the guide nor the model has a parameter: write pyro.param(...) or "
+            "pyro.module(...) in them, or make them PyroModules."
+        )
+    if params is None:
+        return leaves
+    if isinstance(params, Mapping):
+        for name, value in params.items():
+            _check_known(name, [name] if name in leaves else [], leaves)
+            _set_value(name, leaves[name], value, _constraint(name, sites[name]))
+        return leaves
+    known = pyro.get_param_store()._params
+    return _select({**leaves, **{name: known[name] for name in known if name not in leaves}}, params)
+
+
+def check_complete(leaves: dict[str, Tensor], params: Params) -> None:
+    """Refuse to go on if a gradient reached a parameter that was not found beforehand.
+
+    Raises:
+        ValueError: If there is such a parameter, though all are to be recorded.
+    """
+    if params is not None and not isinstance(params, Mapping):
+        return
+    recorded = {id(leaf) for leaf in leaves.values()}
+    for name, leaf in pyro.get_param_store()._params.items():
+        own = not name.startswith("gradient$")  # those belong to an estimator
+        if own and leaf.grad is not None and id(leaf) not in recorded:
+            raise ValueError(
+                f"Parameter {name!r} was met in some runs only. Call the guide until it is in "
+                f"Pyro's parameter store, and name all: params={[*leaves, name]}."
+            )
+
+
+def _leaf(value: Tensor) -> Tensor:
+    unconstrained = getattr(value, "unconstrained", None)
+    return value if unconstrained is None else unconstrained()
+
+
+def _constraint(name: str, site: Any) -> constraints.Constraint:
+    known = pyro.get_param_store()._constraints.get(name)
+    return known or site["kwargs"].get("constraint") or constraints.real
+
+
+def _set_value(name: str, leaf: Tensor, value: Any, constraint: Any) -> None:
+    value = torch.as_tensor(value, dtype=leaf.dtype, device=leaf.device)
+    unconstrained = transform_to(constraint).inv(value)
+    if unconstrained.shape != leaf.shape:
+        shape = tuple(transform_to(constraint)(leaf).shape)
+        raise ValueError(
+            f"params: the value for {name!r} has shape {tuple(value.shape)}; the parameter has "
+            f"{shape}."
+        )
+    # A tensor of its own: the caller's storage is put back afterwards, untouched.
+    leaf.data = unconstrained.clone()
+
+
+def _select(leaves: dict[str, Tensor], params: Iterable[str] | str) -> dict[str, Tensor]:
+    patterns = [params] if isinstance(params, str) else list(params)
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                "params must be names of parameters, such as params=['logits'], or a dict of "
+                f"their values; got {pattern!r} among them."
+            )
+        found = [pattern] if pattern in leaves else fnmatch.filter(leaves, pattern)
+        _check_known(pattern, found, leaves)
+        chosen.update(found)
+    if not chosen:
+        raise ValueError(f"params is empty; the parameters are {list(leaves)}.")
+    return {name: leaf for name, leaf in leaves.items() if name in chosen}
+
+
+def _check_known(name: str, found: list[str], leaves: dict[str, Tensor]) -> None:
+    if not found:
+        raise ValueError(f"params: no parameter is called {name!r}; there are {list(leaves)}.")
+
+
+def read_gradients(leaves: dict[str, Tensor]) -> list[Tensor]:
+    """Take the gradients off the leaves; one that none reached is zero."""
+    gradients = []
+    for leaf in leaves.values():
+        gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+        leaf.grad = None
+    return gradients

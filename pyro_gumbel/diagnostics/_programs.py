@@ -1,0 +1,131 @@
+"""One run of guide and model at given values: the terms of the ELBO, each with its plates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+from pyro import poutine
+from pyro.distributions import MaskedDistribution
+from pyro.poutine import Trace
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyro_gumbel.estimators import Call
+
+__all__ = ["Evaluation", "Given", "Term", "evaluate", "plates_of"]
+
+_ROWS = "diagnostic_rows"
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term of the ELBO, scaled and masked, of its site's batch shape, and its plates."""
+
+    name: str
+    value: Tensor
+    plates: frozenset[CondIndepStackFrame]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one run gives.
+
+    Attributes:
+        terms: ``log p`` and ``-log q`` of every site.
+        log_probs: For each latent site of the guide the log-probability of its value, neither
+            scaled nor masked: the law that values are drawn from.
+        sites: The guide's latent sites.
+    """
+
+    terms: list[Term]
+    log_probs: dict[str, Tensor]
+    sites: dict[str, Any]
+
+
+class Given(Messenger):
+    """Sets the values of latent sites of the guide, and the minibatch of plates."""
+
+    def __init__(self, values: Mapping[str, Tensor], subsamples: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+        self.subsamples = subsamples
+
+    def _pyro_sample(self, msg: Message) -> None:
+        name = str(msg["name"])
+        given = self.subsamples if site_is_subsample(msg) else self.values
+        if msg["value"] is None and name in given:
+            msg["value"] = given[name]
+
+
+def evaluate(
+    call: Call,
+    values: Mapping[str, Tensor],
+    subsamples: Mapping[str, Tensor],
+    rows: tuple[int, int] | None = None,
+) -> Evaluation:
+    """Run the guide at ``values``, and the model on the guide's.
+
+    Args:
+        call: The programs.
+        values: Values of latent sites of the guide; the others are drawn.
+        subsamples: Indices for plates that draw a minibatch, in both programs.
+        rows: Number of rows and the dimension, left of all plates, of a plate around both.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(Given({}, subsamples))
+        guide, model = call.guide, call.model
+        if rows is not None:
+            plate = pyro.plate(_ROWS, rows[0], dim=rows[1])
+            guide, model = plate(guide), plate(model)
+        with Given(values, {}):
+            guide_trace = poutine.trace(guide).get_trace(*call.args, **call.kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
+    guide_trace.compute_log_prob()
+    model_trace.compute_log_prob()
+    sites = {
+        name: site for name, site in _samples(guide_trace).items() if not site["is_observed"]
+    }
+    terms = [_term(name, site, -1) for name, site in _samples(guide_trace).items()]
+    terms += [_term(name, site, 1) for name, site in _samples(model_trace).items()]
+    return Evaluation(terms, {name: _law(site) for name, site in sites.items()}, sites)
+
+
+def plates_of(site: Any) -> frozenset[CondIndepStackFrame]:
+    """The vectorised plates of a site, without that of the rows."""
+    return frozenset(
+        frame for frame in site["cond_indep_stack"] if frame.vectorized and frame.name != _ROWS
+    )
+
+
+def _samples(trace: Trace) -> dict[str, Any]:
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site)
+    }
+
+
+def _term(name: str, site: Any, sign: int) -> Term:
+    return Term(name, sign * site["log_prob"], plates_of(site))
+
+
+def _law(site: Any) -> Tensor:
+    """Score a value by the distribution without its masks: a mask changes the score alone."""
+    return _unmasked(site["fn"]).log_prob(site["value"])
+
+
+def _unmasked(fn: Any) -> Any:
+    if isinstance(fn, MaskedDistribution):
+        return _unmasked(fn.base_dist)
+    if isinstance(fn, Independent):
+        return _unmasked(fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
+    return fn

@@ -1,0 +1,180 @@
+"""What is kept of gradient draws: all of them, or projections and moments."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pyro_gumbel.diagnostics._moments import BATCH, Moments
+
+__all__ = ["AllDraws", "Projections", "Recorder", "dims_of"]
+
+_MAX_BYTES = 4 * 2**30
+
+
+def dims_of(name: str, rank: int, dims: dict[str, list[str]] | None) -> list[str]:
+    """The names of a parameter's own dimensions: the caller's, or ``<name>_dim_0``, ...
+
+    Raises:
+        ValueError: If the caller named another number of dimensions.
+    """
+    if dims is None or name not in dims:
+        return [f"{name}_dim_{axis}" for axis in range(rank)]
+    if len(dims[name]) != rank:
+        raise ValueError(
+            f"dims: parameter {name!r} has {rank} dimensions of its own; got names for "
+            f"{len(dims[name])}: {list(dims[name])}."
+        )
+    return list(dims[name])
+
+
+class Recorder(ABC):
+    """Takes in the gradients of one estimator, draw by draw.
+
+    Args:
+        leaves: The parameters by name.
+        num_chains: Number of chains.
+        num_draws: Number of draws in each.
+        dims: Names of the parameters' dimensions.
+    """
+
+    def __init__(
+        self,
+        leaves: dict[str, Tensor],
+        num_chains: int,
+        num_draws: int,
+        dims: dict[str, list[str]] | None,
+    ) -> None:
+        self.leaves = leaves
+        self.shape = (num_chains, num_draws)
+        self.own_dims = {name: dims_of(name, leaf.dim(), dims) for name, leaf in leaves.items()}
+
+    @abstractmethod
+    def add(self, chain: int, draw: int, gradients: list[Tensor]) -> None:
+        """Take in the gradients of one draw."""
+
+    @abstractmethod
+    def variables(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Return data variables, coordinates and attributes."""
+
+    def _norms(self, squares: np.ndarray) -> tuple[list[str], np.ndarray]:
+        return ["chain", "draw"], np.sqrt(squares)
+
+
+class AllDraws(Recorder):
+    """Keeps each coordinate of each draw, in the parameter's own precision.
+
+    Raises:
+        ValueError: If that needs more than 4 GiB.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        size = sum(leaf.numel() * leaf.element_size() for leaf in self.leaves.values())
+        total = size * self.shape[0] * self.shape[1]
+        if total > _MAX_BYTES:
+            raise ValueError(
+                f"{self.shape[0]} x {self.shape[1]} draws of {list(self.leaves)} take "
+                f"{total / 2**30:.1f} GiB. Keep projections and moments instead, project=8, or "
+                "name the parameters to record, params=[...]."
+            )
+        self.arrays = {
+            name: torch.empty(*self.shape, *leaf.shape, dtype=leaf.dtype)
+            for name, leaf in self.leaves.items()
+        }
+
+    def add(self, chain: int, draw: int, gradients: list[Tensor]) -> None:
+        for array, gradient in zip(self.arrays.values(), gradients, strict=True):
+            array[chain, draw] = gradient
+
+    def variables(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        data = {
+            name: (["chain", "draw", *self.own_dims[name]], array.float().numpy())
+            if array.dtype in (torch.bfloat16, torch.float16)
+            else (["chain", "draw", *self.own_dims[name]], array.numpy())
+            for name, array in self.arrays.items()
+        }
+        squares = np.zeros(self.shape)
+        for array in self.arrays.values():
+            for chain in range(self.shape[0]):  # a chain at a time: a copy in double is large
+                rows = array[chain].reshape(self.shape[1], -1).double()
+                squares[chain] += (rows**2).sum(1).numpy()
+        return data, {"grad_norm": self._norms(squares)}, {}
+
+
+class Projections(Recorder):
+    """Keeps each draw's inner product with a few fixed directions, its norm and its cosine.
+
+    The directions are random, of length one, and the same in every call. The cosine is that with
+    the mean of all other draws so far. The mean and the variance of every coordinate are kept as
+    well, once for all draws.
+    """
+
+    def __init__(self, *args: Any, directions: int) -> None:
+        super().__init__(*args)
+        leaves = list(self.leaves.values())
+        self.sizes = [leaf.numel() for leaf in leaves]
+        generator = torch.Generator().manual_seed(0)
+        self.directions = [
+            torch.nn.functional.normalize(
+                torch.randn(leaf.numel(), directions, generator=generator), dim=0
+            ).to(leaf)
+            for leaf in leaves
+        ]
+        self.moments = Moments(self.sizes)
+        self.buffer = [leaf.new_empty(BATCH, leaf.numel()) for leaf in leaves]
+        self.projected = {
+            name: np.empty((*self.shape, directions)) for name in self.leaves
+        }
+        self.norms = np.empty((*self.shape, len(leaves)))
+        self.cosines = np.empty(self.shape)
+        self.places: list[tuple[int, int]] = []
+
+    def add(self, chain: int, draw: int, gradients: list[Tensor]) -> None:
+        for row, gradient in zip(self.buffer, gradients, strict=True):
+            row[len(self.places)] = gradient.flatten()
+        self.places.append((chain, draw))
+        if len(self.places) == BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self.places:
+            return
+        rows = [row[: len(self.places)] for row in self.buffer]
+        at = tuple(np.array(self.places).T)
+        for name, row, directions in zip(self.leaves, rows, self.directions, strict=True):
+            self.projected[name][at] = (row @ directions).double().cpu().numpy()
+        self.norms[at] = torch.stack([row.double().norm(dim=1) for row in rows], 1).cpu().numpy()
+        self.cosines[at] = self.moments.update(torch.cat(rows, 1)).cpu().numpy()
+        self.places.clear()
+
+    def variables(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        self._flush()
+        data = {
+            name: (["chain", "draw", "direction"], array) for name, array in self.projected.items()
+        }
+        coords: dict[str, Any] = {
+            "grad_norm": self._norms((self.norms**2).sum(-1)),
+            "cosine": (["chain", "draw"], self.cosines),
+            "parameter": list(self.leaves),
+            "parameter_norm": (["chain", "draw", "parameter"], self.norms),
+        }
+        for statistic in ("mean", "variance"):
+            pieces = getattr(self.moments, statistic).cpu().split(self.sizes)
+            for (name, leaf), piece in zip(self.leaves.items(), pieces, strict=True):
+                coords[f"{name}.{statistic}"] = (
+                    self.own_dims[name],
+                    piece.reshape(leaf.shape).numpy(),
+                )
+        blocks = [self.moments.spread(index) for index in range(len(self.sizes))]
+        spreads = [*blocks, self.moments.spread()]
+        coords["block"] = [*self.leaves, "all"]
+        for statistic in ("trace", "trace_variance", "square_trace"):
+            values = [getattr(spread, statistic) for spread in spreads]
+            coords[statistic] = (["block"], np.array(values))
+        return data, coords, {"project": len(self.directions[0].T)}

@@ -1,0 +1,294 @@
+"""The table that compares estimators: bias, noise, price."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import arviz as az
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from pyro_gumbel._arviz import pareto_khat
+from pyro_gumbel.diagnostics._moments import Spread
+from pyro_gumbel.diagnostics._statistics import bias_of, cosine_of, snr_of
+from pyro_gumbel.diagnostics._tables import (
+    Block,
+    blocks_of,
+    check_draws,
+    is_drawn,
+    parameters_of,
+    reference_blocks,
+)
+
+__all__ = ["compare_gradients"]
+
+_HEAVY = 0.7
+_VISIBLE = 5.0
+_GROUPINGS = ("parameter", "coordinate", "site")
+
+
+def compare_gradients(
+    draws: Any, reference: Any = None, *, by: str | None = None, rhat: bool = False
+) -> pd.DataFrame:
+    r"""Compare estimators by the gradients drawn with them.
+
+    With ``g`` one draw of the gradient as one long vector, ``N`` the number of draws,
+    :math:`\bar g` their mean, :math:`\Sigma` the covariance of one draw and :math:`g^*` the
+    reference:
+
+    * ``bias``: :math:`\|\bar g - g^*\|`. Noise alone makes it positive; ``bias_mcse`` is such that
+      it exceeds 1.96 standard errors in 5 % of repetitions if there is no bias.
+    * ``bias_z``: the normal's quantile for the probability that noise alone goes as far. Above 5
+      the estimator is biased; it grows with ``N`` if there is bias.
+    * ``relative_bias``: ``bias`` over :math:`\|g^*\|`.
+    * ``variance``: :math:`\mathrm{tr}\,\Sigma`, the sum of the coordinates' sample variances.
+    * ``relative_std``: its root over :math:`\|\bar g\|`.
+    * ``mse``: of one draw, variance plus squared bias, the latter less what noise adds to it.
+    * ``snr``: :math:`\|E g\| / \sqrt{\mathrm{tr}\,\Sigma}`, likewise corrected.
+    * ``cosine``: of :math:`\bar g` with :math:`g^*`.
+    * ``khat``: the Pareto shape of the tail of :math:`\|g\|`. Above 1/2 the variance is infinite,
+      and above 0.7 its estimate says nothing; ``nan`` where the largest draws are equal.
+    * ``seconds`` and ``evaluations`` of the model, a draw.
+    * ``efficiency``: 1 over variance times seconds, the precision that a second buys.
+    * ``warning``: what to mind, in words.
+
+    Monte Carlo standard errors stand beside them (``*_mcse``). Rows are sorted by ``mse``, or by
+    ``variance`` where there is no reference; what a reference is needed for is ``nan`` without.
+
+    Args:
+        draws: What :func:`gradient_draws` returns (dicts of several calls may be merged, ``a |
+            b``), or any dict of Datasets with dims ``chain, draw, ...``.
+        reference: What :func:`exact_gradient` returns; or draws of an unbiased estimator, from a
+            seed of their own, whose standard errors then are allowed for; or the label of such an
+            estimator among ``draws``.
+        by: ``"parameter"`` or ``"coordinate"`` for a row for each of these; ``"site"`` for the part
+            of the variance that the sampling at each site answers for (:func:`site_effects` has
+            the definition): ``variance``, its standard error, and ``share`` of the total. Shares
+            add up to more than one where sites act together.
+        rhat: Add the column ``rhat``, the folded split R-hat of the gradient's norm: above 1.01 the
+            draws are not exchangeable, as when a baseline is still moving.
+
+    Returns:
+        One row an estimator, or with ``by`` an estimator and a parameter, coordinate or site.
+
+    Raises:
+        TypeError: If draws or reference are of another kind.
+        ValueError: If draws are missing, too few, or of different parameters; if the reference has
+            other parameters or shapes; if ``by`` is unknown, or needs what was not recorded; if
+            R-hat is asked of a single chain.
+
+    Example:
+        >>> noisy = np.random.default_rng(0).normal(size=(4, 500))
+        >>> draws = {"noisy": xr.Dataset({"l": (("chain", "draw"), noisy)})}
+        >>> table = compare_gradients(draws, xr.Dataset({"l": 0.0}))
+        >>> bool(np.isclose(table.loc["noisy", "variance"], noisy.var(ddof=1)))
+        True
+    """
+    draws = check_draws(draws)
+    if isinstance(reference, str):
+        if reference not in draws:
+            raise ValueError(f"reference: no draws are labelled {reference!r}: {list(draws)}.")
+        reference = draws[reference]
+    if by is not None and by not in _GROUPINGS:
+        raise ValueError(f"by must be one of {_GROUPINGS} or None; got {by!r}.")
+    if rhat:
+        _check_chains(draws)
+    if by == "site":
+        return _site_table(draws)
+    rows: dict[Any, dict[str, Any]] = {}
+    for label, dataset in draws.items():
+        own = None if reference is dataset else reference
+        for part, row in _rows(dataset, own, by).items():
+            rows[(label, part) if by else label] = row
+            if rhat:
+                row["rhat"] = _folded_rhat(dataset, part)
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    if by:
+        table.index = pd.MultiIndex.from_tuples(rows, names=["estimator", by])
+        return table
+    table.index.name = "estimator"
+    return table.sort_values("variance" if reference is None else "mse", kind="stable")
+
+
+def _rows(dataset: xr.Dataset, reference: Any, by: str | None) -> dict[str, dict[str, Any]]:
+    names = parameters_of(dataset)
+    if by == "coordinate":
+        dataset, reference = _flat(dataset), None if reference is None else _flat(reference)
+        names = parameters_of(dataset)
+    blocks = blocks_of(dataset, names)
+    others = None if reference is None else reference_blocks(reference, dataset, names)
+    parts = ["all"] if by is None else names
+    epsilon = _precision(dataset)
+    return {
+        part: _row(blocks[part], None if others is None else others[part], dataset, epsilon)
+        for part in parts
+    }
+
+
+def _precision(dataset: xr.Dataset) -> float:
+    dtype = str(dataset.attrs.get("dtype", next(iter(dataset.data_vars.values())).dtype))
+    return 64.0 * {"float64": 2.0**-52, "float32": 2.0**-23}.get(dtype, 2.0**-10)
+
+
+def _row(
+    block: Block, reference: Block | None, dataset: xr.Dataset, epsilon: float
+) -> dict[str, Any]:
+    spread = block.spread
+    assert spread is not None
+    row: dict[str, Any] = dict.fromkeys(_COLUMNS, math.nan)
+    row["variance"], row["variance_mcse"] = spread.trace, math.sqrt(spread.trace_variance)
+    length = float(np.linalg.norm(block.mean))
+    row["relative_std"] = math.sqrt(spread.trace) / length if length else math.nan
+    row["snr"], row["snr_mcse"] = snr_of(block.mean, spread)
+    row["khat"] = float(pareto_khat(block.norms))
+    for name in ("seconds", "seconds_mcse", "evaluations"):
+        row[name] = float(dataset.attrs.get(name, math.nan))
+    row |= _efficiency(row)
+    if reference is not None:
+        row |= _against(block, spread, reference, epsilon)
+    row["warning"] = _warning(row, block)
+    return row
+
+
+def _efficiency(row: dict[str, Any]) -> dict[str, float]:
+    price = row["variance"] * row["seconds"]
+    if price == 0:
+        return {"efficiency": math.inf, "efficiency_mcse": math.nan}
+    relative = (row["variance_mcse"] / row["variance"]) ** 2
+    relative += (row["seconds_mcse"] / row["seconds"]) ** 2
+    return {"efficiency": 1 / price, "efficiency_mcse": math.sqrt(relative) / price}
+
+
+def _against(
+    block: Block, spread: Spread, reference: Block, epsilon: float
+) -> dict[str, float]:
+    length = float(np.linalg.norm(reference.mean))
+    spreads = [spread] if reference.spread is None else [spread, reference.spread]
+    bias = bias_of(block.mean - reference.mean, spreads, epsilon * length)
+    cosine, cosine_mcse = cosine_of(block.mean, reference.mean, spread)
+    return {
+        "bias": bias.norm,
+        "bias_mcse": bias.mcse,
+        "bias_z": bias.z,
+        "relative_bias": bias.norm / length if length else math.nan,
+        "mse": spread.trace + max(bias.squared, 0.0),
+        "mse_mcse": math.hypot(math.sqrt(spread.trace_variance), bias.squared_mcse),
+        "cosine": cosine,
+        "cosine_mcse": cosine_mcse,
+    }
+
+
+def _warning(row: dict[str, Any], block: Block) -> str:
+    notes = []
+    if not np.isfinite(block.norms).all():
+        notes.append("some draws are not finite")
+    if row["khat"] > _HEAVY:
+        notes.append(
+            f"heavy tails (khat {row['khat']:.2f}): the variance may be infinite, its estimate "
+            "and all standard errors say little"
+        )
+    if row["bias_z"] > _VISIBLE:
+        notes.append(f"biased (z {row['bias_z']:.1f})")
+    return "; ".join(notes)
+
+
+_COLUMNS = (
+    "bias",
+    "bias_mcse",
+    "bias_z",
+    "relative_bias",
+    "variance",
+    "variance_mcse",
+    "relative_std",
+    "mse",
+    "mse_mcse",
+    "snr",
+    "snr_mcse",
+    "cosine",
+    "cosine_mcse",
+    "khat",
+    "seconds",
+    "seconds_mcse",
+    "evaluations",
+    "efficiency",
+    "efficiency_mcse",
+    "warning",
+)
+
+
+def _flat(dataset: xr.Dataset) -> xr.Dataset:
+    """Make each coordinate a variable of its own, ``name[i, j]``."""
+    if "project" in dataset.attrs:
+        raise ValueError(
+            "by='coordinate' needs the draws themselves; these were kept as projections. Draw "
+            "without project=, for the parameters of interest: params=[...]."
+        )
+    flat = {}
+    for name in parameters_of(dataset):
+        array = dataset[name]
+        own = [dim for dim in array.dims if dim not in ("chain", "draw")]
+        for index in np.ndindex(*(array.sizes[dim] for dim in own)):
+            at = dict(zip(own, index, strict=True))
+            labels = [str(array[dim].values[i]) for dim, i in at.items()]
+            flat[f"{name}[{', '.join(labels)}]" if labels else name] = array.isel(at, drop=True)
+    return xr.Dataset({name: array.drop_vars(list(array.coords)) for name, array in flat.items()},
+                      attrs=dataset.attrs)
+
+
+def _check_chains(draws: dict[str, xr.Dataset]) -> None:
+    for label, dataset in draws.items():
+        if dataset.sizes["chain"] < 2 or dataset.sizes["draw"] < 4:
+            raise ValueError(
+                f"rhat: draws of {label!r} have {dataset.sizes['chain']} chain(s) of "
+                f"{dataset.sizes['draw']}; R-hat takes at least 2 chains of 4. Write "
+                "gradient_draws(..., num_chains=4)."
+            )
+
+
+def _folded_rhat(dataset: xr.Dataset, part: str) -> float:
+    """Of the norm of the whole gradient, or of one parameter's."""
+    if part in dataset and is_drawn(dataset) and "project" not in dataset.attrs:
+        array = dataset[part]
+        own = [dim for dim in array.dims if dim not in ("chain", "draw")]
+        norm = np.sqrt((array.astype(float) ** 2).sum(own))
+    elif part in dataset:
+        norm = dataset.coords["parameter_norm"].sel(parameter=part)
+    else:
+        names = parameters_of(dataset)
+        squares = [(dataset[name].astype(float) ** 2) for name in names]
+        norm = np.sqrt(
+            sum(square.sum([d for d in square.dims if d not in ("chain", "draw")]) for square in squares)
+        )
+    plain = xr.Dataset({"norm": (("chain", "draw"), norm.values)})
+    if np.ptp(plain["norm"].values) <= 1e-12 * plain["norm"].values.max():
+        return math.nan  # all equal
+    return float(az.rhat(plain, method="folded")["norm"])
+
+
+def _site_table(draws: dict[str, xr.Dataset]) -> pd.DataFrame:
+    rows = {}
+    for label, dataset in draws.items():
+        if "site_effect" not in dataset.coords:
+            raise ValueError(
+                f"by='site': for {label!r} the noise of single sites was not renewed. Write "
+                "gradient_draws(..., site_draws=200)."
+            )
+        spread = blocks_of(dataset, parameters_of(dataset))["all"].spread
+        assert spread is not None
+        effects = dataset.coords["site_effect"].sum("parameter")
+        for site in effects.coords["site"].values:
+            values = effects.sel(site=site).values
+            variance = float(values.mean())
+            mcse = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+            share = variance / spread.trace if spread.trace else math.nan
+            rows[label, str(site)] = {
+                "variance": variance,
+                "variance_mcse": mcse,
+                "share": share,
+                "share_mcse": mcse / spread.trace if spread.trace else math.nan,
+            }
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.index = pd.MultiIndex.from_tuples(rows, names=["estimator", "site"])
+    return table

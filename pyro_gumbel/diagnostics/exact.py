@@ -1,0 +1,155 @@
+"""The exact gradient, by summing over all joint states of the discrete sites."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import xarray as xr
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_gumbel.diagnostics._parameters import (
+    Params,
+    check_complete,
+    find_parameters,
+    read_gradients,
+)
+from pyro_gumbel.diagnostics._recorder import dims_of
+from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
+from pyro_gumbel.diagnostics._sums import expectations, find_states, walk
+from pyro_gumbel.estimators import Call
+
+__all__ = ["exact_gradient"]
+
+
+def exact_gradient(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    params: Params = None,
+    max_states: int = 100_000,
+    coords: Mapping[str, Any] | None = None,
+    dims: dict[str, list[str]] | None = None,
+    seed: int = 0,
+    **kwargs: Any,
+) -> xr.Dataset:
+    r"""Compute the exact gradient of the loss by enumerating all discrete states.
+
+    .. math:: -\nabla_\phi \sum_z q_\phi(z)\,(\log p(x, z) - \log q_\phi(z))
+
+    The gradient is that of the loss, the negative ELBO, with respect to each parameter's
+    unconstrained value: what the draws of :func:`gradient_draws` estimate. No gradient estimator
+    takes part in it.
+
+    The elements of a plate are summed one by one where they are independent of one another, which
+    is checked by comparing runs; eight latents of four categories for each of a hundred images
+    then are :math:`4^8` states and not :math:`4^{800}`. States are rows of one run where the
+    programs broadcast, and runs of their own where not. A plate that draws a minibatch is averaged
+    over minibatches that hold each element equally often.
+
+    Args:
+        model: The model.
+        guide: The guide; gradient estimators configured in it play no part.
+        *args: Arguments of both.
+        params: As in :func:`gradient_draws`: names to restrict to, or values to take it at.
+        max_states: The number of joint states that are still summed.
+        coords: Coordinates of named dimensions.
+        dims: For each parameter the names of its dimensions.
+        seed: Seed under which parameters are made that the programs have not made yet.
+        **kwargs: Keyword arguments of both.
+
+    Returns:
+        A Dataset with one variable a parameter; the attributes hold the exact ``loss`` and the
+        number of ``states``.
+
+    Raises:
+        ValueError: If there are more states than ``max_states``, a site of the guide is not
+            discrete, or one of the model's latent sites is missing from the guide.
+
+    Example:
+        >>> def model():
+        ...     pyro.sample("z", dist.Bernoulli(0.3))
+        >>> def guide():
+        ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.0))))
+        >>> exact = exact_gradient(model, guide)
+        >>> round(float(exact["l"]), 4)  # (log 0.7 - log 0.3) / 4
+        0.2118
+    """
+    call = Call(model, guide, args, kwargs)
+    with preserved(model, guide) as keep, torch.enable_grad():
+        seed_everything(seeds(seed, 1)[0])  # parameters are made as gradient_draws makes them
+        leaves = find_parameters(call, keep, params)
+        read_gradients(leaves)
+        loss, count = 0.0, 0
+        batches = list(_minibatches(call))
+        for subsamples in batches:
+            parts, count = _parts(call, subsamples, max_states)
+            for part in parts:
+                loss -= part.item() / len(batches)
+                if part.requires_grad:
+                    (-part / len(batches)).backward()
+        check_complete(leaves, params)
+        gradients = read_gradients(leaves)
+        variables = {
+            name: (dims_of(name, gradient.dim(), dims), gradient.detach().cpu().numpy().copy())
+            for name, gradient in zip(leaves, gradients, strict=True)
+        }
+    attrs = {"loss": loss, "states": count, "estimator": "exact"}
+    return xr.Dataset(variables, dict(coords or {}), attrs)
+
+
+def _parts(
+    call: Call, subsamples: Mapping[str, Tensor], max_states: int
+) -> tuple[Iterable[Tensor], int]:
+    with torch.no_grad():
+        states, smallest = find_states(call, subsamples, max_states)
+    if states is not None:
+        return expectations(call, subsamples, states), states.count
+    if smallest.count > max_states:
+        raise ValueError(
+            f"exact_gradient: {smallest.count:,} joint states of the sites "
+            f"{[site.name for site in smallest.sites]} are more than max_states={max_states:,}. "
+            "Raise max_states, or take a long run of an unbiased estimator as the reference: "
+            "gradient_draws(..., estimators={'reference': 'auto'}, num_draws=100_000, project=8, "
+            "seed=1)['reference']."
+        )
+    parts = list(walk(call, subsamples, max_states))
+    return parts, len(parts)
+
+
+@torch.no_grad()
+def _minibatches(call: Call) -> Iterator[dict[str, Tensor]]:
+    """Minibatches of the plates that draw one, in which each element occurs equally often."""
+    guide = poutine.trace(call.guide).get_trace(*call.args, **call.kwargs)
+    model = poutine.trace(poutine.replay(call.model, trace=guide)).get_trace(
+        *call.args, **call.kwargs
+    )
+    _check_latents(model, guide)
+    sites = {**guide.nodes, **model.nodes}
+    windows = {}
+    for name, site in sites.items():
+        if site["type"] == "sample" and site_is_subsample(site):
+            size, batch = site["fn"].size, site["fn"].subsample_size
+            if batch is not None and batch < size:
+                step = batch if size % batch == 0 else 1
+                windows[name] = [
+                    (torch.arange(start, start + batch) % size).to(site["value"].device)
+                    for start in range(0, size, step)
+                ]
+    for chosen in itertools.product(*windows.values()):
+        yield dict(zip(windows, chosen, strict=True))
+
+
+def _check_latents(model: poutine.Trace, guide: poutine.Trace) -> None:
+    for name, site in model.nodes.items():
+        latent = site["type"] == "sample" and not site["is_observed"]
+        if latent and not site_is_subsample(site) and name not in guide:
+            raise ValueError(
+                f"The model's latent site {name!r} is missing from the guide, whose sites are "
+                f"{list(guide.stochastic_nodes)}. Sample it in the guide, or observe it in the "
+                "model."
+            )

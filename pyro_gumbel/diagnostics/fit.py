@@ -1,0 +1,106 @@
+"""How good a fitted guide is: the tail of its importance weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pyro_gumbel._arviz import psislw
+from pyro_gumbel.diagnostics._programs import Evaluation, evaluate
+from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
+from pyro_gumbel.estimators import Call
+
+__all__ = ["guide_khat"]
+
+
+@torch.no_grad()
+def guide_khat(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    num_samples: int = 1000,
+    plate: str | None = None,
+    seed: int = 0,
+    **kwargs: Any,
+) -> float | xr.DataArray:
+    r"""Judge a fitted guide by the Pareto shape of its importance weights.
+
+    With exact, hard draws :math:`z \sim q` the log weights are
+    :math:`\log p(x, z) - \log q(z)`. Below 0.5 the guide is close to the posterior, up to 0.7 it is
+    of use for importance sampling, above 0.7 it is far from it. The joint weight of many
+    independent data points is judged far more severely than each of theirs: name their ``plate``
+    for a value for each of them.
+
+    Args:
+        model: The model.
+        guide: The guide; gradient estimators configured in it play no part.
+        *args: Arguments of both.
+        num_samples: Number of draws, at least 25.
+        plate: A plate whose elements are judged one by one, each by the terms inside the plate.
+        seed: Seed of the draws.
+        **kwargs: Keyword arguments of both.
+
+    Returns:
+        The shape k-hat, or with ``plate`` a DataArray of that dimension; ``nan`` where the largest
+        weights are equal (discrete guides: there is no tail).
+
+    Raises:
+        ValueError: If there are fewer than 25 samples, or no plate of that name.
+
+    References:
+        Yes, but Did It Work?: Evaluating Variational Inference (Yao, Vehtari, Simpson, Gelman,
+        2018), https://arxiv.org/abs/1802.02538
+
+    Example:
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> def guide():
+        ...     pyro.sample("z", dist.Normal(pyro.param("m", torch.tensor(0.1)), 1.1))
+        >>> guide_khat(model, guide) < 0.5
+        True
+    """
+    if not isinstance(num_samples, int) or num_samples < 25:
+        raise ValueError(
+            f"guide_khat: num_samples must be at least 25, to have a tail; got {num_samples!r}."
+        )
+    call = Call(model, guide, args, kwargs)
+    with preserved(model, guide):
+        seed_everything(seeds(seed, 1)[0])
+        runs = [_log_weights(evaluate(call, {}, {}), plate) for _ in range(num_samples)]
+    log_weights = torch.stack(runs, -1).double().cpu().numpy()
+    khats = np.array([_khat(row) for row in log_weights.reshape(-1, num_samples)])
+    if plate is None:
+        return float(khats[0])
+    return xr.DataArray(khats.reshape(log_weights.shape[:-1]), dims=[plate])
+
+
+def _khat(log_weights: np.ndarray) -> float:
+    if not np.isfinite(log_weights).any() or np.ptp(log_weights) < 1e-9:
+        return math.nan  # all weights are equal: the guide is the posterior
+    finite = np.maximum(log_weights, log_weights[np.isfinite(log_weights)].min() - 100)
+    with np.errstate(all="ignore"):
+        khat = float(psislw(finite)[1])
+    return khat if math.isfinite(khat) else math.nan
+
+
+def _log_weights(run: Evaluation, plate: str | None) -> Tensor:
+    """Sum a run's terms; with ``plate``, those inside it, ``(elements,)``."""
+    if plate is None:
+        return torch.stack([term.value.sum() for term in run.terms]).sum()
+    inside = [
+        (term, frame) for term in run.terms for frame in term.plates if frame.name == plate
+    ]
+    if not inside:
+        plates = sorted({frame.name for term in run.terms for frame in term.plates})
+        raise ValueError(f"guide_khat: no plate is called {plate!r}; there are {plates}.")
+    total = torch.zeros(inside[0][1].size)
+    for term, frame in inside:
+        value = term.value.reshape((1,) * (-frame.dim - term.value.dim()) + term.value.shape)
+        total = total + value.movedim(frame.dim, 0).reshape(frame.size, -1).sum(1)
+    return total

@@ -1,0 +1,249 @@
+"""Pictures: draws of gradients, histories of training, noise against price.
+
+matplotlib, and ArviZ's plots, are imported when a picture is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from pyro_gumbel._arviz import plot_forest
+from pyro_gumbel.diagnostics._tables import check_draws, parameters_of, reference_blocks
+
+__all__ = ["plot_efficiency", "plot_gradients", "plot_training"]
+
+_MAX_ROWS = 40
+_MEANS = 40  # rows of averaged draws that a chain is cut into
+
+
+def plot_gradients(
+    draws: Any,
+    reference: xr.Dataset | None = None,
+    *,
+    var_names: Sequence[str] | None = None,
+    average: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Draw the gradients of each coordinate over one another, an interval an estimator.
+
+    What is drawn are means of ``average`` draws: an interval's place then shows the bias, its width
+    the noise that is left after so many draws. The reference is a point.
+
+    Args:
+        draws: What :func:`gradient_draws` returns.
+        reference: What :func:`exact_gradient` returns, or draws of an unbiased estimator.
+        var_names: Parameters to draw.
+        average: Draws in a mean; by default a fortieth of a chain, ``1`` for the draws themselves.
+        **kwargs: For ``arviz.plot_forest``.
+
+    Returns:
+        What ``arviz.plot_forest`` of the installed ArviZ returns: an array of axes (0.x) or a
+        ``PlotCollection`` (1.x).
+
+    Raises:
+        ValueError: If draws do not fit together, there are more than 40 rows, or ``average`` is no
+            positive number within a chain's length.
+    """
+    draws = check_draws(draws)
+    first = next(iter(draws.values()))
+    names = parameters_of(first) if var_names is None else list(var_names)
+    for name in names:
+        if name not in first:
+            raise ValueError(f"var_names: no parameter {name!r}; there are {parameters_of(first)}.")
+    rows = sum(math.prod(first[name].shape[2:]) for name in names)
+    if rows > _MAX_ROWS:
+        raise ValueError(
+            f"plot_gradients: {rows} coordinates are too many rows for a picture. Choose "
+            f"parameters, var_names=[...], of {parameters_of(first)}, or take part of each Dataset, "
+            "such as draws[label].isel(...)."
+        )
+    shortest = min(dataset.sizes["draw"] for dataset in draws.values())
+    average = max(shortest // _MEANS, 1) if average is None else average
+    if not 1 <= average <= shortest:
+        raise ValueError(f"average must be between 1 and {shortest}, a chain's; got {average!r}.")
+    chains = min(dataset.sizes["chain"] for dataset in draws.values())
+    shown = {
+        label: _means(dataset[names], average, chains, shortest // average)
+        for label, dataset in draws.items()
+    }
+    if reference is not None:
+        shown["reference"] = _constant(reference, first, next(iter(shown.values())), names)
+    return plot_forest(shown, **kwargs)
+
+
+def _means(dataset: xr.Dataset, average: int, chains: int, number: int) -> xr.Dataset:
+    """Average successive draws; the dimension ``draw`` then counts the means."""
+    variables = {}
+    for name, array in dataset.data_vars.items():
+        values = array.values[:chains, : average * number].astype(float)
+        blocks = values.reshape(chains, number, average, *values.shape[2:])
+        variables[name] = (array.dims, blocks.mean(2))
+    own = {dim: dataset.coords[dim] for dim in dataset.dims if dim in dataset.coords}
+    own = {dim: coord for dim, coord in own.items() if dim not in ("chain", "draw")}
+    return xr.Dataset(variables, own)
+
+
+def _constant(
+    reference: xr.Dataset, draws: xr.Dataset, like: xr.Dataset, names: list[str]
+) -> xr.Dataset:
+    """The reference as draws that are all equal."""
+    if "project" in draws.attrs:
+        raise ValueError(
+            "plot_gradients: draws that were kept as projections cannot be held against a "
+            "reference; leave it out, or draw without project=, params=[...]."
+        )
+    blocks = reference_blocks(reference, draws, names)
+    variables = {
+        name: (
+            like[name].dims,
+            np.broadcast_to(blocks[name].mean.reshape(like[name].shape[2:]), like[name].shape),
+        )
+        for name in names
+    }
+    return xr.Dataset(variables, like.coords)
+
+
+def plot_training(
+    histories: xr.Dataset | Mapping[str, xr.Dataset], *, smooth: int | None = None
+) -> Any:
+    """Draw ELBO and gradient norm of training runs, by step and by second.
+
+    Args:
+        histories: What :func:`train` returns, or a dict of such by label.
+        smooth: Steps over which a line is averaged; by default a fiftieth of them.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ValueError: If there is no history, or ``smooth`` is not between one and the steps.
+    """
+    import matplotlib.pyplot as plt
+
+    lines = _lines(histories)
+    steps = min(history.sizes["draw"] for history in lines.values())
+    smooth = max(steps // 50, 1) if smooth is None else smooth
+    if not 1 <= smooth <= steps:
+        raise ValueError(f"smooth must be between 1 and {steps}, the steps; got {smooth!r}.")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for number, (label, history) in enumerate(lines.items()):
+        seconds = history.seconds.cumsum("draw").mean("chain").values
+        step = history.draw.values
+        colour = f"C{number}"
+        _band(axes[0], step, history.elbo, smooth, colour, label)
+        _band(axes[1], seconds, history.elbo, smooth, colour, label)
+        _band(axes[2], step, history.grad_norm, smooth, colour, label)
+    axes[0].set(xlabel="step", ylabel="ELBO")
+    axes[1].set(xlabel="seconds", ylabel="ELBO")
+    axes[2].set(xlabel="step", ylabel="norm of the gradient", yscale="log")
+    for axis in axes[:2]:
+        axis.set_ylim(*_limits(list(lines.values())))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def _lines(histories: Any) -> dict[str, xr.Dataset]:
+    if isinstance(histories, xr.Dataset):
+        histories = {"": histories}
+    if not isinstance(histories, Mapping) or not histories:
+        raise ValueError("histories must be what train(...) returns, or a dict of such.")
+    lines = {}
+    for prefix, history in histories.items():
+        if "estimator" not in history.dims:
+            lines[str(prefix)] = history
+            continue
+        for label in history.estimator.values:
+            name = " ".join(part for part in (str(prefix), str(label)) if part)
+            lines[name] = history.sel(estimator=label)
+    return lines
+
+
+def _band(
+    axis: Any, x: np.ndarray, values: xr.DataArray, smooth: int, colour: str, label: str
+) -> None:
+    """A line of the mean over chains, and the range that they span."""
+    kernel = np.ones(smooth) / smooth
+    rows = np.stack([np.convolve(row, kernel, "valid") for row in values.transpose("chain", "draw").values])
+    x = x[smooth - 1 :]
+    axis.plot(x, rows.mean(0), color=colour, label=label)
+    if len(rows) > 1:
+        axis.fill_between(x, rows.min(0), rows.max(0), color=colour, alpha=0.2, linewidth=0)
+
+
+def _limits(histories: list[xr.Dataset]) -> tuple[float, float]:
+    """Leave the first steep steps out of sight: what differs between estimators comes later."""
+    late = [h.elbo.isel(draw=slice(h.sizes["draw"] // 10, None)).values for h in histories]
+    low = min(float(np.nanpercentile(values, 1)) for values in late)
+    high = max(float(np.nanmax(values)) for values in late)
+    margin = 0.05 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def plot_efficiency(table: pd.DataFrame) -> Any:
+    """Draw noise against price, and bias beside them, from a table of :func:`compare_gradients`.
+
+    Lines join points of the same variance times seconds: along one of them more draws buy what
+    less noise would.
+
+    Args:
+        table: One row an estimator; with a reference the bias is drawn too.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ValueError: If no row has both a variance and a time.
+    """
+    import matplotlib.pyplot as plt
+
+    timed = table[np.isfinite(table.seconds) & (table.variance > 0)]
+    if timed.empty:
+        raise ValueError(
+            "plot_efficiency: no row has a positive variance and seconds; take the table of "
+            "compare_gradients(gradient_draws(...))."
+        )
+    biased = bool(table.bias.notna().any())
+    figure, axes = plt.subplots(
+        1, 1 + biased, figsize=(5.5 + 4.5 * biased, 4), squeeze=False, layout="constrained"
+    )
+    _price(axes[0, 0], timed)
+    if biased:
+        _bias(axes[0, 1], table[table.bias.notna()])
+    return figure
+
+
+def _price(axis: Any, timed: pd.DataFrame) -> None:
+    for number, (label, row) in enumerate(timed.iterrows()):
+        axis.errorbar(
+            1e3 * row.seconds,
+            row.variance,
+            xerr=1e3 * row.seconds_mcse,
+            yerr=row.variance_mcse,
+            fmt="o",
+            color=f"C{number}",
+            label=label,
+        )
+    axis.set(xscale="log", yscale="log", xlabel="milliseconds a draw", ylabel="variance of a draw")
+    low, high = axis.get_xlim()
+    bottom, top = axis.get_ylim()
+    x = np.array([low, high])
+    for price in np.geomspace(low * bottom, high * top, 8)[1:-1]:
+        axis.plot(x, price / x, color="0.85", linewidth=0.8, zorder=0)
+    axis.set(xlim=(low, high), ylim=(bottom, top))
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _bias(axis: Any, table: pd.DataFrame) -> None:
+    places = np.arange(len(table))[::-1]
+    axis.barh(places, table.bias, xerr=1.96 * table.bias_mcse, color="0.7", ecolor="0.3", height=0.6)
+    axis.set_yticks(places, list(table.index))
+    axis.set(xlabel="bias (95 % interval; it is above zero by noise alone)")
+    axis.set_xlim(left=0)

@@ -1,0 +1,183 @@
+"""Training runs side by side: several estimators from the same start."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+import xarray as xr
+from pyro import poutine
+from pyro.infer.util import torch_item, zero_grads
+from pyro.optim import PyroOptim
+from tqdm.auto import tqdm
+
+from pyro_gumbel.diagnostics._parameters import find_parameters
+from pyro_gumbel.diagnostics._replicas import Replica
+from pyro_gumbel.diagnostics._state import preserved, seed_everything
+from pyro_gumbel.estimators import Call
+
+__all__ = ["train"]
+
+
+def train(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    estimators: Mapping[str, Any],
+    optim: PyroOptim | Callable[[], PyroOptim],
+    num_steps: int,
+    seeds: int | Sequence[int] = 1,
+    num_particles: int = 1,
+    vectorize_particles: bool = False,
+    batches: Callable[[int], tuple[Any, ...]] | None = None,
+    progress: bool = True,
+    **kwargs: Any,
+) -> xr.Dataset:
+    """Train by several estimators and keep the histories.
+
+    Every run starts from the parameters as they are; parameters that the programs have not made
+    yet are made anew under the run's seed, the same for all estimators. Afterwards parameters,
+    estimators and generators are as they were, and ``optim`` was not used: each run has a fresh
+    one with its settings.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        *args: Arguments of both, at each step.
+        estimators: As in :func:`gradient_draws`.
+        optim: A Pyro optimiser, whose settings are taken, or a callable that makes one.
+        num_steps: Steps of each run.
+        seeds: Seeds, or their number.
+        num_particles: Particles of each step, where the estimator is no ``ELBO``.
+        vectorize_particles: Whether these are rows of one run, likewise.
+        batches: A callable from the step's number to the arguments, in place of ``args``.
+        progress: Show a progress bar.
+        **kwargs: Keyword arguments of both programs.
+
+    Returns:
+        A Dataset of dims ``chain`` (a seed each), ``draw`` (a step each) and ``estimator``:
+        ``elbo`` (the negative of the loss that the step reported, from hard draws for
+        ``Estimator_ELBO``), ``grad_norm`` and ``seconds`` of the step.
+
+    Raises:
+        TypeError: If ``optim`` is no optimiser.
+        ValueError: If there is no estimator, step or seed.
+
+    Example:
+        >>> def model():
+        ...     pyro.sample("z", dist.Bernoulli(0.3))
+        >>> def guide():
+        ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.0))))
+        >>> history = train(
+        ...     model,
+        ...     guide,
+        ...     estimators={"exact": "enumerate"},
+        ...     optim=pyro.optim.Adam({"lr": 0.1}),
+        ...     num_steps=100,
+        ...     progress=False,
+        ... )
+        >>> float(history.elbo[0, -1, 0]) > float(history.elbo[0, 0, 0])
+        True
+    """
+    numbers = _seeds(seeds)
+    if not isinstance(estimators, Mapping) or not estimators:
+        raise ValueError("estimators must be a dict with at least one label.")
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps must be an integer of at least 1; got {num_steps!r}.")
+    shape = (len(numbers), num_steps, len(estimators))
+    histories = {name: np.empty(shape) for name in ("elbo", "grad_norm", "seconds")}
+    total = len(numbers) * num_steps * len(estimators)
+    with tqdm(total=total, disable=not progress, unit="step") as bar:
+        for column, (label, choice) in enumerate(estimators.items()):
+            bar.set_description(label)
+            for chain, seed in enumerate(numbers):
+                with preserved(model, guide) as keep:
+                    seed_everything(seed)
+                    first = args if batches is None else batches(0)
+                    call = Call(model, guide, first, kwargs)
+                    find_parameters(call, keep)
+                    seed_everything(seed)
+                    run = _Run(choice, call, _fresh(optim), num_particles, vectorize_particles)
+                    for step in range(num_steps):
+                        if batches is not None:
+                            run.replica.call = Call(model, guide, batches(step), kwargs)
+                        values = run.step()
+                        for history, value in zip(histories.values(), values, strict=True):
+                            history[chain, step, column] = value
+                        bar.update()
+    dims = ("chain", "draw", "estimator")
+    coords = {
+        "chain": np.arange(len(numbers)),
+        "seed": ("chain", np.array(numbers)),
+        "draw": np.arange(1, num_steps + 1),
+        "estimator": list(estimators),
+    }
+    return xr.Dataset(
+        {name: (dims, history) for name, history in histories.items()},
+        coords,
+        {"inference_library": "pyro", "inference_library_version": pyro.__version__},
+    )
+
+
+class _Run:
+    """One training run."""
+
+    def __init__(
+        self,
+        choice: Any,
+        call: Call,
+        optim: PyroOptim,
+        num_particles: int,
+        vectorize_particles: bool,
+    ) -> None:
+        self.optim = optim
+        self.replica = Replica(
+            choice, call, num_particles=num_particles, vectorize_particles=vectorize_particles
+        )
+
+    def step(self) -> tuple[float, float, float]:
+        """Take one step; return the ELBO, the gradient's norm and the seconds."""
+        start = time.perf_counter()
+        with poutine.trace(param_only=True) as capture:
+            loss = self.replica.step()
+        found = {
+            site["value"].unconstrained(): name for name, site in capture.trace.nodes.items()
+        }
+        gradients = [
+            leaf.grad.detach().flatten()
+            for leaf, name in found.items()
+            if leaf.grad is not None and not name.startswith("gradient$")
+        ]
+        norm = torch.cat(gradients).norm().item() if gradients else 0.0
+        params = set(found)
+        self.optim(params)
+        zero_grads(params)
+        elbo = -torch_item(loss)
+        return elbo, norm, time.perf_counter() - start
+
+
+def _fresh(optim: Any) -> PyroOptim:
+    """An optimiser with the same settings and no past."""
+    if isinstance(optim, PyroOptim):
+        own = copy.copy(optim)
+        own.optim_objs, own.grad_clip, own._state_waiting_to_be_consumed = {}, {}, {}
+        return own
+    made = optim() if callable(optim) else None
+    if not isinstance(made, PyroOptim):
+        raise TypeError(
+            "optim must be a Pyro optimiser, such as pyro.optim.Adam({'lr': 1e-3}), or a callable "
+            f"that makes one; got {optim!r}."
+        )
+    return made
+
+
+def _seeds(seeds: int | Iterable[int]) -> list[int]:
+    numbers = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    if not numbers:
+        raise ValueError("seeds is empty; give seeds=3, or seeds=[0, 1, 2].")
+    return numbers
