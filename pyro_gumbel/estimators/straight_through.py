@@ -41,6 +41,7 @@ class OneHotEstimator(Estimator):
     unbiased = False
     sites = "one-hot or Bernoulli"
     pathwise = True
+    needs_linked_value = True
 
     def supports(self, fn: Distribution) -> bool:
         return is_one_hot(fn) or is_bit(fn)
@@ -245,7 +246,7 @@ class GappedStraightThrough(OneHotEstimator):
     def __init__(self, temperature: float | Tensor | Schedule = 0.5, *, gap: float = 1.0) -> None:
         super().__init__()
         check_temperature(type(self).__name__, "temperature", temperature)
-        if gap < 0:
+        if not gap >= 0:
             raise ValueError(f"GappedStraightThrough: gap must not be negative; got {gap!r}.")
         self.temperature = temperature
         self.gap = gap
