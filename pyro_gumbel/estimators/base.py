@@ -33,6 +33,7 @@ class SiteReader(Protocol):
     def values(self) -> Tensor: ...
     def cost(self, *, live: bool) -> Tensor: ...
     def totals(self) -> Tensor: ...
+    def later_scores(self) -> Tensor: ...
     def log_prob(self) -> Tensor: ...
     def logits(self) -> Tensor: ...
     def value_gradients(self) -> Tensor: ...
@@ -85,6 +86,16 @@ class Site:
     def totals(self) -> Tensor:
         """For each value the whole ELBO of its path, with gradient, ``(K, R)``."""
         return self._reader.totals()
+
+    @cached_property
+    def later_scores(self) -> Tensor:
+        """What :attr:`totals` lacks for its gradient to be that of an expectation, ``(K, R)``.
+
+        It is the sum, over later sites of the guide whose values carry no gradient, of the
+        detached cost times ``log q``: their law depends on this site's value too. Only its
+        gradient has a meaning.
+        """
+        return self._reader.later_scores()
 
     @cached_property
     def log_prob(self) -> Tensor:

@@ -96,16 +96,41 @@ class _Reader:
         return self._gather(lambda run: run.cost(self.name, live=live))
 
     def totals(self) -> Tensor:
+        return self._own_rows(lambda run, main: run.totals)
+
+    def later_scores(self) -> Tensor:
+        return self._own_rows(self._later_scores)
+
+    def _own_rows(self, read: Callable[[Run, Run], Tensor]) -> Tensor:
+        """Read ``(paths, R)`` of each run and its group's main run; keep the site's paths."""
         blocks = []
         for group in self.paths.having(self.name):
-            own = [
-                totals
-                for run in group
-                for path, totals in zip(run.layout.paths, run.totals, strict=True)
-                if path.owner in (None, self.name)
-            ]
+            own: list[Tensor] = []
+            for run in group:
+                kept = [path.owner in (None, self.name) for path in run.layout.paths]
+                if any(kept):
+                    rows = zip(read(run, group[0]), kept, strict=True)
+                    own += [row for row, keep in rows if keep]
             blocks.append(torch.stack(own))
         return torch.cat(blocks, 1)
+
+    def _later_scores(self, run: Run, main: Run) -> Tensor:
+        """Sum ``cost * log q`` over the later sites whose values carry no gradient.
+
+        The main path's cost is subtracted: given the site's value it is independent of what the
+        branch draws later, and close to its cost.
+        """
+        total = torch.zeros_like(run.totals)
+        names = list(run.estimators)
+        for name in names[names.index(self.name) + 1 :]:
+            if run.estimators[name].pathwise or run.estimators[name].enumerates:
+                continue
+            score, cost = (run.layout.split(x) for x in (run.log_prob(name), run.cost(name)))
+            if name in main.estimators:
+                baseline = main.layout.split(main.cost(name))[main.layout.paths.index(MAIN)]
+                cost = cost - baseline if baseline.shape == cost.shape[1:] else cost
+            total = total + (cost * score).reshape(*total.shape, -1).sum(-1)
+        return total
 
     def log_prob(self) -> Tensor:
         return self._gather(lambda run: run.log_prob(self.name))[0]
@@ -114,11 +139,10 @@ class _Reader:
         return self._gather(lambda run: one_hot_logits(self._fn(run)), self.joined + 1)[0]
 
     def value_gradients(self) -> Tensor:
-        runs = [run for group in self.paths.having(self.name) for run in group]
-        output = torch.stack([run.totals.sum() for run in runs]).sum()
-        gradients = _gradients(output, [run.value(self.name) for run in runs])
-        by_run = {id(run): grad for run, grad in zip(runs, gradients, strict=True)}
-        return self._gather(lambda run: by_run[id(run)], self.event_dim)
+        # Run by run: looped, a later site's branches are handed the main path's very tensor.
+        return self._gather(
+            lambda run: _gradients(run.totals.sum(), [run.value(self.name)])[0], self.event_dim
+        )
 
     def logits_gradients(self, output: Tensor, *, create_graph: bool) -> Tensor:
         # Coupled values are drawn on the main path, so its logits alone were used.
