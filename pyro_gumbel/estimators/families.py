@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
@@ -27,6 +29,8 @@ __all__ = [
     "uniform",
     "unwrap",
 ]
+
+_CERTAIN = 32768.0  # beyond it a bit is certain in every dtype
 
 
 def unwrap(fn: Distribution) -> Distribution:
@@ -66,8 +70,14 @@ def has_logits(fn: Distribution) -> bool:
 def one_hot_logits(fn: Distribution) -> Tensor:
     """Logits ``batch_shape + (C,)``; a bit is a one-hot of two, the first standing for 1."""
     if is_bit(fn):
-        return torch.stack([fn.logits, torch.zeros_like(fn.logits)], -1)
+        logits = _finite(fn.logits)
+        return torch.stack([logits, torch.zeros_like(logits)], -1)
     return fn.logits
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Logits of bits with certain ones far out: infinities become nan where they meet zeros."""
+    return logits.nan_to_num(nan=math.nan, posinf=_CERTAIN, neginf=-_CERTAIN)
 
 
 def log_mass(fn: Distribution, value: Tensor) -> Tensor:
@@ -92,7 +102,7 @@ def log_mass_of_value(fn: Distribution, value: Tensor) -> Tensor:
     logits = fn.logits.detach()
     if is_one_hot(fn):
         return multilinear_log_prob(value, logits)
-    return log_mass(Bernoulli(logits=logits, validate_args=False), value)
+    return log_mass(Bernoulli(logits=_finite(logits), validate_args=False), value)
 
 
 def to_index(fn: Distribution, value: Tensor) -> Tensor:

@@ -130,7 +130,9 @@ class LocalExpectation(Estimator):
         joined = index.shape[index.dim() - site.event_dims :]
         gain = gain.movedim((0, 1), (-2, -1))
         gain = gain.reshape(gain.shape[:-2] + joined + (categories - 1,))
-        return (probs.gather(-1, moved) * gain).sum(-1)
+        weight = probs.gather(-1, moved)
+        # What is never drawn may have an infinite cost: 0 * inf would be nan, the gradient's too.
+        return (weight * gain.masked_fill(weight == 0, 0.0)).sum(-1)
 
 
 def _joined(fn: Distribution, event_dims: int) -> torch.Size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
@@ -54,13 +55,19 @@ class _WithoutReplacement(Estimator):
         index = scores.topk(self.num_values, -1).indices.movedim(-1, 0)
         return from_index(fn, index)
 
-    def _log_probs(self, site: Site) -> Tensor:
-        """Log-probabilities of the drawn categories, ``(K, R) + batch_shape``."""
+    def _drawn(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and costs of the drawn categories, ``(K, R) + batch_shape``.
+
+        Where more are drawn than are possible, the impossible ones come last. They get the least
+        finite log-probability, without gradient, and no cost: infinities would meet zeros.
+        """
         index = to_index(site.fn, site.values)
         log_probs = site.logits.log_softmax(-1).movedim(-1, 0).gather(0, index)
-        return (
-            log_probs.flatten(log_probs.dim() - site.event_dims) if site.event_dims else log_probs
-        )
+        if site.event_dims:
+            log_probs = log_probs.flatten(log_probs.dim() - site.event_dims)
+        impossible = log_probs == -math.inf
+        cost = site.cost.reshape(log_probs.shape).masked_fill(impossible, 0.0)
+        return log_probs.masked_fill(impossible, torch.finfo(log_probs.dtype).min), cost
 
 
 class SumAndSample(_WithoutReplacement):
@@ -97,10 +104,9 @@ class SumAndSample(_WithoutReplacement):
         self.num_values = num_sum + 1
 
     def surrogate(self, site: Site) -> Tensor:
-        log_probs = self._log_probs(site)
+        log_probs, cost = self._drawn(site)
         summed = log_probs[:-1].exp()
         rest = (1 - summed.detach().sum(0)).clamp(min=0)
-        cost = site.cost.reshape(log_probs.shape)
         return (summed * cost[:-1]).sum(0) + rest * cost[-1] * log_probs[-1]
 
 
@@ -144,8 +150,7 @@ class UnorderedSet(_WithoutReplacement):
         self.num_values = num_samples
 
     def surrogate(self, site: Site) -> Tensor:
-        log_probs = self._log_probs(site)
-        cost = site.cost.reshape(log_probs.shape)
+        log_probs, cost = self._drawn(site)
         with torch.no_grad():
             probs = log_probs.exp().double().clamp(min=1e-300)
             first, second = leave_out_ratios(probs)
