@@ -1,0 +1,227 @@
+"""Train a generator of discrete strings against a discriminator, and measure it exactly.
+
+    python examples/sequence_gan.py
+    python examples/sequence_gan.py --gradients gumbel_straight_through@0.5 --steps 5000
+
+The generator, an LSTM that draws one-hot tokens, is a Pyro guide; the reward for a string v is the
+discriminator's log D(v) / (1 - D(v)). The language is an arithmetic grammar with known
+probabilities, and the LSTM's are computed for every string: no figure here is a sample's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import SVI
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+from tqdm import tqdm
+
+import gradients
+import grammar
+import style
+from pyro_gumbel.infer import Estimator_ELBO, config_gradient
+
+
+class Generator(nn.Module):
+    """An LSTM over its own one-hot draws; after END comes only END."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        symbols = len(grammar.ALPHABET)
+        self.cell = nn.LSTMCell(symbols, hidden)
+        self.out = nn.Linear(hidden, symbols)
+        self.register_buffer("after_end", -1e4 * (1 - torch.eye(symbols)[grammar.END]))
+
+    def start(self, batch: tuple[int, ...]) -> tuple[Tensor, ...]:
+        zeros = self.out.weight.new_zeros
+        return (
+            zeros(*batch, self.out.out_features),
+            zeros(*batch, self.out.in_features),
+            zeros(*batch, self.out.in_features),
+        )
+
+    def step(self, token: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Read a token; return the logits of the next one and the new state."""
+        batch = token.shape[:-1]
+        h, c = (state.expand(*batch, -1).flatten(0, -2) for state in (h, c))
+        h, c = self.cell(token.flatten(0, -2), (h, c))
+        ended = token[..., grammar.END :].detach()
+        logits = self.out(h).unflatten(0, batch) + ended * self.after_end
+        return logits, h.unflatten(0, batch), c.unflatten(0, batch)
+
+    def log_prob(self, tokens: Tensor) -> Tensor:
+        """The exact log-probability of strings ``(N, LENGTH, symbols)``."""
+        token, h, c = self.start((len(tokens),))
+        total = torch.zeros(len(tokens))
+        for target in tokens.unbind(-2):
+            logits, h, c = self.step(token, h, c)
+            total = total + (target * logits.log_softmax(-1)).sum(-1)
+            token = target
+        return total
+
+
+class Game:
+    """The two players, and the generator's side of the game as a guide and a model."""
+
+    def __init__(self, hidden: int, batch: int) -> None:
+        size = grammar.LENGTH * len(grammar.ALPHABET)
+        self.generator = Generator(hidden)
+        self.discriminator = nn.Sequential(
+            nn.Linear(size, 256),
+            nn.LeakyReLU(0.2),
+            nn.Linear(256, 256),
+            nn.LeakyReLU(0.2),
+            nn.Linear(256, 1),
+        )
+        self.batch = batch
+        self.logits: list[Tensor] = []
+
+    def guide(self) -> Tensor:
+        """Draw strings, token by token."""
+        pyro.module("generator", self.generator)
+        token, h, c = self.generator.start((self.batch,))
+        tokens, self.logits = [], []
+        with pyro.plate("strings", self.batch):
+            for t in range(grammar.LENGTH):
+                logits, h, c = self.generator.step(token, h, c)
+                token = pyro.sample(f"v_{t}", dist.OneHotCategorical(logits=logits))
+                self.logits.append(logits.detach())
+                tokens.append(token)
+        return torch.stack(tokens, -2)
+
+    def model(self) -> None:
+        """Score strings by the discriminator.
+
+        The tokens' own scores are those of the guide, held fixed: they cancel in the ELBO, and
+        what is left of it is the expected reward.
+        """
+        with pyro.plate("strings", self.batch):
+            tokens = [
+                pyro.sample(f"v_{t}", dist.OneHotCategorical(logits=logits))
+                for t, logits in enumerate(self.logits)
+            ]
+            pyro.factor("reward", self.judge(torch.stack(tokens, -2)))
+
+    def judge(self, tokens: Tensor) -> Tensor:
+        """Log D / (1 - D), which is the discriminator's logit."""
+        return self.discriminator(tokens.flatten(-2)).squeeze(-1)
+
+    def discriminator_loss(self, real: Tensor, penalty: float) -> Tensor:
+        """Minus log D(x) minus log(1 - D(G)), with a penalty on slopes at real strings."""
+        with torch.no_grad():
+            fake = self.guide()
+        real = real.requires_grad_()
+        on_real, on_fake = self.judge(real), self.judge(fake)
+        (slope,) = torch.autograd.grad(on_real.sum(), real, create_graph=True)
+        loss = softplus(-on_real).mean() + softplus(on_fake).mean()
+        return loss + 0.5 * penalty * slope.square().sum((-2, -1)).mean()
+
+
+@torch.no_grad()
+def measure(game: Game, tokens: Tensor, truth: Tensor) -> tuple[float, float]:
+    """The generator's probability of a valid string, and its total variation from the truth."""
+    probs = game.generator.log_prob(tokens).exp()
+    valid = probs.sum().item()
+    return valid, 0.5 * ((probs - truth).abs().sum().item() + 1 - valid)
+
+
+def train(args: argparse.Namespace, gradient: str, seed: int) -> list[dict[str, float]]:
+    """Play the game for a number of steps; return what was measured along the way."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    strings, truth = grammar.all_strings()
+    tokens = grammar.encode(strings)
+    data = tokens[torch.multinomial(truth, args.data_size, replacement=True)]
+    estimator, num_particles = gradients.parse(gradient)
+    game = Game(args.hidden, max(args.batch_size // num_particles, 1))
+    elbo = Estimator_ELBO(num_particles, vectorize_particles=True, max_plate_nesting=1)
+    optimizer = pyro.optim.ClippedAdam(
+        {"lr": args.lr, "betas": (0.5, 0.99), "clip_norm": 10.0, "lrd": 0.1 ** (1 / args.steps)}
+    )
+    svi = SVI(game.model, config_gradient(game.guide, lambda msg: estimator), optimizer, elbo)
+    critic = torch.optim.Adam(game.discriminator.parameters(), args.critic_lr, betas=(0.5, 0.99))
+
+    history, start = [], time.perf_counter()
+    bar = tqdm(range(1, args.steps + 1), desc=f"{gradient}, seed {seed}", mininterval=1)
+    for step in bar:
+        for _ in range(args.critic_steps):
+            real = data[torch.randint(len(data), (args.batch_size,))]
+            critic.zero_grad()
+            game.discriminator_loss(real, args.penalty).backward()
+            critic.step()
+        svi.step()
+        if step % args.measure_every == 0 or step == args.steps:
+            valid, variation = measure(game, tokens, truth)
+            seconds = time.perf_counter() - start
+            history.append(
+                {"step": step, "valid": valid, "variation": variation, "seconds": seconds}
+            )
+            bar.set_postfix(valid=f"{valid:.3f}", variation=f"{variation:.3f}", refresh=False)
+        if step % max(args.steps // 5, 1) == 0:
+            with torch.no_grad():
+                bar.write(f"  {step:6d}: " + "  ".join(grammar.decode(game.guide())[:8]))
+    return history
+
+
+def picture(runs: dict[str, list[list[dict[str, float]]]], path: Path) -> Path:
+    """Draw the share of valid strings and the total variation against the steps."""
+    figure, axes = style.panels(1, 2, (4.6, 3.2))
+    titles = {
+        "valid": "probability of a valid string",
+        "variation": "total variation from the truth",
+    }
+    for axis, (key, title) in zip(axes[0], titles.items(), strict=True):
+        for color, (gradient, histories) in zip(style.COLORS, runs.items(), strict=False):
+            for number, history in enumerate(histories):
+                steps = [row["step"] for row in history]
+                label = gradient if number == 0 else None
+                axis.plot(steps, [row[key] for row in history], color=color, label=label)
+        axis.set(xlabel="generator steps", ylabel=title, ylim=(0, 1))
+    axes[0, 1].axhline(0.35, **style.EXACT, label="all mass on the string x")
+    style.legend_outside(figure, axes[0])
+    return style.write(figure, path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--gradients", default="gumbel_straight_through,reinmax,score:4", metavar="NAME[:K],...")
+    add("--steps", type=int, default=3000, help="of the generator")
+    add("--critic-steps", type=int, default=1, help="of the discriminator for each of these")
+    add("--batch-size", type=int, default=256, help="strings a step, over all particles")
+    add("--data-size", type=int, default=5000, help="strings of the training set")
+    add("--hidden", type=int, default=64, help="LSTM units")
+    add("--lr", type=float, default=1e-3)
+    add("--critic-lr", type=float, default=1e-3)
+    add("--penalty", type=float, default=1.0, help="on the discriminator's slope")
+    add("--measure-every", type=int, default=50)
+    add("--seed", type=int, default=0)
+    add("--seeds", type=int, default=1)
+    add("--out", type=Path, default=Path("out/sequence_gan"), metavar="DIR")
+    add("--smoke", action="store_true", help="a few steps: does it run at all?")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # layers this small lose time to more
+    pyro.enable_validation(args.smoke)  # a quarter of a step goes into checks
+    if args.smoke:
+        args.steps, args.batch_size, args.data_size, args.measure_every = 4, 16, 100, 2
+    runs = {
+        gradient: [train(args, gradient, args.seed + i) for i in range(args.seeds)]
+        for gradient in args.gradients.split(",")
+    }
+    print(f"\n{'gradient':28}{'valid':>10}{'variation':>12}{'minutes':>10}")
+    for gradient, histories in runs.items():
+        for history in histories:
+            last = history[-1]
+            minutes = f"{last['seconds'] / 60:.1f}"
+            print(f"{gradient:28}{last['valid']:>10.3f}{last['variation']:>12.3f}{minutes:>10}")
+    print("\nwritten:", picture(runs, args.out / "training.png"))
+
+
+if __name__ == "__main__":
+    main()
