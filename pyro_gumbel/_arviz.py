@@ -1,22 +1,23 @@
 """What differs between ArviZ 0.x and 1.x, in one place.
 
 The file needs NumPy, xarray and ArviZ alone, so that it can be loaded by its path and tested where
-neither torch nor Pyro is installed. Plotting libraries are imported where a picture is drawn.
+neither torch nor Pyro is installed. ArviZ 0.x imports matplotlib, so ArviZ is imported where it is
+used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
-import arviz as az
 import numpy as np
 import xarray as xr
 
-__all__ = ["ARVIZ_1", "group", "pareto_khat", "plot_forest", "psislw", "tree"]
+__all__ = ["ARVIZ_1", "folded_rhat", "group", "pareto_khat", "plot_forest", "psislw", "tree"]
 
 # ArviZ 1.2 and later answers hasattr(az, "InferenceData") with yes, so the version has to tell.
-ARVIZ_1 = int(az.__version__.split(".", 1)[0]) >= 1
+ARVIZ_1 = int(version("arviz").split(".", 1)[0]) >= 1
 
 
 def tree(groups: Mapping[str, xr.Dataset]) -> Any:
@@ -35,6 +36,8 @@ def tree(groups: Mapping[str, xr.Dataset]) -> Any:
     """
     if ARVIZ_1:
         return xr.DataTree.from_dict(dict(groups))
+    import arviz as az
+
     return az.InferenceData(**groups, warn_on_custom_groups=False)
 
 
@@ -45,16 +48,18 @@ def group(data: Any, name: str) -> xr.Dataset:
 
 
 def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pareto-smooth log weights along the last axis.
+    r"""Pareto-smooth log weights along the last axis.
 
     Returns:
-        The smoothed, normalised log weights and the shape :math:`\\hat k` of the tail.
+        The smoothed, normalised log weights and the shape :math:`\hat k` of the tail.
     """
     if ARVIZ_1:
         from arviz_stats.base import array_stats
 
         # ArviZ 1.x expects log likelihoods, the negative of log weights, and turns them round.
         return array_stats.psislw(-log_weights, axis=-1)
+    import arviz as az
+
     return az.psislw(log_weights)
 
 
@@ -77,16 +82,28 @@ def pareto_khat(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(khat), khat, np.nan)
 
 
+def folded_rhat(values: np.ndarray) -> float:
+    """Compute the folded split R-hat of one quantity: whether chains differ in their spread.
+
+    Args:
+        values: Of shape ``(chains, draws)``.
+    """
+    import arviz as az
+
+    dataset = xr.Dataset({"values": (("chain", "draw"), values)})
+    return float(az.rhat(dataset, method="folded")["values"])
+
+
 def plot_forest(draws: Mapping[str, xr.Dataset], **kwargs: Any) -> Any:
     """Draw intervals of several Datasets over one another, with a legend.
 
     Returns:
         What the installed ArviZ returns: an array of axes (0.x) or a ``PlotCollection`` (1.x).
     """
+    import arviz as az
+
     if ARVIZ_1:
         collection = az.plot_forest(dict(draws), combined=True, **kwargs)
         collection.add_legend("model")
         return collection
-    return az.plot_forest(
-        list(draws.values()), model_names=list(draws), combined=True, **kwargs
-    )
+    return az.plot_forest(list(draws.values()), model_names=list(draws), combined=True, **kwargs)

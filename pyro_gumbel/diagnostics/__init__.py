@@ -11,9 +11,11 @@ from pyro_gumbel.diagnostics.draws import gradient_draws
 from pyro_gumbel.diagnostics.exact import exact_gradient
 from pyro_gumbel.diagnostics.fit import guide_khat
 from pyro_gumbel.diagnostics.plots import plot_efficiency, plot_gradients, plot_training
+from pyro_gumbel.diagnostics.recommend import Recommendation, recommend
 from pyro_gumbel.diagnostics.training import train
 
 __all__ = [
+    "Recommendation",
     "UnbiasedCheck",
     "check_unbiased",
     "compare_gradients",
@@ -23,6 +25,7 @@ __all__ = [
     "plot_efficiency",
     "plot_gradients",
     "plot_training",
+    "recommend",
     "to_arviz",
     "train",
 ]

@@ -47,11 +47,10 @@ class Moments:
         self._shift: Tensor | None = None
 
     def update(self, draws: Tensor) -> Tensor:
-        """Take in a batch of shape ``(B, n)``; return its rows' cosines with the mean of all others."""
+        """Take in a batch of shape ``(B, n)``; return cosines with the others' mean."""
         draws = draws.double()
-        if self._shift is None:
-            self._start(draws)
-        x = draws - self._shift
+        shift = self._start(draws) if self._shift is None else self._shift
+        x = draws - shift
         batch, total = len(x), self.count + len(x)
         mean = x.mean(0)
         step = mean - self.offset
@@ -61,7 +60,7 @@ class Moments:
         self._scatter(x - self.offset)
         return self._cosines(draws, x)
 
-    def _start(self, draws: Tensor) -> None:
+    def _start(self, draws: Tensor) -> Tensor:
         self._shift = draws[0].clone()
         self.offset = torch.zeros_like(self._shift)
         self.squares = torch.zeros_like(self._shift)
@@ -70,6 +69,7 @@ class Moments:
         self._deviations = draws.new_zeros(blocks)
         self._deviations_squared = draws.new_zeros(blocks)
         self._square_traces = draws.new_zeros(blocks)
+        return self._shift
 
     @property
     def mean(self) -> Tensor:

@@ -65,7 +65,9 @@ def find_parameters(
             _set_value(name, leaves[name], value, _constraint(name, sites[name]))
         return leaves
     known = pyro.get_param_store()._params
-    return _select({**leaves, **{name: known[name] for name in known if name not in leaves}}, params)
+    return _select(
+        {**leaves, **{name: known[name] for name in known if name not in leaves}}, params
+    )
 
 
 def check_complete(leaves: dict[str, Tensor], params: Params) -> None:

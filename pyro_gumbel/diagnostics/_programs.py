@@ -91,9 +91,7 @@ def evaluate(
         model_trace = poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
     guide_trace.compute_log_prob()
     model_trace.compute_log_prob()
-    sites = {
-        name: site for name, site in _samples(guide_trace).items() if not site["is_observed"]
-    }
+    sites = {name: site for name, site in _samples(guide_trace).items() if not site["is_observed"]}
     terms = [_term(name, site, -1) for name, site in _samples(guide_trace).items()]
     terms += [_term(name, site, 1) for name, site in _samples(model_trace).items()]
     return Evaluation(terms, {name: _law(site) for name, site in sites.items()}, sites)

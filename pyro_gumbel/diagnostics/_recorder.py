@@ -7,12 +7,33 @@ from typing import Any
 
 import numpy as np
 import torch
-import xarray as xr
 from torch import Tensor
 
 from pyro_gumbel.diagnostics._moments import BATCH, Moments
 
-__all__ = ["AllDraws", "Projections", "Recorder", "dims_of"]
+__all__ = ["RESERVED", "AllDraws", "Projections", "Recorder", "dims_of"]
+
+# Dimensions and coordinates of the draws, which no parameter can share its name with.
+RESERVED = frozenset(
+    {
+        "block",
+        "chain",
+        "cosine",
+        "direction",
+        "draw",
+        "estimator",
+        "grad_norm",
+        "loss",
+        "parameter",
+        "parameter_norm",
+        "repeat",
+        "site",
+        "site_effect",
+        "square_trace",
+        "trace",
+        "trace_variance",
+    }
+)
 
 _MAX_BYTES = 4 * 2**30
 
@@ -128,9 +149,7 @@ class Projections(Recorder):
         ]
         self.moments = Moments(self.sizes)
         self.buffer = [leaf.new_empty(BATCH, leaf.numel()) for leaf in leaves]
-        self.projected = {
-            name: np.empty((*self.shape, directions)) for name in self.leaves
-        }
+        self.projected = {name: np.empty((*self.shape, directions)) for name in self.leaves}
         self.norms = np.empty((*self.shape, len(leaves)))
         self.cosines = np.empty(self.shape)
         self.places: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""The joint states of a guide's discrete sites, and which plates let their elements be summed one by one."""
+"""The joint states of a guide's discrete sites, and the plates that are summed apart."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class States:
         return math.prod(site.num_states(self.parallel) for site in self.sites)
 
     def digits(self, states: Tensor) -> dict[str, Tensor]:
-        """For each site the value of each variable in the states: ``(R,) + joint_shape + inner_shape``."""
+        """Number each variable's value: ``(R,) + joint_shape + inner_shape`` for each site."""
         found = {}
         for site in reversed(self.sites):
             size = site.num_states(self.parallel)
@@ -135,6 +135,8 @@ class States:
             value = site.values(own)
             event = value.shape[1 + len(site.batch_shape) :]
             ones = (1,) * (self.nesting - len(site.batch_shape))
-            value = value.reshape(len(own), *ones, *own.shape[1 : 1 + len(site.batch_shape)], *event)
+            value = value.reshape(
+                len(own), *ones, *own.shape[1 : 1 + len(site.batch_shape)], *event
+            )
             values[site.name] = value.expand(len(own), *ones, *site.batch_shape, *event)
         return values

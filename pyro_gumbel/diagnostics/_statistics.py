@@ -1,4 +1,4 @@
-"""From moments to the figures that compare estimators, each with its Monte Carlo standard error."""
+"""From moments to the figures that compare estimators, each with its standard error."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def bias_of(difference: np.ndarray, spreads: list[Spread], floor: float) -> Bias
     r"""Judge the difference of two means by the scatter of the draws behind them.
 
     Without bias the squared distance is a weighted sum of :math:`\chi^2` variables with mean
-    :math:`\mathrm{tr}\,\Sigma / N` and variance :math:`2\,\mathrm{tr}\,\Sigma^2 / N^2`. It is taken
-    for the multiple of one :math:`\chi^2` that has the same two moments (Satterthwaite, 1946). In
-    one dimension the standard error and ``z`` are the usual ones.
+    :math:`\mathrm{tr}\,\Sigma / N` and variance :math:`2\,\mathrm{tr}\,\Sigma^2 / N^2`. It is
+    taken for the multiple of one :math:`\chi^2` that has the same two moments (Satterthwaite,
+    1946). In one dimension the standard error and ``z`` are the usual ones.
 
     Args:
         difference: Mean minus reference, ``(n,)``.

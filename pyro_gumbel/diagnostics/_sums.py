@@ -127,11 +127,9 @@ Place = tuple[dict[str, int], dict[int, int]]
 
 
 def _places(term: Term, states: States) -> list[Place]:
-    """A few elements of a term's parallel plates: the plates by dimension, and an index for each."""
+    """A few elements of a term's parallel plates: the plates, and an index by dimension."""
     plates = {frame.name: frame.dim for frame in term.plates}
-    sizes = {
-        frame.dim: frame.size for frame in term.plates if frame.name in states.parallel
-    }
+    sizes = {frame.dim: frame.size for frame in term.plates if frame.name in states.parallel}
     return [
         (plates, {dim: int(torch.randint(size, ())) for dim, size in sizes.items()})
         for _ in range(_CHECKED if sizes else 1)
@@ -205,8 +203,8 @@ def walk(call: Call, subsamples: Mapping[str, Tensor], max_states: int) -> Itera
         states = States([site], frozenset(), len(site.batch_shape))
         if visited + len(waiting) + states.count > max_states:
             raise ValueError(
-                f"exact_gradient: more than {max_states:,} joint states, visited one by one. Raise "
-                "max_states, or take a long run of an unbiased estimator as the reference."
+                f"exact_gradient: more than {max_states:,} joint states, visited one by one. "
+                "Raise max_states, or take a long run of an unbiased estimator as the reference."
             )
         for number in range(states.count):
             digits = states.digits(torch.tensor([number]))[site.name][0]

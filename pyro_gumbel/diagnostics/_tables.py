@@ -1,10 +1,10 @@
-"""Draws of one estimator as statistics of blocks of coordinates, whatever form they were kept in."""
+"""Draws of one estimator as statistics of blocks of coordinates, in whatever form they are."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ import xarray as xr
 from pyro_gumbel.diagnostics._moments import BATCH, Moments, Spread
 
 __all__ = ["Block", "blocks_of", "check_draws", "is_drawn", "parameters_of", "reference_blocks"]
+
+_SPREAD = ("trace", "trace_variance", "square_trace")
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,7 @@ def blocks_of(dataset: xr.Dataset, names: list[str]) -> dict[str, Block]:
         name: Block(means[index].numpy(), moments.spread(index), np.sqrt(squared[:, index]))
         for index, name in enumerate(names)
     }
-    return blocks | {
-        "all": Block(moments.mean.numpy(), moments.spread(), np.sqrt(squared.sum(1)))
-    }
+    return blocks | {"all": Block(moments.mean.numpy(), moments.spread(), np.sqrt(squared.sum(1)))}
 
 
 def _batches(dataset: xr.Dataset, names: list[str]) -> Iterator[torch.Tensor]:
@@ -141,10 +141,8 @@ def _stored_blocks(dataset: xr.Dataset, names: list[str]) -> dict[str, Block]:
     norms = dataset.coords["parameter_norm"]
 
     def spread(block: str) -> Spread:
-        row = dataset.coords.to_dataset()[["trace", "trace_variance", "square_trace"]].sel(
-            block=block
-        )
-        return Spread(count, *(float(row[name]) for name in cast(list[Hashable], list(row))))
+        values = [float(dataset.coords[name].sel(block=block)) for name in _SPREAD]
+        return Spread(count, *values)
 
     blocks = {
         name: Block(means[name], spread(name), norms.sel(parameter=name).values.reshape(-1))

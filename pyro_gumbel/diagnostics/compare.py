@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import arviz as az
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from pyro_gumbel._arviz import pareto_khat
+from pyro_gumbel._arviz import folded_rhat, pareto_khat
 from pyro_gumbel.diagnostics._moments import Spread
 from pyro_gumbel.diagnostics._statistics import bias_of, cosine_of, snr_of
 from pyro_gumbel.diagnostics._tables import (
     Block,
     blocks_of,
     check_draws,
-    is_drawn,
     parameters_of,
     reference_blocks,
 )
@@ -25,6 +23,8 @@ from pyro_gumbel.diagnostics._tables import (
 __all__ = ["compare_gradients"]
 
 _HEAVY = 0.7
+_TAIL_DRAWS = 200  # fewer have too short a tail to be told from a light one
+_MOVING = 1.01
 _VISIBLE = 5.0
 _GROUPINGS = ("parameter", "coordinate", "site")
 
@@ -63,12 +63,12 @@ def compare_gradients(
         reference: What :func:`exact_gradient` returns; or draws of an unbiased estimator, from a
             seed of their own, whose standard errors then are allowed for; or the label of such an
             estimator among ``draws``.
-        by: ``"parameter"`` or ``"coordinate"`` for a row for each of these; ``"site"`` for the part
-            of the variance that the sampling at each site answers for (:func:`site_effects` has
-            the definition): ``variance``, its standard error, and ``share`` of the total. Shares
+        by: ``"parameter"`` or ``"coordinate"`` for a row for each of these; ``"site"`` for the
+            part of the variance that the sampling at each site answers for
+            (:func:`site_effects` has the definition): ``variance``, its standard error, and ``share`` of the total. Shares
             add up to more than one where sites act together.
-        rhat: Add the column ``rhat``, the folded split R-hat of the gradient's norm: above 1.01 the
-            draws are not exchangeable, as when a baseline is still moving.
+        rhat: Add the column ``rhat``, the folded split R-hat of the gradient's norm: above 1.01
+            the draws are not exchangeable, as when a baseline is still moving.
 
     Returns:
         One row an estimator, or with ``by`` an estimator and a parameter, coordinate or site.
@@ -100,10 +100,15 @@ def compare_gradients(
     rows: dict[Any, dict[str, Any]] = {}
     for label, dataset in draws.items():
         own = None if reference is dataset else reference
-        for part, row in _rows(dataset, own, by).items():
+        source = _flat(dataset) if by == "coordinate" else dataset
+        names = parameters_of(source)
+        for part, row in _rows(source, own, by).items():
             rows[(label, part) if by else label] = row
             if rhat:
-                row["rhat"] = _folded_rhat(dataset, part)
+                row["rhat"] = _rhat(source, names if part == "all" else [part])
+                if row["rhat"] > _MOVING:
+                    moving = f"not exchangeable (rhat {row['rhat']:.3f}): is a baseline moving?"
+                    row["warning"] = "; ".join(note for note in (row["warning"], moving) if note)
     table = pd.DataFrame.from_dict(rows, orient="index")
     if by:
         table.index = pd.MultiIndex.from_tuples(rows, names=["estimator", by])
@@ -114,9 +119,8 @@ def compare_gradients(
 
 def _rows(dataset: xr.Dataset, reference: Any, by: str | None) -> dict[str, dict[str, Any]]:
     names = parameters_of(dataset)
-    if by == "coordinate":
-        dataset, reference = _flat(dataset), None if reference is None else _flat(reference)
-        names = parameters_of(dataset)
+    if by == "coordinate" and reference is not None:
+        reference = _flat(reference)
     blocks = blocks_of(dataset, names)
     others = None if reference is None else reference_blocks(reference, dataset, names)
     parts = ["all"] if by is None else names
@@ -161,9 +165,7 @@ def _efficiency(row: dict[str, Any]) -> dict[str, float]:
     return {"efficiency": 1 / price, "efficiency_mcse": math.sqrt(relative) / price}
 
 
-def _against(
-    block: Block, spread: Spread, reference: Block, epsilon: float
-) -> dict[str, float]:
+def _against(block: Block, spread: Spread, reference: Block, epsilon: float) -> dict[str, float]:
     length = float(np.linalg.norm(reference.mean))
     spreads = [spread] if reference.spread is None else [spread, reference.spread]
     bias = bias_of(block.mean - reference.mean, spreads, epsilon * length)
@@ -184,7 +186,7 @@ def _warning(row: dict[str, Any], block: Block) -> str:
     notes = []
     if not np.isfinite(block.norms).all():
         notes.append("some draws are not finite")
-    if row["khat"] > _HEAVY:
+    if row["khat"] > _HEAVY and len(block.norms) >= _TAIL_DRAWS:
         notes.append(
             f"heavy tails (khat {row['khat']:.2f}): the variance may be infinite, its estimate "
             "and all standard errors say little"
@@ -233,8 +235,10 @@ def _flat(dataset: xr.Dataset) -> xr.Dataset:
             at = dict(zip(own, index, strict=True))
             labels = [str(array[dim].values[i]) for dim, i in at.items()]
             flat[f"{name}[{', '.join(labels)}]" if labels else name] = array.isel(at, drop=True)
-    return xr.Dataset({name: array.drop_vars(list(array.coords)) for name, array in flat.items()},
-                      attrs=dataset.attrs)
+    return xr.Dataset(
+        {name: array.drop_vars(list(array.coords)) for name, array in flat.items()},
+        attrs=dataset.attrs,
+    )
 
 
 def _check_chains(draws: dict[str, xr.Dataset]) -> None:
@@ -247,24 +251,24 @@ def _check_chains(draws: dict[str, xr.Dataset]) -> None:
             )
 
 
-def _folded_rhat(dataset: xr.Dataset, part: str) -> float:
-    """Of the norm of the whole gradient, or of one parameter's."""
-    if part in dataset and is_drawn(dataset) and "project" not in dataset.attrs:
-        array = dataset[part]
-        own = [dim for dim in array.dims if dim not in ("chain", "draw")]
-        norm = np.sqrt((array.astype(float) ** 2).sum(own))
-    elif part in dataset:
-        norm = dataset.coords["parameter_norm"].sel(parameter=part)
-    else:
-        names = parameters_of(dataset)
-        squares = [(dataset[name].astype(float) ** 2) for name in names]
-        norm = np.sqrt(
-            sum(square.sum([d for d in square.dims if d not in ("chain", "draw")]) for square in squares)
+def _norms(dataset: xr.Dataset, names: list[str]) -> np.ndarray:
+    """The norm of each draw over some parameters, ``(chain, draw)``."""
+    if "project" in dataset.attrs:
+        return np.sqrt(
+            (dataset.coords["parameter_norm"].sel(parameter=names) ** 2).sum("parameter")
         )
-    plain = xr.Dataset({"norm": (("chain", "draw"), norm.values)})
-    if np.ptp(plain["norm"].values) <= 1e-12 * plain["norm"].values.max():
+    squares = np.zeros((dataset.sizes["chain"], dataset.sizes["draw"]))
+    for name in names:
+        rows = dataset[name].values.reshape(*squares.shape, -1).astype(float)
+        squares += (rows**2).sum(-1)
+    return np.sqrt(squares)
+
+
+def _rhat(dataset: xr.Dataset, names: list[str]) -> float:
+    norms = np.asarray(_norms(dataset, names))
+    if np.ptp(norms) <= 1e-12 * norms.max():
         return math.nan  # all equal
-    return float(az.rhat(plain, method="folded")["norm"])
+    return folded_rhat(norms)
 
 
 def _site_table(draws: dict[str, xr.Dataset]) -> pd.DataFrame:
@@ -281,7 +285,9 @@ def _site_table(draws: dict[str, xr.Dataset]) -> pd.DataFrame:
         for site in effects.coords["site"].values:
             values = effects.sel(site=site).values
             variance = float(values.mean())
-            mcse = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+            mcse = (
+                float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+            )
             share = variance / spread.trace if spread.trace else math.nan
             rows[label, str(site)] = {
                 "variance": variance,

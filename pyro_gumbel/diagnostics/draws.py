@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from pyro_gumbel.diagnostics._parameters import (
     find_parameters,
     read_gradients,
 )
-from pyro_gumbel.diagnostics._recorder import AllDraws, Projections, Recorder, dims_of
+from pyro_gumbel.diagnostics._recorder import RESERVED, AllDraws, Projections, Recorder, dims_of
 from pyro_gumbel.diagnostics._replicas import Replica, split_choice
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
 from pyro_gumbel.diagnostics.sites import site_effects
@@ -40,6 +41,7 @@ def gradient_draws(
     estimators: Mapping[str, Any],
     num_draws: int = 1000,
     num_chains: int = 4,
+    num_warmup: int = 0,
     num_particles: int = 1,
     vectorize_particles: bool = False,
     params: Params = None,
@@ -72,6 +74,7 @@ def gradient_draws(
             is), or a pair of the two.
         num_draws: Draws a chain.
         num_chains: Independent chains.
+        num_warmup: Draws that each chain leaves out at its start, for a baseline to settle.
         num_particles: Particles of each draw, where the estimator is no ``ELBO``.
         vectorize_particles: Whether these are rows of one run, likewise.
         params: Names of the parameters to record (shell patterns such as ``"encoder*"`` too), or a
@@ -85,7 +88,7 @@ def gradient_draws(
             ``compare_gradients(by="site")``; each takes one more gradient a site. By default as
             many as add 8 % to the cost.
         coords: Coordinates of named dimensions.
-        dims: For each parameter the names of its dimensions; ``<name>_dim_0``, ... where not given.
+        dims: For each parameter the names of its dimensions; else ``<name>_dim_0``, ...
         seed: Seed of everything; on a CPU the same seed gives the same draws bit for bit.
         progress: Show a progress bar.
         **kwargs: Keyword arguments of model and guide.
@@ -125,7 +128,9 @@ def gradient_draws(
     ):
         seed_everything(first)
         leaves = find_parameters(call, keep, params)
-        session = _Session(call, leaves, chain_seeds, num_draws, bar, dims, project, site_draws)
+        _check_names(leaves)
+        session = _Session(call, leaves, chain_seeds, num_draws, num_warmup, bar)
+        session.dims, session.project, session.site_draws = dims, project, site_draws
         datasets = {}
         for label, choice in estimators.items():
             bar.set_description(label)
@@ -146,28 +151,19 @@ def gradient_draws(
     return datasets
 
 
+@dataclass
 class _Session:
     """What all estimators of one call share."""
 
-    def __init__(
-        self,
-        call: Call,
-        leaves: dict[str, Tensor],
-        chain_seeds: list[int],
-        num_draws: int,
-        bar: Any,
-        dims: dict[str, list[str]] | None,
-        project: int | None,
-        site_draws: int | None,
-    ) -> None:
-        self.call = call
-        self.leaves = leaves
-        self.chain_seeds = chain_seeds
-        self.num_draws = num_draws
-        self.bar = bar
-        self.dims = dims
-        self.project = project
-        self.site_draws = site_draws
+    call: Call
+    leaves: dict[str, Tensor]
+    chain_seeds: list[int]
+    num_draws: int
+    num_warmup: int
+    bar: Any
+    dims: dict[str, list[str]] | None = None
+    project: int | None = None
+    site_draws: int | None = None
 
     def draw(self, make: Callable[[Call], Replica], seed: int) -> xr.Dataset:
         """Draw with one estimator."""
@@ -179,6 +175,8 @@ class _Session:
         for chain, chain_seed in enumerate(self.chain_seeds):
             seed_everything(chain_seed)
             replica = make(self.call)
+            for _ in range(self.num_warmup):
+                replica.step()
             read_gradients(self.leaves)  # what earlier steps left
             for draw in range(self.num_draws):
                 loss, seconds[chain, draw] = timed_step(replica, self.leaves)
@@ -217,7 +215,11 @@ class _Session:
         values = {
             f"{name}.value": (
                 dims_of(name, leaf.dim(), self.dims),
-                leaf.detach().cpu().to(torch.promote_types(leaf.dtype, torch.float32)).numpy().copy(),
+                leaf.detach()
+                .cpu()
+                .to(torch.promote_types(leaf.dtype, torch.float32))
+                .numpy()
+                .copy(),
             )
             for name, leaf in self.leaves.items()
         }
@@ -281,3 +283,12 @@ def _check(estimators: Any, num_draws: int, num_chains: int, project: int | None
     for name, value in checks.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
+
+
+def _check_names(leaves: dict[str, Tensor]) -> None:
+    taken = sorted(set(leaves) & RESERVED)
+    if taken:
+        raise ValueError(
+            f"Parameter {taken[0]!r} has the name of a dimension or a statistic of the draws; "
+            f"rename it, or leave it out by params=[...]. Reserved are {sorted(RESERVED)}."
+        )

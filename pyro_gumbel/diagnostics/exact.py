@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import xarray as xr
 from pyro import poutine
@@ -23,7 +26,7 @@ from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
 from pyro_gumbel.diagnostics._sums import expectations, find_states, walk
 from pyro_gumbel.estimators import Call
 
-__all__ = ["exact_gradient"]
+__all__ = ["exact_gradient", "sum_states"]
 
 
 def exact_gradient(
@@ -80,6 +83,23 @@ def exact_gradient(
         0.2118
     """
     call = Call(model, guide, args, kwargs)
+    gradients, attrs = sum_states(call, params, max_states, seed)
+    variables = {
+        name: (dims_of(name, gradient.ndim, dims), gradient)
+        for name, gradient in gradients.items()
+    }
+    return xr.Dataset(variables, dict(coords or {}), attrs)
+
+
+def sum_states(
+    call: Call, params: Params, max_states: int, seed: int, deadline: float = math.inf
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Compute the gradients by name, and the attributes that go with them.
+
+    Raises:
+        TimeoutError: If ``time.perf_counter()`` passes ``deadline``.
+    """
+    model, guide = call.model, call.guide
     with preserved(model, guide) as keep, torch.enable_grad():
         seed_everything(seeds(seed, 1)[0])  # parameters are made as gradient_draws makes them
         leaves = find_parameters(call, keep, params)
@@ -89,17 +109,17 @@ def exact_gradient(
         for subsamples in batches:
             parts, count = _parts(call, subsamples, max_states)
             for part in parts:
+                if time.perf_counter() > deadline:
+                    raise TimeoutError(f"{count:,} joint states take too long")
                 loss -= part.item() / len(batches)
                 if part.requires_grad:
                     (-part / len(batches)).backward()
         check_complete(leaves, params)
-        gradients = read_gradients(leaves)
-        variables = {
-            name: (dims_of(name, gradient.dim(), dims), gradient.detach().cpu().numpy().copy())
-            for name, gradient in zip(leaves, gradients, strict=True)
+        gradients = {
+            name: gradient.detach().cpu().numpy().copy()
+            for name, gradient in zip(leaves, read_gradients(leaves), strict=True)
         }
-    attrs = {"loss": loss, "states": count, "estimator": "exact"}
-    return xr.Dataset(variables, dict(coords or {}), attrs)
+    return gradients, {"loss": loss, "states": count, "estimator": "exact"}
 
 
 def _parts(
@@ -117,7 +137,7 @@ def _parts(
             "gradient_draws(..., estimators={'reference': 'auto'}, num_draws=100_000, project=8, "
             "seed=1)['reference']."
         )
-    parts = list(walk(call, subsamples, max_states))
+    parts = list(walk(call, subsamples, max_states))  # their number is known when all are visited
     return parts, len(parts)
 
 

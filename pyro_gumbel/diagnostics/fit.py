@@ -32,8 +32,8 @@ def guide_khat(
     r"""Judge a fitted guide by the Pareto shape of its importance weights.
 
     With exact, hard draws :math:`z \sim q` the log weights are
-    :math:`\log p(x, z) - \log q(z)`. Below 0.5 the guide is close to the posterior, up to 0.7 it is
-    of use for importance sampling, above 0.7 it is far from it. The joint weight of many
+    :math:`\log p(x, z) - \log q(z)`. Below 0.5 the guide is close to the posterior, up to 0.7 it
+    is of use for importance sampling, above 0.7 it is far from it. The joint weight of many
     independent data points is judged far more severely than each of theirs: name their ``plate``
     for a value for each of them.
 
@@ -93,9 +93,7 @@ def _log_weights(run: Evaluation, plate: str | None) -> Tensor:
     """Sum a run's terms; with ``plate``, those inside it, ``(elements,)``."""
     if plate is None:
         return torch.stack([term.value.sum() for term in run.terms]).sum()
-    inside = [
-        (term, frame) for term in run.terms for frame in term.plates if frame.name == plate
-    ]
+    inside = [(term, frame) for term in run.terms for frame in term.plates if frame.name == plate]
     if not inside:
         plates = sorted({frame.name for term in run.terms for frame in term.plates})
         raise ValueError(f"guide_khat: no plate is called {plate!r}; there are {plates}.")

@@ -19,7 +19,7 @@ from pyro_gumbel.diagnostics._tables import check_draws, parameters_of, referenc
 __all__ = ["plot_efficiency", "plot_gradients", "plot_training"]
 
 _MAX_ROWS = 40
-_MEANS = 40  # rows of averaged draws that a chain is cut into
+_MEANS = 20  # rows of averaged draws that a chain is cut into
 
 
 def plot_gradients(
@@ -32,14 +32,14 @@ def plot_gradients(
 ) -> Any:
     """Draw the gradients of each coordinate over one another, an interval an estimator.
 
-    What is drawn are means of ``average`` draws: an interval's place then shows the bias, its width
-    the noise that is left after so many draws. The reference is a point.
+    What is drawn are means of ``average`` draws: an interval's place then shows the bias, its
+    width the noise that is left after so many draws. The reference is a point.
 
     Args:
         draws: What :func:`gradient_draws` returns.
         reference: What :func:`exact_gradient` returns, or draws of an unbiased estimator.
         var_names: Parameters to draw.
-        average: Draws in a mean; by default a fortieth of a chain, ``1`` for the draws themselves.
+        average: Draws in a mean; by default a twentieth of a chain, ``1`` for the draws.
         **kwargs: For ``arviz.plot_forest``.
 
     Returns:
@@ -55,12 +55,14 @@ def plot_gradients(
     names = parameters_of(first) if var_names is None else list(var_names)
     for name in names:
         if name not in first:
-            raise ValueError(f"var_names: no parameter {name!r}; there are {parameters_of(first)}.")
+            raise ValueError(
+                f"var_names: no parameter {name!r}; there are {parameters_of(first)}."
+            )
     rows = sum(math.prod(first[name].shape[2:]) for name in names)
     if rows > _MAX_ROWS:
         raise ValueError(
             f"plot_gradients: {rows} coordinates are too many rows for a picture. Choose "
-            f"parameters, var_names=[...], of {parameters_of(first)}, or take part of each Dataset, "
+            f"parameters, var_names=[...], of {parameters_of(first)}, or part of each Dataset, "
             "such as draws[label].isel(...)."
         )
     shortest = min(dataset.sizes["draw"] for dataset in draws.values())
@@ -133,7 +135,7 @@ def plot_training(
         raise ValueError(f"smooth must be between 1 and {steps}, the steps; got {smooth!r}.")
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for number, (label, history) in enumerate(lines.items()):
-        seconds = history.seconds.cumsum("draw").mean("chain").values
+        seconds = _clock(history)
         step = history.draw.values
         colour = f"C{number}"
         _band(axes[0], step, history.elbo, smooth, colour, label)
@@ -148,6 +150,14 @@ def plot_training(
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
     return figure
+
+
+def _clock(history: xr.Dataset) -> np.ndarray:
+    """Seconds since the start; the first step, which sets things up, counts like the others."""
+    seconds = history.seconds.mean("chain").values.copy()
+    if len(seconds) > 1:
+        seconds[0] = np.median(seconds[1:])
+    return seconds.cumsum()
 
 
 def _lines(histories: Any) -> dict[str, xr.Dataset]:
@@ -171,7 +181,9 @@ def _band(
 ) -> None:
     """A line of the mean over chains, and the range that they span."""
     kernel = np.ones(smooth) / smooth
-    rows = np.stack([np.convolve(row, kernel, "valid") for row in values.transpose("chain", "draw").values])
+    rows = np.stack(
+        [np.convolve(row, kernel, "valid") for row in values.transpose("chain", "draw").values]
+    )
     x = x[smooth - 1 :]
     axis.plot(x, rows.mean(0), color=colour, label=label)
     if len(rows) > 1:
@@ -221,6 +233,8 @@ def plot_efficiency(table: pd.DataFrame) -> Any:
 
 
 def _price(axis: Any, timed: pd.DataFrame) -> None:
+    from matplotlib.ticker import LogFormatter
+
     for number, (label, row) in enumerate(timed.iterrows()):
         axis.errorbar(
             1e3 * row.seconds,
@@ -232,6 +246,9 @@ def _price(axis: Any, timed: pd.DataFrame) -> None:
             label=label,
         )
     axis.set(xscale="log", yscale="log", xlabel="milliseconds a draw", ylabel="variance of a draw")
+    for scale in (axis.xaxis, axis.yaxis):
+        scale.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        scale.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     low, high = axis.get_xlim()
     bottom, top = axis.get_ylim()
     x = np.array([low, high])
@@ -243,7 +260,9 @@ def _price(axis: Any, timed: pd.DataFrame) -> None:
 
 def _bias(axis: Any, table: pd.DataFrame) -> None:
     places = np.arange(len(table))[::-1]
-    axis.barh(places, table.bias, xerr=1.96 * table.bias_mcse, color="0.7", ecolor="0.3", height=0.6)
+    axis.barh(
+        places, table.bias, xerr=1.96 * table.bias_mcse, color="0.7", ecolor="0.3", height=0.6
+    )
     axis.set_yticks(places, list(table.index))
-    axis.set(xlabel="bias (95 % interval; it is above zero by noise alone)")
+    axis.set(xlabel="bias, with its 95 % interval")
     axis.set_xlim(left=0)

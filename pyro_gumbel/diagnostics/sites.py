@@ -24,12 +24,13 @@ def site_effects(
     its arrival at the next one. With ``g`` and ``g'`` two gradients that share all noise but that
     of site ``s``,
 
-    .. math:: T_s = \tfrac12 E \|g - g'\|^2 = E[\mathrm{tr\,Var}(g \mid \text{the other sites' noise})]
+    .. math:: T_s = \tfrac12 E \|g - g'\|^2 = E[\mathrm{tr\,Var}(g \mid \epsilon_{-s})]
 
-    is the variance that would be left if all other sites were held fixed, or gone if this one
-    were: the *total effect* of the site. Effects add up to the whole variance if each site adds
-    noise of its own, and to more where sites act together. Estimators and their state are the
-    same in both gradients.
+    with :math:`\epsilon_{-s}` the noise of all others, is the variance that would be left if all
+    other sites were held fixed, on average: the *total effect* of the site. What is random without
+    being a site's, a minibatch say, is held fixed too. Effects add up to the whole variance if
+    each site adds noise of its own, and to more where sites act together. Estimators and their
+    state are the same in both gradients.
 
     References:
         Analysis of variance designs for model output (Jansen, 1999),

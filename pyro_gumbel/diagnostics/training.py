@@ -145,9 +145,7 @@ class _Run:
         start = time.perf_counter()
         with poutine.trace(param_only=True) as capture:
             loss = self.replica.step()
-        found = {
-            site["value"].unconstrained(): name for name, site in capture.trace.nodes.items()
-        }
+        found = {site["value"].unconstrained(): name for name, site in capture.trace.nodes.items()}
         gradients = [
             leaf.grad.detach().flatten()
             for leaf, name in found.items()

@@ -1,0 +1,328 @@
+"""Which estimator to use: measured on the problem at hand, within a time that is given."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import xarray as xr
+from tqdm.auto import tqdm
+
+from pyro_gumbel.diagnostics._candidates import (
+    Candidate,
+    candidates_for,
+    latent_distributions,
+    swap,
+)
+from pyro_gumbel.diagnostics._parameters import Params, find_parameters
+from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
+from pyro_gumbel.diagnostics._trial import Trial, table_of, time_together
+from pyro_gumbel.diagnostics.exact import sum_states
+from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.infer import Estimator_ELBO
+
+__all__ = ["Recommendation", "recommend"]
+
+_FINALISTS = 3
+_TIMED = 6
+_FEWEST = 64  # draws behind a reference
+_SCREENING = 0.4  # of the time
+_HORIZON = 100  # draws of the cheapest candidate that noise is averaged over, by default
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A choice of estimators, and what it rests on.
+
+    Attributes:
+        config: The estimator of each site, for :func:`~pyro_gumbel.infer.config_gradient`.
+        num_particles: The particles that it needs, for ``Estimator_ELBO``.
+        table: One row a candidate, best first.
+        within_noise: Whether another candidate could as well be the best.
+        message: All that in words.
+    """
+
+    config: dict[str, Estimator]
+    num_particles: int
+    table: pd.DataFrame
+    within_noise: bool
+    message: str
+
+    def __iter__(self) -> Iterator[Any]:
+        """Unpack into ``config, table``."""
+        return iter((self.config, self.table))
+
+    def elbo(self, **kwargs: Any) -> Estimator_ELBO:
+        """Make an ELBO with the particles that the configuration needs."""
+        return Estimator_ELBO(self.num_particles, **kwargs)
+
+    def __str__(self) -> str:
+        columns = ["error", "error_mcse", "relative_bias", "bias_z", "variance", "seconds"]
+        return f"{self.message}\n{self.table[columns].to_string()}"
+
+
+def recommend(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    budget_seconds: float = 60.0,
+    step_seconds: float | None = None,
+    candidates: Mapping[str, Estimator] | None = None,
+    num_particles: int | None = None,
+    vectorize_particles: bool = False,
+    params: Params = None,
+    max_states: int = 20_000,
+    seed: int = 0,
+    progress: bool = True,
+    **kwargs: Any,
+) -> Recommendation:
+    r"""Measure the estimators that can serve a guide's sites, and recommend one for each.
+
+    Candidates are ranked by the mean squared error of the gradient after ``step_seconds`` of
+    averaging their draws,
+
+    .. math:: \|\mathrm{bias}\|^2 + \mathrm{tr}\,\Sigma \cdot s / t
+
+    with ``s`` the seconds that one draw takes and ``t`` those of ``step_seconds``.
+    Training averages noise over steps, but not bias: a longer ``step_seconds`` favours estimators
+    without bias, a shorter one those with little noise.
+    The reference for the bias is the exact gradient, where the states are few enough to be summed
+    in a quarter of the budget, else a long run of the unbiased candidate that is most efficient;
+    a bias below what the budget can show counts as none.
+
+    First every candidate serves all sites that it can (at the others stand the defaults), then
+    single sites of the best are given to the estimators that came next.
+
+    Args:
+        model: The model.
+        guide: The guide, at parameters where the choice is to hold: the ranking changes as
+            training goes on.
+        *args: Arguments of both.
+        budget_seconds: Time that the measurement may take, about.
+        step_seconds: Time over which noise is averaged; by default that of a hundred draws of the
+            cheapest candidate.
+        candidates: Estimators by label; by default every one of the package that needs no network.
+        num_particles: The particles of all candidates; by default as many as each needs.
+        vectorize_particles: Whether they are rows of one run.
+        params: Parameters whose gradient matters, as in :func:`gradient_draws`.
+        max_states: States up to which the exact gradient is tried.
+        seed: Seed of the measurement.
+        progress: Show a progress bar.
+        **kwargs: Keyword arguments of both programs.
+
+    Returns:
+        The recommendation. Its message says where the answer is within noise, and where the bias
+        of what is recommended is visible.
+
+    Raises:
+        ValueError: If the guide has no latent site, no candidate runs, or a time is not positive.
+
+    Example:
+        >>> def model():
+        ...     pyro.sample("z", dist.Bernoulli(0.3))
+        >>> def guide():
+        ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.0))))
+        >>> found = recommend(model, guide, budget_seconds=2.0, progress=False)
+        >>> found.config
+        {'z': Enumerate()}
+    """
+    for name, value in {"budget_seconds": budget_seconds, "step_seconds": step_seconds}.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"recommend: {name} must be positive; got {value!r}.")
+    start = time.perf_counter()
+    call = Call(model, guide, args, kwargs)
+    with preserved(model, guide) as keep:
+        # Made once, so that every candidate is measured at the same parameters.
+        seed_everything(seeds(seed, 1)[0])
+        find_parameters(call, keep, params)
+        sites = latent_distributions(call)
+        options = {"params": _names(params), "vectorize_particles": vectorize_particles}
+        search = _Search(call, options, seed, start, budget_seconds, step_seconds)
+        search.reference = _exact(call, options["params"], max_states, seed, search.quarter)
+        rivals = candidates_for(sites, candidates, num_particles)
+        with tqdm(total=4, disable=not progress, unit="round") as bar:
+            for name, work in search.rounds(rivals, list(sites)):
+                bar.set_description(name)
+                work()
+                bar.update()
+        return search.conclude()
+
+
+def _names(params: Params) -> Params:
+    """Values were set by now."""
+    return None if isinstance(params, Mapping) else params
+
+
+def _exact(
+    call: Call, params: Any, max_states: int, seed: int, deadline: float
+) -> xr.Dataset | None:
+    try:
+        gradients, attrs = sum_states(call, params, max_states, seed, deadline)
+    except (ValueError, TimeoutError):
+        return None
+    names = {
+        name: [f"{name}_dim_{axis}" for axis in range(g.ndim)] for name, g in gradients.items()
+    }
+    return xr.Dataset({name: (names[name], g) for name, g in gradients.items()}, attrs=attrs)
+
+
+class _Search:
+    """The trials so far, the reference, and the time that is left."""
+
+    def __init__(
+        self,
+        call: Call,
+        options: dict[str, Any],
+        seed: int,
+        start: float,
+        budget: float,
+        step_seconds: float | None,
+    ) -> None:
+        self.call = call
+        self.options = options
+        self.seed = seed
+        self.end = start + budget
+        self.step_seconds = step_seconds
+        self.reference: xr.Dataset | None = None
+        self.trials: dict[str, Trial] = {}
+
+    @property
+    def quarter(self) -> float:
+        """The time at which a quarter of the budget is spent."""
+        return time.perf_counter() + self.left() / 4
+
+    def rounds(
+        self, rivals: list[Candidate], sites: list[str]
+    ) -> list[tuple[str, Callable[[], None]]]:
+        """What there is to do, with a name for each part."""
+        return [
+            (f"{len(rivals)} candidates", lambda: self.screen(rivals)),
+            ("reference", self.find_reference),
+            ("finalists", lambda: self.mix(sites)),
+            ("finalists", self.measure_finalists),
+        ]
+
+    def left(self) -> float:
+        """The seconds that are left."""
+        return max(self.end - time.perf_counter(), 0.0)
+
+    def try_out(self, candidate: Candidate, seconds: float, round_number: int) -> Trial:
+        """Measure a candidate for some seconds."""
+        trial = self.trials.get(candidate.key) or Trial(candidate)
+        trial.measure(self.call, seconds, seeds(self.seed + 1, 4)[round_number], self.options)
+        self.trials[candidate.key] = trial
+        return trial
+
+    def screen(self, rivals: list[Candidate]) -> None:
+        """Measure every candidate a little."""
+        # Shares are fixed beforehand, so that none depends on how long the earlier ones took.
+        share = _SCREENING * self.left() / len(rivals)
+        for candidate in rivals:
+            self.try_out(candidate, share, 0)
+        if all(trial.draws is None for trial in self.trials.values()):
+            for trial in self.trials.values():  # none is cheap enough: a few draws of each
+                trial.measure(self.call, float("inf"), self.seed, self.options, most=8)
+
+    def find_reference(self) -> None:
+        """Run the most efficient unbiased candidate for long, where no exact gradient is known."""
+        if self.reference is not None:
+            return
+        honest = [trial for trial in self.running() if trial.candidate.unbiased]
+        if honest:
+            best = min(honest, key=lambda trial: trial.variance * trial.seconds)
+            run = Trial(best.candidate)
+            seconds = max(0.4 * self.left(), _FEWEST * best.seconds)
+            self.reference = run.measure(
+                self.call, seconds, seeds(self.seed + 1, 4)[3], self.options
+            )
+
+    def mix(self, sites: list[str]) -> None:
+        """Give single sites of the best candidate to the estimators that came next."""
+        if len(sites) < 2:
+            return
+        for site in sites:
+            order = self.order()
+            best = order[0].candidate
+            others = [trial.candidate for trial in order[1:] if "," not in trial.candidate.label]
+            for other in others[:_FINALISTS]:
+                mixed = swap(best, site, other)
+                if mixed.key not in self.trials and self.left() > 0:
+                    self.try_out(mixed, 0.1 * self.left(), 1)
+
+    def measure_finalists(self) -> None:
+        """Spend what time is left on the best few, and time them side by side."""
+        time_together(
+            [trial for trial in self.order()[:_TIMED]], self.call, self.options, 0.15 * self.left()
+        )
+        for number in (2 * _FINALISTS, _FINALISTS):
+            finalists = self.order()[:number]
+            seconds = self.left() / (2 if number > _FINALISTS else 1) / len(finalists)
+            for trial in finalists:
+                if seconds > 1.5 * trial.spent and self.left() > 0:
+                    self.try_out(trial.candidate, seconds, 2)
+
+    def running(self) -> list[Trial]:
+        """The trials of candidates that can do it.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        found = [trial for trial in self.trials.values() if trial.draws is not None]
+        if not found:
+            reasons = "; ".join(f"{t.candidate.label}: {t.failure}" for t in self.trials.values())
+            raise ValueError(f"recommend: no candidate runs on these programs. {reasons}")
+        return found
+
+    def horizon(self) -> float:
+        """The seconds that noise is averaged over."""
+        cheapest = min(trial.seconds for trial in self.running())
+        return _HORIZON * cheapest if self.step_seconds is None else self.step_seconds
+
+    def order(self) -> list[Trial]:
+        """The trials, best first; where errors are equal, what is exact by construction leads."""
+        horizon = self.horizon()
+        for trial in self.running():
+            trial.judge(self.reference, horizon)
+        return sorted(
+            self.running(),
+            key=lambda trial: (trial.error, not trial.candidate.exact, trial.seconds),
+        )
+
+    def conclude(self) -> Recommendation:
+        """Choose, and say how sure that is."""
+        order = self.order()
+        # An estimator that cannot see part of the cost may have little error in what it sees.
+        # Of the others, one that was measured little has to do with the error that it may have.
+        order.sort(key=lambda trial: (bool(trial.warning), trial.error + trial.error_mcse))
+        best, rest = order[0], order[1:]
+        close = [trial.candidate.label for trial in rest if trial.bounds[0] < best.bounds[1]]
+        failed = [trial for trial in self.trials.values() if trial.draws is None]
+        config = best.candidate.config
+        return Recommendation(
+            config,
+            best.candidate.num_particles,
+            table_of([*order, *failed]),
+            bool(close),
+            self._message(best, close),
+        )
+
+    def _message(self, best: Trial, close: list[str]) -> str:
+        candidate = best.candidate
+        text = f"Recommended: {candidate.config!r} with num_particles={candidate.num_particles}."
+        if self.reference is None:
+            text += " No candidate is unbiased, so biases are unknown and count as none."
+        elif self.reference.attrs.get("estimator") == "exact":
+            text += " Biases are against the exact gradient."
+        else:
+            text += f" Biases are against a long run of {self.reference.attrs['estimator']!r}."
+        if best.row.get("bias_z", 0.0) > 5:
+            text += (
+                f" Its bias is visible: {best.row['relative_bias']:.1%} of the gradient's norm "
+                f"(z {best.row['bias_z']:.1f})."
+            )
+        if close:
+            text += f" Within noise: {', '.join(close)} may be as good."
+        return text
