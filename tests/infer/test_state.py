@@ -1,0 +1,309 @@
+"""State that is saved, steps that leave nothing behind, runs that take nothing."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import random
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI
+from torch import nn
+
+from pyro_gumbel.estimators import (
+    Exponential,
+    GumbelSoftmax,
+    LeaveOneOut,
+    Linear,
+    MovingAverage,
+    NeuralBaseline,
+    ReinMax,
+    Score,
+    StraightThrough,
+)
+from pyro_gumbel.infer import Estimator_ELBO, config_gradient, estimator_names
+
+X = torch.tensor([0.3, -1.0, 2.0])
+
+
+def model(x):
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.OneHotCategorical(torch.tensor([0.2, 0.3, 0.5])))
+        b = pyro.sample("b", dist.Bernoulli(0.3))
+        means = (z * torch.tensor([0.0, 1.0, -2.0])).sum(-1)
+        pyro.sample("x", dist.Normal(means + b, 1.0), obs=x)
+
+
+def guide(x):
+    logits = pyro.param("logits", torch.zeros(3, 3))
+    odds = pyro.param("odds", torch.zeros(3))
+    with pyro.plate("n", len(x)):
+        pyro.sample("z", dist.OneHotCategorical(logits=logits[: len(x)]))
+        pyro.sample("b", dist.Bernoulli(logits=odds[: len(x)]))
+
+
+def stateful():
+    torch.manual_seed(7)
+    return {
+        "z": StraightThrough(Exponential(1.0, 0.2, 0.05)),
+        "b": Score(NeuralBaseline(nn.Linear(3, 3), "x")),
+    }
+
+
+def averaged():
+    return {"z": GumbelSoftmax(Linear(1.0, 0.4, 20)), "b": Score(MovingAverage(0.8))}
+
+
+@pytest.mark.parametrize("make", [stateful, averaged])
+def test_training_resumes_bit_for_bit(make):
+    """Parameters, optimiser, estimators and generators from a file: the same losses follow."""
+
+    def start():
+        pyro.clear_param_store()
+        estimators = make()
+        optimiser = pyro.optim.Adam({"lr": 0.05})
+        configured = config_gradient(guide, estimators)
+        svi = SVI(model, configured, optimiser, Estimator_ELBO(2, vectorize_particles=True))
+        return svi, optimiser, nn.ModuleDict(estimators)
+
+    svi, optimiser, estimators = start()
+    pyro.set_rng_seed(11)
+    for _ in range(7):
+        svi.step(X)
+    file = io.BytesIO()
+    state = {
+        "optimiser": optimiser.get_state(),
+        "estimators": estimators.state_dict(),
+        "rng": torch.get_rng_state(),
+    }
+    torch.save(state, file)
+    store_state = copy.deepcopy(pyro.get_param_store().get_state())
+    straight = [svi.step(X) for _ in range(7)]
+    ends = {name: value.clone() for name, value in pyro.get_param_store().items()}
+
+    svi, optimiser, estimators = start()
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    pyro.get_param_store().set_state(store_state)
+    estimators.load_state_dict(state["estimators"])
+    optimiser.set_state(state["optimiser"])
+    torch.set_rng_state(state["rng"])
+    assert [svi.step(X) for _ in range(7)] == straight
+    for name, value in ends.items():
+        assert torch.equal(pyro.param(name), value)
+
+
+def test_a_schedule_advances_once_a_gradient():
+    """Shared by two sites it still counts one; a loss does not count."""
+    temperature = Linear(1.0, 0.5, 10)
+    configured = config_gradient(guide, StraightThrough(temperature))
+    elbo = Estimator_ELBO(3)
+    elbo.loss(model, configured, X)
+    assert temperature.step_count == 0
+    elbo.loss_and_grads(model, configured, X)
+    assert (temperature.step_count, temperature.value) == (1, 0.95)
+    elbo.differentiable_loss(model, configured, X)
+    assert (temperature.step_count, temperature.value) == (2, 0.9)
+    assert temperature.state_dict()["_extra_state"] == {"step_count": 2}
+
+
+def test_schedules_values():
+    down, up, line = Exponential(1.0, 0.5, 0.1), Exponential(0.5, 2.0, -0.1), Linear(0.5, 2.0, 4)
+    found = []
+    for _ in range(30):
+        found.append((down.value, up.value, line.value))
+        for schedule in (down, up, line):
+            schedule.advance()
+    steps = np.arange(30)
+    expected = np.stack(
+        [
+            np.maximum(np.exp(-0.1 * steps), 0.5),
+            np.minimum(0.5 * np.exp(0.1 * steps), 2.0),
+            np.minimum(0.5 + 1.5 * steps / 4, 2.0),
+        ],
+        1,
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_a_loss_changes_no_estimators_state():
+    baseline = MovingAverage()
+    configured = config_gradient(guide, {"z": Score(baseline)})
+    elbo = Estimator_ELBO()
+    elbo.loss_and_grads(model, configured, X)
+    before = baseline.get_extra_state()
+    for _ in range(3):
+        elbo.loss(model, configured, X)
+    assert baseline.get_extra_state() == before
+
+
+def live_tensors():
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+def run_and_count(num_steps, checkpoints):
+    """Take steps under stateful estimators; count what is alive on the way."""
+    estimators = {"z": Score(MovingAverage()), "b": stateful()["b"]}
+    optimiser = pyro.optim.Adam({"lr": 0.001})
+    svi = SVI(model, config_gradient(guide, estimators), optimiser, Estimator_ELBO())
+    counts = []
+    for step in range(1, num_steps + 1):
+        svi.step(X)
+        if step in checkpoints:
+            store = pyro.get_param_store()
+            counts.append(
+                (live_tensors(), len(optimiser.optim_objs), len(store), len(store._param_to_name))
+            )
+    return counts
+
+
+def test_3000_steps_leave_nothing_behind():
+    counts = run_and_count(3000, {300, 3000})
+    assert counts[0] == counts[1]
+    assert counts[0][1:] == (4, 4, 4)
+
+
+@pytest.mark.slow
+def test_10000_steps_leave_nothing_behind():
+    counts = run_and_count(10_000, {1000, 10_000})
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_the_trial_run_takes_no_random_numbers(vectorize):
+    """The first step of a loss draws what any later one draws; all three generators are kept."""
+
+    def noisy(x):
+        pyro.sample("y", dist.Normal(random.random() + np.random.rand(), 1.0))
+        guide(x)
+
+    def likely(x):
+        pyro.sample("y", dist.Normal(0.0, 1.0))
+        model(x)
+
+    guide(X)  # makes the parameters
+    elbo = Estimator_ELBO(2, vectorize_particles=vectorize)
+    losses = []
+    for _ in range(3):
+        pyro.set_rng_seed(5)
+        losses.append(elbo.loss(likely, noisy, X))
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_a_given_nesting_is_the_found_one():
+    guide(X)
+    losses = []
+    for nesting in (float("inf"), 1):
+        pyro.set_rng_seed(5)
+        elbo = Estimator_ELBO(3, vectorize_particles=True, max_plate_nesting=nesting)
+        losses.append(elbo.loss(model, guide, X))
+    assert losses[0] == losses[1]
+
+
+def test_a_loss_holds_no_minibatch():
+    """What a step was called with can be freed after it."""
+    elbo = Estimator_ELBO(2, vectorize_particles=True)
+    batch = X.clone()
+    elbo.loss_and_grads(model, guide, batch)
+    assert not any(thing is elbo for thing in gc.get_referrers(batch))
+    gc.collect()
+    held = [thing for thing in gc.get_referrers(batch) if isinstance(thing, (tuple, dict))]
+    assert all(thing is globals() or "batch" in thing for thing in held)
+
+
+def test_gradients_accumulate_like_torchs():
+    """Two calls add up; the loss comes back detached and on its own."""
+    elbo = Estimator_ELBO()
+    configured = config_gradient(guide, {"z": ReinMax(), "b": ReinMax()})
+    guide(X)
+    parameter = pyro.get_param_store()._params["logits"]
+    grads = []
+    for seed in (1, 2):
+        pyro.set_rng_seed(seed)
+        parameter.grad = None
+        loss = elbo.loss_and_grads(model, configured, X)
+        assert not loss.requires_grad
+        assert loss.shape == ()
+        grads.append(parameter.grad.clone())
+    parameter.grad = None
+    for seed in (1, 2):
+        pyro.set_rng_seed(seed)
+        elbo.loss_and_grads(model, configured, X)
+    torch.testing.assert_close(parameter.grad, grads[0] + grads[1])
+
+
+def test_differentiable_loss_is_loss_and_grads():
+    configured = config_gradient(guide, {"z": ReinMax(), "b": Score(LeaveOneOut())})
+    guide(X)
+    params = [pyro.get_param_store()._params[name] for name in ("logits", "odds")]
+    elbo = Estimator_ELBO(3, vectorize_particles=True)
+    pyro.set_rng_seed(3)
+    loss = elbo.loss_and_grads(model, configured, X)
+    expected = [parameter.grad.clone() for parameter in params]
+    pyro.set_rng_seed(3)
+    again = elbo.differentiable_loss(model, configured, X)
+    assert again.item() == loss.item()
+    for found, grad in zip(torch.autograd.grad(again, params), expected, strict=True):
+        torch.testing.assert_close(found, grad)
+
+
+# Half precision.
+
+ONE_HOT_NAMES = [
+    name for name in estimator_names() if name not in {"arms", "disarm", "pathwise", "rodeo"}
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ONE_HOT_NAMES)
+def test_half_precision_logits(name, dtype):
+    """Finite losses and gradients; the gradient is float64's, rounded."""
+    logits = torch.tensor([2.0, 0.5, -1.0, -30.0])
+
+    def run(dtype, seed):
+        pyro.set_rng_seed(seed)
+        phi = logits.to(dtype).requires_grad_()
+
+        def guide():
+            with pyro.plate("n", 50):
+                pyro.sample("z", dist.OneHotCategorical(logits=phi.expand(50, 4)))
+
+        def target():
+            with pyro.plate("n", 50):
+                z = pyro.sample(
+                    "z", dist.OneHotCategorical(logits=torch.zeros(50, 4, dtype=dtype))
+                )
+                pyro.factor("f", z[..., 0] * 2)
+
+        configured = config_gradient(guide, name)
+        loss = Estimator_ELBO(4).loss_and_grads(target, configured)
+        assert loss.isfinite()
+        assert phi.grad.isfinite().all()
+        assert phi.grad.dtype == dtype
+        return phi.grad.double()
+
+    half = torch.stack([run(dtype, seed) for seed in range(20)])
+    full = torch.stack([run(torch.float64, seed) for seed in range(100, 120)])
+    # 20 steps of 4 x 50 sites each way; rounding of a sum of 50 terms adds to the noise.
+    rounding = 50 * torch.finfo(dtype).eps
+    error = (half.var(0) / 20 + full.var(0) / 20).sqrt() + rounding
+    assert ((half.mean(0) - full.mean(0)).abs() / error).max() < 5
+
+
+def test_a_new_estimator_is_trained_where_the_store_knows_another():
+    """Of the same site and shape, from an earlier run: it must not stand in the way."""
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        network = nn.Linear(3, 3)
+        before = network.weight.detach().clone()
+        configured = config_gradient(guide, {"b": Score(NeuralBaseline(network, "x"))})
+        svi = SVI(model, configured, pyro.optim.Adam({"lr": 0.05}), Estimator_ELBO())
+        for _ in range(3):
+            svi.step(X)
+        assert not torch.equal(network.weight, before)
