@@ -148,21 +148,24 @@ class Estimator(nn.Module):
     rebuilds the object. One estimator may serve several sites; state is kept by site name.
 
     Example:
-        A complete estimator, the score function with the exponentiated cost's sign left alone and
-        a constant subtracted:
+        A complete estimator for bits: pairs of draws from the same noise, turned round.
 
-        >>> class ShiftedScore(Estimator):
+        >>> class AntitheticPair(Estimator):
         ...     unbiased = True
-        ...     sites = "any site with log_prob"
-        ...     def __init__(self, shift: float = 0.0) -> None:
-        ...         super().__init__()
-        ...         self.shift = shift
-        ...     def supports(self, fn) -> bool:
-        ...         return hasattr(fn, "log_prob")
-        ...     def surrogate(self, site: Site) -> Tensor:
-        ...         return (site.cost[0] - self.shift) * site.log_prob
-        >>> ShiftedScore(2.0)
-        ShiftedScore(2.0)
+        ...     sites = "Bernoulli"
+        ...     num_values = 2
+        ...     def supports(self, fn):
+        ...         return isinstance(fn, torch.distributions.Bernoulli)
+        ...     def draw(self, fn):
+        ...         noise, probs = torch.rand_like(fn.probs), fn.probs.detach()
+        ...         return torch.stack([noise < probs, 1 - noise < probs]).to(noise.dtype)
+        ...     def surrogate(self, site):
+        ...         first, second = site.values
+        ...         logits = site.logits[..., 0]
+        ...         weight = (first - second) * logits.detach().abs().sigmoid() / 2
+        ...         return site.per_variable(site.cost[0] - site.cost[1]) * weight * logits
+
+        ``pyro_gumbel.diagnostics.check_unbiased`` tells whether it is what it says.
     """
 
     unbiased: ClassVar[bool]
@@ -172,7 +175,8 @@ class Estimator(nn.Module):
     enumerates: ClassVar[bool] = False  # a value is the whole support
     differentiates: ClassVar[bool] = False  # the surrogate uses the cost's gradient in the value
     branches_are_draws: ClassVar[bool] = True  # every coupled value has the guide's law
-    relaxed_branches: ClassVar[bool] = False  # coupled values are outside the support
+    moves_plates: ClassVar[bool] = False  # other values' laws differ, in all elements at once
+    needs_linked_value: ClassVar[bool] = False  # wrong where the cost has no gradient in the value
     branches_have_graph: ClassVar[bool] = True  # more than the cost's number is wanted of them
     num_values: int = 1
     chunk_size: int | None = None  # branches without graph that are evaluated at once

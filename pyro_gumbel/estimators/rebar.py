@@ -55,7 +55,7 @@ class Rebar(DifferentiatingEstimator):
 
     num_values = 3
     branches_are_draws = False
-    relaxed_branches = True
+    needs_linked_value = True
 
     def __init__(self, temperature: float = 0.5, *, learn: bool = True) -> None:
         super().__init__()

@@ -27,6 +27,7 @@ from pyro_gumbel.infer.particles import (
     SharedSubsample,
 )
 from pyro_gumbel.infer.paths import Paths
+from pyro_gumbel.infer.probe import check_reading
 from pyro_gumbel.infer.run import Run, run_programs
 
 __all__ = ["ParticleELBO", "finish_step"]
@@ -72,6 +73,7 @@ class ParticleELBO(ELBO):
         self.analytic_kl = False
         self.full_scores = False
         self._auto = Auto()
+        self._checked: list[tuple[Any, ...]] = []
         self._structure: tuple[Call, Layout] | None = None
 
     def __call__(self, model: nn.Module, guide: nn.Module) -> ELBOModule:
@@ -131,6 +133,8 @@ class ParticleELBO(ELBO):
         """Return the detached loss and the surrogate loss, and count an optimisation step."""
         subsample = SharedSubsample()
         paths = self._run(call, subsample, evaluate=False)
+        if is_validation_enabled():
+            self._check_readings(paths, call, subsample)
         value, surrogate = self._estimate(paths, call)
         if any(estimator.relaxed for estimator in paths.estimators.values()):
             with torch.no_grad():
@@ -140,6 +144,14 @@ class ParticleELBO(ELBO):
         if is_validation_enabled():
             warn_if_nan(loss, "loss")
         return loss, -surrogate
+
+    def _check_readings(self, paths: Paths, call: Call, subsample: SharedSubsample) -> None:
+        """Check once for each site of two programs that its value is read with a gradient."""
+        for name, estimator in paths.estimators.items():
+            program = (call.model, call.guide, name, type(estimator))
+            if estimator.needs_linked_value and program not in self._checked:
+                check_reading(name, paths.having(name)[0][0], call, subsample)
+                self._checked.append(program)
 
     def _run(self, call: Call, subsample: SharedSubsample, *, evaluate: bool) -> Paths:
         """Run the programs on every path of every particle."""

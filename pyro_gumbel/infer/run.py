@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -20,9 +21,9 @@ from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.estimators.families import event_dims, log_mass, unwrap
 from pyro_gumbel.infer.checks import check_programs, latent_sites
 from pyro_gumbel.infer.costs import Costs, EnumeratedSite, Frames, Term
-from pyro_gumbel.infer.particles import DrawMessenger, SharedSubsample
+from pyro_gumbel.infer.particles import DrawMessenger, Layout, SharedSubsample
 
-__all__ = ["Run", "run_programs"]
+__all__ = ["Run", "in_rows", "run_programs"]
 
 _PARTICLES = "num_particles_vectorized"
 
@@ -32,6 +33,7 @@ class Run:
 
     Attributes:
         guide: The guide's latent sites.
+        observed: The names of the model's observed sites.
         estimators: The estimator of each of them that drew its value here.
         layout: The paths of the pass.
         costs: The terms of the ELBO.
@@ -45,8 +47,10 @@ class Run:
         scores: dict[str, Tensor],
         terms: list[Term],
         own_kl: dict[str, Term],
+        observed: set[str],
     ) -> None:
         self.guide = guide
+        self.observed = observed
         self.layout = draw.layout
         self.estimators = dict(draw.estimators)
         self.sizes = dict(draw.sizes)
@@ -109,13 +113,7 @@ def run_programs(
     Returns:
         The run.
     """
-    layout = draw.layout
-    guide, model = call.guide, call.model
-    if layout.particle_dim is not None:
-        # The plate goes inside replay: a replayed site is done, and handlers outside it do not
-        # broadcast it any more.
-        rows = pyro.plate(_PARTICLES, layout.num_rows, dim=layout.particle_dim)
-        guide, model = rows(guide), rows(model)
+    guide, model = in_rows(call.guide, draw.layout), in_rows(call.model, draw.layout)
     with subsample:
         with draw:
             guide_trace = poutine.trace(guide).get_trace(*call.args, **call.kwargs)
@@ -124,6 +122,17 @@ def run_programs(
     if is_validation_enabled():
         check_programs(model_trace, guide_trace)
     return _collect(model_trace, guide_trace, draw, analytic_kl, full_scores)
+
+
+def in_rows(program: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
+    """Put a program into the particle plate, where the layout has one.
+
+    The plate goes inside handlers that replay values: a replayed site is done, and a plate outside
+    does not broadcast it any more.
+    """
+    if layout.particle_dim is None:
+        return program
+    return pyro.plate(_PARTICLES, layout.num_rows, dim=layout.particle_dim)(program)
 
 
 def _collect(
@@ -156,7 +165,8 @@ def _collect(
     for name, site in _samples(model_trace).items():
         if name not in kls:
             terms.append(_term(site, _model_log_prob(site), nesting))
-    return Run(guide, draw, scores, terms, kls)
+    observed = {name for name, site in _samples(model_trace).items() if site["is_observed"]}
+    return Run(guide, draw, scores, terms, kls, observed)
 
 
 def _samples(trace: Trace) -> dict[str, Any]:

@@ -1,0 +1,98 @@
+"""Whether a model reads a site's value by operations that have a gradient."""
+
+from __future__ import annotations
+
+import warnings
+
+import pyro.poutine as poutine
+import torch
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.estimators.families import is_bit, unwrap
+from pyro_gumbel.infer._rng import preserved_rng
+from pyro_gumbel.infer.particles import SharedSubsample
+from pyro_gumbel.infer.run import Run, in_rows
+
+__all__ = ["check_reading"]
+
+_TRIED_CHANGES = 3
+
+
+def check_reading(name: str, run: Run, call: Call, subsample: SharedSubsample) -> None:
+    """Look for sites that depend on a discrete value without a gradient, as through an index.
+
+    The model is run anew with the site's value changed and all else held. A site whose score
+    changes, and that no differentiable operation links to the value, has lost the gradient that
+    the estimator lives on.
+
+    Args:
+        name: The latent site.
+        run: The pass with the main path.
+        call: The programs and their arguments.
+        subsample: The step's minibatch.
+
+    Raises:
+        ValueError: If there is such a site and the estimator says that it is unbiased.
+    """
+    suspects = {
+        term.site
+        for term in run.costs.terms
+        if term.site in run.observed and not _linked(term.value, run.value(name))
+    }
+    if not suspects:
+        return
+    values = {site: run.value(site).detach() for site in run.estimators}
+    hard = _harden(run, name, values[name])
+    before = _scores(call, run, subsample, {**values, name: hard})
+    for shift in range(1, _TRIED_CHANGES + 1):
+        changed = 1 - hard if is_bit(unwrap(run.guide[name]["fn"])) else hard.roll(shift, -1)
+        after = _scores(call, run, subsample, {**values, name: changed})
+        for site in suspects & after.keys():
+            if not torch.equal(before[site], after[site]):
+                _tell(name, site, run.estimators[name])
+                return
+
+
+def _harden(run: Run, name: str, value: Tensor) -> Tensor:
+    if is_bit(unwrap(run.guide[name]["fn"])):
+        return (value > 0.5).to(value)
+    index = value.max(-1, keepdim=True).indices
+    return torch.zeros_like(value).scatter_(-1, index, 1.0)
+
+
+def _scores(
+    call: Call, run: Run, subsample: SharedSubsample, values: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Score the model's other sites, given values for the latent ones."""
+    model = poutine.condition(in_rows(call.model, run.layout), data=values)
+    with preserved_rng(), poutine.block(), subsample:
+        trace = poutine.trace(model).get_trace(*call.args, **call.kwargs)
+    return {
+        name: site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and name not in values and not site_is_subsample(site)
+    }
+
+
+def _linked(score: Tensor, value: Tensor) -> bool:
+    if not (score.requires_grad and value.requires_grad):
+        return False
+    (gradient,) = torch.autograd.grad(score.sum(), value, retain_graph=True, allow_unused=True)
+    return gradient is not None
+
+
+def _tell(name: str, reader: str, estimator: Estimator) -> None:
+    what = (
+        f"At site {name!r}, {estimator!r} needs the cost's gradient in the value, and site "
+        f"{reader!r} depends on the value without one, as through an index or a comparison"
+    )
+    advice = (
+        "Write the model with products and sums of the value, such as z @ table, or use an "
+        "estimator that needs no gradient: DisARM() for bits, DisARMTree() for categories, "
+        "Score(LeaveOneOut()) for both."
+    )
+    if estimator.unbiased:
+        raise ValueError(f"{what}: the estimate would be biased. {advice}")
+    warnings.warn(f"{what}: what it does there is not learnt. {advice}", stacklevel=2)
