@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyro
@@ -12,6 +12,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
+from pyro_gumbel.diagnostics._state import Keeper
 from pyro_gumbel.estimators import Call
 
 __all__ = ["Params", "check_complete", "find_parameters", "read_gradients"]
@@ -22,14 +23,12 @@ Params = Mapping[str, Any] | Iterable[str] | str | None
 
 
 @torch.no_grad()
-def find_parameters(
-    call: Call, keep: Callable[[Iterable[Tensor]], None], params: Params = None
-) -> dict[str, Tensor]:
+def find_parameters(call: Call, keep: Keeper, params: Params = None) -> dict[str, Tensor]:
     """Run guide and model and list the unconstrained leaves behind their parameters.
 
     Args:
         call: The programs and their arguments.
-        keep: Is shown the leaves before anything is done to them.
+        keep: Remembers the leaves and modules before anything is done to them.
         params: ``None``; or names (shell patterns such as ``"encoder*"`` too) to which the list is
             cut; or a dict of values to be given to the named parameters, in their constrained
             space.
@@ -44,7 +43,7 @@ def find_parameters(
     """
     sites: dict[str, Any] = {}
     for _ in range(_TRIALS):
-        with poutine.trace(param_only=True) as capture:
+        with keep.watch(), poutine.trace(param_only=True) as capture:
             guide = poutine.trace(call.guide).get_trace(*call.args, **call.kwargs)
             poutine.replay(call.model, trace=guide)(*call.args, **call.kwargs)
         found = capture.trace.nodes.items()

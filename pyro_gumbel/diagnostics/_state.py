@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,9 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-__all__ = ["preserved", "seed_everything", "seeds"]
+__all__ = ["Keeper", "preserved", "seed_everything", "seeds"]
 
 
 def seeds(seed: int, number: int) -> list[int]:
@@ -36,12 +37,13 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-class _Keeper:
+class Keeper:
     """Remembers leaves and buffers, and puts them back."""
 
     def __init__(self) -> None:
         self._leaves: dict[int, tuple[Tensor, Tensor, Tensor, Tensor | None]] = {}
         self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._modules: dict[int, nn.Module] = {}
 
     def __call__(self, leaves: Iterable[Tensor]) -> None:
         """Remember leaves, with their gradients, and clear these."""
@@ -51,8 +53,22 @@ class _Keeper:
                 self._leaves[id(leaf)] = (leaf, storage, storage.clone(), leaf.grad)
                 leaf.grad = None
 
-    def keep_buffers(self, module: nn.Module) -> None:
-        self._buffers += [(buffer, buffer.clone()) for buffer in module.buffers()]
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Remember, before it runs, each module that runs inside."""
+
+        def remember(module: nn.Module, _: Any) -> None:
+            if id(module) not in self._modules:
+                self._modules[id(module)] = module
+                self(module.parameters(recurse=False))
+                buffers = module.buffers(recurse=False)
+                self._buffers += [(buffer, buffer.clone()) for buffer in buffers]
+
+        handle = register_module_forward_pre_hook(remember)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -66,22 +82,19 @@ class _Keeper:
 
 
 @contextmanager
-def preserved(*programs: Callable[..., Any]) -> Iterator[Callable[[Iterable[Tensor]], None]]:
+def preserved() -> Iterator[Keeper]:
     """Put back, on leaving: parameters and their gradients, buffers, random number generators.
 
-    Parameters that a program makes inside are taken out of Pyro's store again. Buffers are those
-    of the programs that are modules, or methods of modules.
+    Parameters that a program makes inside are taken out of Pyro's store again.
 
     Yields:
-        What remembers further leaves: those of a module that the parameter store has not met yet.
+        What remembers more than the parameter store has met yet: it is called with leaves, and
+        its ``watch()`` has to be around the first run of the programs.
     """
     store = pyro.get_param_store()
     tables = (store._params, store._param_to_name, store._constraints)
     contents = [dict(table) for table in tables]
-    keep = _Keeper()
-    for module in {id(m): m for program in programs for m in _modules(program)}.values():
-        keep(module.parameters())
-        keep.keep_buffers(module)
+    keep = Keeper()
     keep(store._params.values())
     generators = pyro.util.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
@@ -95,10 +108,3 @@ def preserved(*programs: Callable[..., Any]) -> Iterator[Callable[[Iterable[Tens
         pyro.util.set_rng_state(generators)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
-
-
-def _modules(program: Callable[..., Any]) -> list[nn.Module]:
-    owner = getattr(program, "__self__", program)
-    wrapped = getattr(program, "__wrapped__", None)
-    found = _modules(wrapped) if wrapped is not None else []
-    return [*found, owner] if isinstance(owner, nn.Module) else found

@@ -65,7 +65,8 @@ def compare_gradients(
             estimator among ``draws``.
         by: ``"parameter"`` or ``"coordinate"`` for a row for each of these; ``"site"`` for the
             part of the variance that the sampling at each site answers for
-            (:func:`site_effects` has the definition): ``variance``, its standard error, and ``share`` of the total. Shares
+            (:func:`site_effects` has the definition): ``variance``, its standard error, and
+            ``share`` of the total. Shares
             add up to more than one where sites act together.
         rhat: Add the column ``rhat``, the folded split R-hat of the gradient's norm: above 1.01
             the draws are not exchangeable, as when a baseline is still moving.

@@ -118,10 +118,19 @@ def gradient_draws(
         ('chain', 'draw')
     """
     call = Call(model, guide, args, kwargs)
-    _check(estimators, num_draws, num_chains, project)
+    _check_estimators(estimators)
+    for name, value, least in (
+        ("num_draws", num_draws, 1),
+        ("num_chains", num_chains, 1),
+        ("num_warmup", num_warmup, 0),
+        ("project", project, 1),
+        ("site_draws", site_draws, 0),
+    ):
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
     first, *chain_seeds = seeds(seed, num_chains + 1)
     with (
-        preserved(model, guide) as keep,
+        preserved() as keep,
         tqdm(
             total=len(estimators) * num_chains * num_draws, disable=not progress, unit="draw"
         ) as bar,
@@ -269,7 +278,7 @@ def _particles(choice: Any, num_particles: int) -> int:
     return num_particles if elbo is None else int(elbo.num_particles)
 
 
-def _check(estimators: Any, num_draws: int, num_chains: int, project: int | None) -> None:
+def _check_estimators(estimators: Any) -> None:
     if isinstance(estimators, (Estimator, str)) or not isinstance(estimators, Mapping):
         raise TypeError(
             "estimators must be a dict of labels, such as estimators={'reinmax': ReinMax()}; got "
@@ -277,12 +286,6 @@ def _check(estimators: Any, num_draws: int, num_chains: int, project: int | None
         )
     if not estimators:
         raise ValueError("estimators is empty; write estimators={'reinmax': ReinMax()}.")
-    checks = {"num_draws": num_draws, "num_chains": num_chains}
-    if project is not None:
-        checks["project"] = project
-    for name, value in checks.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
 
 
 def _check_names(leaves: dict[str, Tensor]) -> None:

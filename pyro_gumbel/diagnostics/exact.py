@@ -99,8 +99,7 @@ def sum_states(
     Raises:
         TimeoutError: If ``time.perf_counter()`` passes ``deadline``.
     """
-    model, guide = call.model, call.guide
-    with preserved(model, guide) as keep, torch.enable_grad():
+    with preserved() as keep, torch.enable_grad():
         seed_everything(seeds(seed, 1)[0])  # parameters are made as gradient_draws makes them
         leaves = find_parameters(call, keep, params)
         read_gradients(leaves)

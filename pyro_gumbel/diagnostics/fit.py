@@ -70,8 +70,10 @@ def guide_khat(
             f"guide_khat: num_samples must be at least 25, to have a tail; got {num_samples!r}."
         )
     call = Call(model, guide, args, kwargs)
-    with preserved(model, guide):
-        seed_everything(seeds(seed, 1)[0])
+    with preserved() as keep:
+        with keep.watch():
+            seed_everything(seeds(seed, 1)[0])
+            evaluate(call, {}, {})
         runs = [_log_weights(evaluate(call, {}, {}), plate) for _ in range(num_samples)]
     log_weights = torch.stack(runs, -1).double().cpu().numpy()
     khats = np.array([_khat(row) for row in log_weights.reshape(-1, num_samples)])

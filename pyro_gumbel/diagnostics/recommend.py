@@ -134,7 +134,7 @@ def recommend(
             raise ValueError(f"recommend: {name} must be positive; got {value!r}.")
     start = time.perf_counter()
     call = Call(model, guide, args, kwargs)
-    with preserved(model, guide) as keep:
+    with preserved() as keep:
         # Made once, so that every candidate is measured at the same parameters.
         seed_everything(seeds(seed, 1)[0])
         find_parameters(call, keep, params)

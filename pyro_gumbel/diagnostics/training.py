@@ -96,7 +96,7 @@ def train(
         for column, (label, choice) in enumerate(estimators.items()):
             bar.set_description(label)
             for chain, seed in enumerate(numbers):
-                with preserved(model, guide) as keep:
+                with preserved() as keep:
                     seed_everything(seed)
                     first = args if batches is None else batches(0)
                     call = Call(model, guide, first, kwargs)
