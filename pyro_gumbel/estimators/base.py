@@ -89,11 +89,11 @@ class Site:
 
     @cached_property
     def later_scores(self) -> Tensor:
-        """What :attr:`totals` lacks for its gradient to be that of an expectation, ``(K, R)``.
+        """What :attr:`totals` lacks for its gradient to be that of an expectation, ``(K,)``.
 
-        It is the sum, over later sites of the guide whose values carry no gradient, of the
-        detached cost times ``log q``: their law depends on this site's value too. Only its
-        gradient has a meaning.
+        It is the sum over particles, and over later sites of the guide whose values carry no
+        gradient, of the detached cost times ``log q``: their law depends on this site's value too.
+        Only its gradient has a meaning.
         """
         return self._reader.later_scores()
 

@@ -81,8 +81,8 @@ class Rebar(DifferentiatingEstimator):
         cost = site.live_cost[2] if self.learn else site.cost[2]
         scale = self.scale.to(cost.dtype)
         control = scale * cost
-        relaxed_elbo = site.totals + site.later_scores
-        difference = scale * (relaxed_elbo[1] - relaxed_elbo[2]).sum()
+        relaxed_elbo = site.totals.sum(1) + site.later_scores
+        difference = scale * (relaxed_elbo[1] - relaxed_elbo[2])
         extra = self._extra(site)
         if extra is not None:
             control = control + extra[1]

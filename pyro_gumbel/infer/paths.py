@@ -96,41 +96,34 @@ class _Reader:
         return self._gather(lambda run: run.cost(self.name, live=live))
 
     def totals(self) -> Tensor:
-        return self._own_rows(lambda run, main: run.totals)
+        groups = []
+        for group in self.paths.having(self.name):
+            own = [run.totals[index] for run, index, _ in self._own_paths(group)]
+            groups.append(torch.stack(own))
+        return torch.cat(groups, 1)
 
     def later_scores(self) -> Tensor:
-        return self._own_rows(self._later_scores)
-
-    def _own_rows(self, read: Callable[[Run, Run], Tensor]) -> Tensor:
-        """Read ``(paths, R)`` of each run and its group's main run; keep the site's paths."""
-        blocks = []
-        for group in self.paths.having(self.name):
-            own: list[Tensor] = []
-            for run in group:
-                kept = [path.owner in (None, self.name) for path in run.layout.paths]
-                if any(kept):
-                    rows = zip(read(run, group[0]), kept, strict=True)
-                    own += [row for row, keep in rows if keep]
-            blocks.append(torch.stack(own))
-        return torch.cat(blocks, 1)
-
-    def _later_scores(self, run: Run, main: Run) -> Tensor:
-        """Sum ``cost * log q`` over the later sites whose values carry no gradient.
-
-        The main path's cost is subtracted: given the site's value it is independent of what the
-        branch draws later, and close to its cost.
-        """
-        total = torch.zeros_like(run.totals)
-        names = list(run.estimators)
+        own = [path for group in self.paths.having(self.name) for path in self._own_paths(group)]
+        size = 1 + max(value for _, _, value in own)
+        total = [torch.zeros_like(own[0][0].totals[0, 0]) for _ in range(size)]
+        names = list(self.paths.estimators)
         for name in names[names.index(self.name) + 1 :]:
-            if run.estimators[name].pathwise or run.estimators[name].enumerates:
+            estimator = self.paths.estimators[name]
+            if estimator.pathwise or estimator.enumerates:
                 continue
-            score, cost = (run.layout.split(x) for x in (run.log_prob(name), run.cost(name)))
-            if name in main.estimators:
-                baseline = main.layout.split(main.cost(name))[main.layout.paths.index(MAIN)]
-                cost = cost - baseline if baseline.shape == cost.shape[1:] else cost
-            total = total + (cost * score).reshape(*total.shape, -1).sum(-1)
-        return total
+            for value in range(size):
+                paths = [(run, index) for run, index, other in own if other == value]
+                total[value] = total[value] + _score(name, paths)
+        return torch.stack(total)
+
+    def _own_paths(self, group: list[Run]) -> list[tuple[Run, int, int]]:
+        """The main path and the site's branches: each with its run, its place and its value."""
+        return [
+            (run, index, path.value)
+            for run in group
+            for index, path in enumerate(run.layout.paths)
+            if path.owner in (None, self.name)
+        ]
 
     def log_prob(self) -> Tensor:
         return self._gather(lambda run: run.log_prob(self.name))[0]
@@ -161,6 +154,22 @@ class _Reader:
 
     def _gather(self, read: Callable[[Run], Tensor], event_dim: int = 0) -> Tensor:
         return self.paths.gather(self.name, read, event_dim)
+
+
+def _score(name: str, paths: list[tuple[Run, int]]) -> Tensor:
+    """Sum ``cost * log q`` of a site over one path of every particle, leave-one-out."""
+    paths = [(run, index) for run, index in paths if name in run.estimators]
+    if not paths:
+        return torch.zeros(())
+    cost, score = (
+        torch.cat([run.layout.split(read(run))[index] for run, index in paths])
+        for read in (lambda run: run.cost(name), lambda run: run.log_prob(name))
+    )
+    # Other particles are independent; other paths of this one may have been drawn by its noise.
+    count = cost.shape[0]
+    if count > 1:
+        cost = (cost - cost.mean(0)) * (count / (count - 1))
+    return (cost * score).sum()
 
 
 def _gradients(
