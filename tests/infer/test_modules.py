@@ -81,7 +81,7 @@ def test_pyro_module():
         with pyro.plate("n", len(x)):
             pyro.sample("z", dist.OneHotCategorical(logits=encoder(x)))
 
-    train(config_gradient(guide, Score(LeaveOneOut())), 300)
+    train(config_gradient(guide, Score(LeaveOneOut())), 200)
     gap = (encoder(DATA).softmax(-1) - exact_posterior(DATA)).abs().max()
     assert gap < 0.05
 
@@ -138,7 +138,7 @@ def test_loss_as_a_module(local):
         loss = Estimator_ELBO(8, vectorize_particles=True)(ModelModule(), configured)
         loss(DATA)
         optimiser = torch.optim.Adam(loss.parameters(), lr=0.1)
-        for _ in range(300):
+        for _ in range(200):
             optimiser.zero_grad()
             loss(DATA).backward()
             optimiser.step()
@@ -301,7 +301,7 @@ def test_autoguide_for_discrete_sites():
         guide = AutoDiscreteParallel(discrete)
         configured = config_gradient(guide, estimator)
         svi = SVI(discrete, configured, pyro.optim.Adam({"lr": 0.1}), Estimator_ELBO(1))
-        for _ in range(400):
+        for _ in range(200):
             svi.step()
         log_x = dist.Normal(torch.tensor([0.0, 2.0]), 1.0).log_prob(torch.tensor(0.7))
         posterior = (log_x + torch.tensor([0.2, 0.8]).log()).softmax(-1)
