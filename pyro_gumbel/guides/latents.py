@@ -77,14 +77,14 @@ def prototype(
 
 
 def observed_sites(trace: Trace) -> list[str]:
-    """List the sites that carry data: observed, and neither deterministic nor subsamples."""
+    """List the sites that carry data, factors included: no deterministic sites, no subsamples."""
     return [
         name
         for name, site in trace.nodes.items()
         if site["type"] == "sample"
         and site["is_observed"]
         and not site_is_subsample(site)
-        and type(unwrap(site["fn"])).__name__ not in ("Delta", "Unit")
+        and type(unwrap(site["fn"])).__name__ != "Delta"
     ]
 
 

@@ -593,6 +593,15 @@ def test_errors(
         AutoAmortized(model, encoder, **options)(X)
 
 
+def test_a_factor_is_data() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.OneHotCategorical(WEIGHTS))
+            pyro.factor("likelihood", dist.Normal(z @ LOCS, 1.0).log_prob(x))
+
+    assert AutoAmortized(model, column)(X)["z"].shape == (5, 3)
+
+
 def test_a_named_plate_decides() -> None:
     guide = AutoAmortized(two_plates, column, plate="left")
     guide.setup(X)

@@ -1,0 +1,184 @@
+"""A Gaussian mixture with an assignment for each datum, fitted by guides that write themselves.
+
+    python examples/mixture.py
+
+Enumeration sums the assignments out and is exact. Guides with a discrete site for each datum have
+to find the same fit: AutoAmortized from an encoder, AutoDiscrete with parameters for each datum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import SVI
+from torch import Tensor, nn
+from torch.distributions import constraints
+from tqdm import tqdm
+
+import style
+from pyro_gumbel.estimators import Enumerate, GumbelStraightThrough, LeaveOneOut, ReinMax, Score
+from pyro_gumbel.guides import AutoAmortized, AutoDiscrete
+from pyro_gumbel.infer import Estimator_ELBO
+
+TRUE_LOCS = torch.tensor([[-2.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
+TRUE_WEIGHTS = torch.tensor([0.5, 0.3, 0.2])
+SCALE = 0.8
+
+
+def simulate(size: int) -> tuple[Tensor, Tensor]:
+    """Draw data and their true components."""
+    component = torch.multinomial(TRUE_WEIGHTS, size, replacement=True)
+    return TRUE_LOCS[component] + SCALE * torch.randn(size, 2), component
+
+
+def parameters(start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The model's parameters: locations, weights, and a common scale."""
+    locs = pyro.param("locs", start)
+    weights = pyro.param("weights", torch.full((3,), 1 / 3), constraint=constraints.simplex)
+    return locs, weights, pyro.param("scale", torch.tensor(1.5), constraint=constraints.positive)
+
+
+def make_model(start: Tensor) -> Callable[[Tensor], None]:
+    def model(x: Tensor) -> None:
+        locs, weights, scale = parameters(start)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.OneHotCategorical(weights))
+            pyro.sample("x", dist.Normal(z @ locs, scale).to_event(1), obs=x)
+
+    return model
+
+
+def make_encoder() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 32), nn.Tanh())
+
+
+# Name: guide, estimator, particles.
+FITS: dict[str, tuple[str, Any, int]] = {
+    "enumeration": ("amortized", Enumerate(), 1),
+    "AutoAmortized, ReinMax": ("amortized", ReinMax(), 1),
+    "AutoAmortized, Gumbel straight-through": ("amortized", GumbelStraightThrough(0.5), 1),
+    "AutoAmortized, score, 4 particles": ("amortized", Score(LeaveOneOut()), 4),
+    "AutoDiscrete, ReinMax": ("discrete", ReinMax(), 1),
+    "AutoDiscrete, score, 4 particles": ("discrete", Score(LeaveOneOut()), 4),
+}
+
+
+def fit(name: str, x: Tensor, component: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """Fit by SVI; return what is held against the exact fit."""
+    kind, estimator, particles = FITS[name]
+    pyro.clear_param_store()
+    pyro.set_rng_seed(args.seed)
+    model = make_model(x[torch.randperm(len(x))[:3]].clone())
+    if kind == "amortized":
+        guide: Any = AutoAmortized(model, make_encoder(), gradient=estimator)
+    else:
+        guide = AutoDiscrete(model, gradient=estimator)
+    elbo = Estimator_ELBO(particles, vectorize_particles=True, max_plate_nesting=1)
+
+    def options(parameter: str) -> dict[str, float]:
+        # A datum's own parameters see one datum a step, an encoder's see all of them.
+        own = kind == "discrete" and "heads" in parameter
+        return {"lr": 10 * args.lr if own else args.lr, "lrd": 0.05 ** (1 / args.steps)}
+
+    svi = SVI(model, guide, pyro.optim.ClippedAdam(options), elbo)
+    accuracies = []
+    for _ in tqdm(range(args.steps), desc=name, mininterval=0.5):
+        svi.step(x)
+        accuracies.append(accuracy(guide.posterior(x)["z"].probs.argmax(-1), component))
+    locs, weights, scale = (value.detach() for value in parameters(x[:3]))
+    log_joint = weights.log() + dist.Normal(locs, scale).to_event(1).log_prob(x[:, None])
+    return {
+        "accuracy": accuracies,
+        "evidence": log_joint.logsumexp(-1).mean().item(),
+        "locs": locs,
+        "assigned": guide.median(x)["z"].argmax(-1),
+    }
+
+
+def accuracy(assigned: Tensor, component: Tensor) -> float:
+    """The share assigned to the true component, under the best naming of components."""
+    return max(
+        (torch.tensor(names)[assigned] == component).float().mean().item()
+        for names in itertools.permutations(range(3))
+    )
+
+
+def best_accuracy(x: Tensor, component: Tensor) -> float:
+    """What the true parameters reach: components overlap."""
+    log_prob = dist.Normal(TRUE_LOCS, SCALE).to_event(1).log_prob(x[:, None])
+    return accuracy((TRUE_WEIGHTS.log() + log_prob).argmax(-1), component)
+
+
+def picture(x: Tensor, results: dict[str, dict[str, Any]], best: float, path: Path) -> Path:
+    figure, axes = style.panels(1, 3, (4.2, 3.4))
+    shown = ("enumeration", "AutoAmortized, ReinMax")
+    for axis, name in zip(axes[0], shown, strict=False):
+        result = results[name]
+        order = result["locs"][:, 0].argsort().argsort()  # the same colour for the same component
+        for k in range(3):
+            own = x[order[result["assigned"]] == k]
+            axis.plot(
+                own[:, 0],
+                own[:, 1],
+                style.MARKERS[k],
+                markersize=3,
+                color=style.COLORS[k + 2],
+                alpha=0.5,
+                label=f"assigned to component {k + 1}",
+            )
+        axis.plot(
+            result["locs"][:, 0],
+            result["locs"][:, 1],
+            "k+",
+            markersize=14,
+            label="fitted location",
+        )
+        axis.set(title=name, xlabel="x, first coordinate", ylabel="second coordinate")
+    axis = axes[0, 2]
+    for color, (name, result) in zip(style.COLORS, results.items(), strict=False):
+        axis.plot(result["accuracy"], color=color, label=name)
+    axis.axhline(best, **style.EXACT, label="true parameters")
+    axis.set(
+        title="share assigned to the true component",
+        xlabel="step",
+        ylabel="accuracy",
+        ylim=(0.3, 1),
+    )
+    style.legend_outside(figure, axes[0], columns=3)
+    return style.write(figure, path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--size", type=int, default=600, help="number of data")
+    add("--steps", type=int, default=600)
+    add("--lr", type=float, default=0.03)
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path("out/mixture"), metavar="DIR")
+    add("--smoke", action="store_true", help="a few steps: does it run at all?")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    pyro.enable_validation(args.smoke)
+    if args.smoke:
+        args.size, args.steps = 60, 3
+    pyro.set_rng_seed(args.seed)
+    x, component = simulate(args.size)
+    best = best_accuracy(x, component)
+    results = {name: fit(name, x, component, args) for name in FITS}
+    print(f"\n{'guide and estimator':42}{'accuracy':>10}{'log evidence a datum':>22}")
+    for name, result in results.items():
+        print(f"{name:42}{result['accuracy'][-1]:>10.3f}{result['evidence']:>22.4f}")
+    print(f"{'true parameters':42}{best:>10.3f}")
+    print("\nwritten:", picture(x, results, best, args.out / "mixture.png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Topics as bits: a document switches on any subset of 40 factors, and its words follow.
+
+    python examples/topic_model.py
+
+A document has 2^40 explanations, so that nothing can be enumerated. The texts ship with Python:
+the docstrings of its standard library. An amortised guide over forty bits a document is made by
+AutoAmortized, and trained by several estimators.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import SVI
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import gradients
+import style
+from evaluation import held_out_bounds
+from pyro_gumbel.guides import AutoAmortized
+from pyro_gumbel.infer import Estimator_ELBO
+
+STOP_WORDS = """
+the and for that this with are not from but can has have will all any its was were been being they
+them their there then than which when where what who how may must should would could does did done
+into onto over only also such each other some more most one two use used uses using see you your
+our out own per via etc yet just like same between before after while because both else however
+otherwise given default self none true false return returns returned
+""".split()
+
+
+def docstrings() -> Iterator[str]:
+    """Read the docstrings of the standard library's sources, without running any of them."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(folder.rglob("*.py")):
+        if {"test", "tests", "idlelib", "lib2to3", "site-packages"} & set(path.parts):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                yield ast.get_docstring(node) or ""
+
+
+def load(num_words: int, min_length: int, limit: int) -> tuple[Tensor, list[str]]:
+    """Count words: ``(documents, num_words)``, in a fixed random order, and the vocabulary."""
+    documents = []
+    for text in docstrings():
+        words = [w for w in re.findall(r"[a-z]{3,}", text.lower()) if w not in STOP_WORDS]
+        if len(words) >= min_length:
+            documents.append(Counter(words))
+    documents = list({frozenset(d.items()): d for d in documents}.values())  # no document twice
+    spread = Counter(word for document in documents for word in document)
+    vocabulary = [word for word, _ in spread.most_common(num_words)]
+    counts = torch.tensor([[float(d[w]) for w in vocabulary] for d in documents])
+    order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(0))
+    counts = counts[order][:limit]
+    return counts[counts.sum(-1) > 0], vocabulary
+
+
+class TopicModel(nn.Module):
+    """Each factor that is on multiplies the rates of its words."""
+
+    def __init__(self, counts: Tensor, factors: int) -> None:
+        super().__init__()
+        frequency = counts.sum(0) + 0.5
+        self.background = nn.Parameter((frequency / frequency.sum()).log())
+        self.factors = nn.Parameter(0.01 * torch.randn(factors, counts.shape[-1]))
+        self.prior = nn.Parameter(torch.full((factors,), -2.0))
+
+    def rates(self, z: Tensor) -> Tensor:
+        """Logits of the words of a document."""
+        return self.background + z @ self.factors
+
+    def forward(self, counts: Tensor) -> None:
+        pyro.module("topics", self)
+        with pyro.plate("documents", len(counts)):
+            z = pyro.sample("z", dist.Bernoulli(logits=self.prior).to_event(1))
+            log_probs = self.rates(z).log_softmax(-1)
+            # Multinomial, but for the number of orders of the words.
+            pyro.factor("words", (counts * log_probs).sum(-1))
+
+
+class Encoder(nn.Module):
+    """Features of a document from the logarithms of its word counts."""
+
+    def __init__(self, num_words: int, hidden: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(num_words, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+        )
+
+    def forward(self, counts: Tensor) -> Tensor:
+        return self.layers(counts.log1p())
+
+
+def train(
+    gradient: str, train_counts: Tensor, test_counts: Tensor, args: argparse.Namespace
+) -> tuple[TopicModel, AutoAmortized, list[float]]:
+    """Fit one model; return it, its guide, and the held-out perplexity bound of each epoch."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(args.seed)
+    estimator, particles = gradients.parse(gradient)
+    model = TopicModel(train_counts, args.factors)
+    guide = AutoAmortized(model, Encoder(train_counts.shape[-1], args.hidden), gradient=estimator)
+    elbo = Estimator_ELBO(particles, vectorize_particles=True, max_plate_nesting=1)
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": args.lr}), elbo)
+    history = []
+    bar = tqdm(range(args.epochs), desc=gradient)
+    for _ in bar:
+        for index in torch.randperm(len(train_counts)).split(args.batch_size):
+            svi.step(train_counts[index])
+        history.append(perplexity(model, guide, test_counts, 5))
+        bar.set_postfix(perplexity=f"{history[-1]:.1f}", refresh=False)
+    return model, guide, history
+
+
+def perplexity(model: TopicModel, guide: AutoAmortized, counts: Tensor, num_samples: int) -> float:
+    """Bound the perplexity a word, exp(-ELBO / words), from hard draws."""
+    bounds = held_out_bounds(model, guide, counts, num_samples)
+    return float(torch.tensor(-bounds.elbo * len(counts) / counts.sum()).exp())
+
+
+def unigram_perplexity(train_counts: Tensor, test_counts: Tensor) -> float:
+    frequency = train_counts.sum(0) + 0.5
+    return float(
+        (-(test_counts * (frequency / frequency.sum()).log()).sum() / test_counts.sum()).exp()
+    )
+
+
+def print_topics(
+    model: TopicModel, guide: AutoAmortized, counts: Tensor, vocabulary: list[str]
+) -> None:
+    usage = guide.posterior(counts)["z"].mean.mean(0)
+    print(f"\n{'share of documents':>19}   words that a factor favours")
+    for k in usage.argsort(descending=True)[:12].tolist():
+        top = model.factors[k].topk(9).indices.tolist()
+        print(f"{usage[k]:19.3f}   {' '.join(vocabulary[i] for i in top)}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--gradients", default="reinmax,gumbel_straight_through,straight_through,score:4")
+    add("--factors", type=int, default=40)
+    add("--words", type=int, default=1500, help="size of the vocabulary")
+    add("--min-length", type=int, default=15, help="words of a document")
+    add("--limit", type=int, default=20_000, help="documents")
+    add("--hidden", type=int, default=128)
+    add("--epochs", type=int, default=30)
+    add("--batch-size", type=int, default=100)
+    add("--lr", type=float, default=3e-3)
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path("out/topic_model"), metavar="DIR")
+    add("--smoke", action="store_true", help="a few documents: does it run at all?")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    pyro.enable_validation(args.smoke)
+    if args.smoke:
+        args.limit, args.epochs, args.words = 150, 1, 200
+    counts, vocabulary = load(args.words, args.min_length, args.limit)
+    split = len(counts) * 9 // 10
+    train_counts, test_counts = counts[:split], counts[split:]
+    print(
+        f"{len(counts):,} docstrings, {int(counts.sum()):,} words "
+        f"of a vocabulary of {len(vocabulary):,}"
+    )
+    figure, axes = style.panels(1, 1, (6, 3.6))
+    rows = {"one distribution for all": unigram_perplexity(train_counts, test_counts)}
+    axes[0, 0].axhline(
+        rows["one distribution for all"], **style.EXACT, label="one distribution for all"
+    )
+    best = None
+    for color, gradient in zip(style.COLORS, args.gradients.split(","), strict=False):
+        model, guide, history = train(gradient, train_counts, test_counts, args)
+        rows[gradient] = perplexity(model, guide, test_counts, 100)
+        best = min(
+            (best or (rows[gradient], model, guide)),
+            (rows[gradient], model, guide),
+            key=lambda row: row[0],
+        )
+        axes[0, 0].plot(range(1, args.epochs + 1), history, color=color, label=gradient)
+    print(f"\n{'held-out perplexity, at most':34}{'a word':>10}")
+    for name, value in rows.items():
+        print(f"{name:34}{value:>10.1f}")
+    print_topics(best[1], best[2], test_counts, vocabulary)
+    axes[0, 0].set(xlabel="epoch", ylabel="held-out perplexity a word (bound)")
+    style.legend_outside(figure, axes[0], columns=2)
+    print("\nwritten:", style.write(figure, args.out / "topic_model.png"))
+
+
+if __name__ == "__main__":
+    main()
