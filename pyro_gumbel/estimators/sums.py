@@ -65,15 +65,17 @@ class LocalExpectation(Estimator):
         \hat g_d = \pi_d \odot (F_d - \pi_d^\top F_d), \qquad F_{d,c} = f(z \text{ with } z_d := c)
 
     One draw serves all variables of the site. *Unbiased*: yes. *Requires*: one-hot, Bernoulli or
-    categorical sites; nothing of the cost. *Costs*: ``1 + D (C - 1)`` evaluations for ``D``
-    variables (those that ``to_event`` joined) of ``C`` categories, all but one without gradient.
+    categorical sites; nothing outside the site's plates that depends on it. *Costs*: ``1 + D (C -
+    1)`` evaluations for ``D`` variables (those that ``to_event`` joined) of ``C`` categories, all
+    but one without gradient.
 
     Args:
         chunk_size: How many of these evaluations to make at once where particles are vectorised;
             ``None`` for all.
 
     Raises:
-        ValueError: If ``chunk_size`` is below 1.
+        ValueError: If ``chunk_size`` is below 1; at a site, if a site outside its plates depends
+            on it.
 
     References:
         Local Expectation Gradients for Black Box Variational Inference (Titsias, Lazaro-Gredilla,
@@ -88,6 +90,7 @@ class LocalExpectation(Estimator):
     unbiased = True
     sites = "factorised one-hot, Bernoulli or categorical"
     branches_are_draws = False
+    moves_plates = True
     branches_have_graph = False
 
     def __init__(self, *, chunk_size: int | None = 64) -> None:

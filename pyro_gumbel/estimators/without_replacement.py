@@ -32,6 +32,7 @@ class _WithoutReplacement(Estimator):
     unbiased = True
     sites = "one-hot or categorical, one variable an element"
     branches_are_draws = False
+    moves_plates = True
     branches_have_graph = False
 
     def supports(self, fn: Distribution) -> bool:
@@ -78,14 +79,15 @@ class SumAndSample(_WithoutReplacement):
         + \Bigl(1 - \sum_{i < k} p(s_i)\Bigr) f(s_k) \nabla \log p(s_k)
 
     with :math:`s_1, \dots, s_k` drawn without replacement. *Unbiased*: yes. *Requires*: one-hot or
-    categorical sites, one variable an element; nothing of the cost. *Costs*: ``num_sum + 1``
-    evaluations, all but one without gradient.
+    categorical sites, one variable an element; nothing outside the site's plates that depends on
+    it. *Costs*: ``num_sum + 1`` evaluations, all but one without gradient.
 
     Args:
         num_sum: How many values to sum, at least 1.
 
     Raises:
-        ValueError: If ``num_sum`` is below 1; at a site, if it has too few categories.
+        ValueError: If ``num_sum`` is below 1; at a site, if it has too few categories or a site
+            outside its plates depends on it.
 
     References:
         Rao-Blackwellized Stochastic Gradients for Discrete Distributions (Liu et al., 2019),
@@ -119,14 +121,15 @@ class UnorderedSet(_WithoutReplacement):
 
     where :math:`R(S, s)` is the probability of drawing the rest of ``S`` once ``s`` is drawn, over
     that of drawing ``S``. *Unbiased*: yes. *Requires*: one-hot or categorical sites, one variable
-    an element; nothing of the cost. *Costs*: ``num_samples`` evaluations, all but one without
-    gradient, and :math:`2^{k}` sums for the weights.
+    an element; nothing outside the site's plates that depends on it. *Costs*: ``num_samples``
+    evaluations, all but one without gradient, and :math:`2^{k}` sums for the weights.
 
     Args:
         num_samples: Size ``k`` of the set, from 2 to 10.
 
     Raises:
-        ValueError: If ``num_samples`` is out of range; at a site, if it has too few categories.
+        ValueError: If ``num_samples`` is out of range; at a site, if it has too few categories or
+            a site outside its plates depends on it.
 
     References:
         Estimating Gradients for Discrete Random Variables by Sampling without Replacement (Kool,

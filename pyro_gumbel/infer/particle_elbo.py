@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.infer._rng import preserved_rng
+from pyro_gumbel.infer.apart import check_apart
 from pyro_gumbel.infer.config import Auto, Choice, check_choice
 from pyro_gumbel.infer.particles import (
     MAIN,
@@ -134,7 +135,7 @@ class ParticleELBO(ELBO):
         subsample = SharedSubsample()
         paths = self._run(call, subsample, evaluate=False)
         if is_validation_enabled():
-            self._check_readings(paths, call, subsample)
+            self._check_costs(paths, call, subsample)
         value, surrogate = self._estimate(paths, call)
         if any(estimator.relaxed for estimator in paths.estimators.values()):
             with torch.no_grad():
@@ -145,12 +146,17 @@ class ParticleELBO(ELBO):
             warn_if_nan(loss, "loss")
         return loss, -surrogate
 
-    def _check_readings(self, paths: Paths, call: Call, subsample: SharedSubsample) -> None:
-        """Check once for each site of two programs that its value is read with a gradient."""
+    def _check_costs(self, paths: Paths, call: Call, subsample: SharedSubsample) -> None:
+        """Check once for each site of two programs that its cost is as its estimator needs it."""
         for name, estimator in paths.estimators.items():
             program = (call.model, call.guide, name, type(estimator))
-            if estimator.needs_linked_value and program not in self._checked:
+            if program in self._checked:
+                continue
+            if estimator.needs_linked_value:
                 check_reading(name, paths.having(name)[0][0], call, subsample)
+                self._checked.append(program)
+            if estimator.moves_plates:
+                check_apart(name, paths.having(name)[0][0], call, subsample)
                 self._checked.append(program)
 
     def _run(self, call: Call, subsample: SharedSubsample, *, evaluate: bool) -> Paths:

@@ -1,0 +1,83 @@
+"""Whether the elements of a plate can be moved at once as if each were moved alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_gumbel.estimators import Call
+from pyro_gumbel.estimators.families import from_index, one_hot_logits, to_index, unwrap
+from pyro_gumbel.infer._rng import preserved_rng
+from pyro_gumbel.infer.particles import SharedSubsample
+from pyro_gumbel.infer.run import Run, in_rows
+
+__all__ = ["check_apart"]
+
+
+def check_apart(name: str, run: Run, call: Call, subsample: SharedSubsample) -> None:
+    """Look for sites outside a latent site's plates that depend on its value.
+
+    An estimator that gives all elements of a plate values that are no draws of the guide would
+    count, for one element, costs that the others' values have changed. Sites inside the plates
+    depend on their own element alone. Those outside are scored anew with the value moved and all
+    else held.
+
+    Args:
+        name: The latent site.
+        run: The pass with the main path.
+        call: The programs and their arguments.
+        subsample: The step's minibatch.
+
+    Raises:
+        ValueError: If there is such a site.
+    """
+    site = run.guide[name]
+    plates = {frame for frame in site["cond_indep_stack"] if frame.vectorized and frame.size > 1}
+    outside = {term.site: plates - term.frames for term in run.costs.terms}
+    outside = {other: left for other, left in outside.items() if left}
+    if not outside:
+        return
+    fn = unwrap(site["fn"])
+    values = {latent: run.value(latent).detach() for latent in run.estimators}
+    index = to_index(fn, values[name])
+    moved = from_index(fn, (index + 1) % one_hot_logits(fn).shape[-1])
+    for program in (call.guide, call.model):
+        before = _scores(program, call, run, subsample, values)
+        after = _scores(program, call, run, subsample, {**values, name: moved})
+        for other in sorted(outside.keys() & before.keys()):
+            if not torch.equal(before[other].nan_to_num(), after[other].nan_to_num()):
+                plate = min(frame.name for frame in outside[other])
+                _refuse(name, repr(run.estimators[name]), other, plate)
+
+
+def _scores(
+    program: Callable[..., Any],
+    call: Call,
+    run: Run,
+    subsample: SharedSubsample,
+    values: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Score every site of a program, given values for the latent ones."""
+    held = poutine.condition(in_rows(program, run.layout), data=values)
+    with torch.no_grad(), preserved_rng(), poutine.block(), subsample:
+        trace = poutine.trace(held).get_trace(*call.args, **call.kwargs)
+    return {
+        name: site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site)
+    }
+
+
+def _refuse(name: str, estimator: str, other: str, plate: str) -> None:
+    raise ValueError(
+        f"At site {name!r}, {estimator} moves all elements of the plate {plate!r} at once, and "
+        f"site {other!r} outside that plate depends on them: the estimate would be biased. "
+        "Use an estimator whose values are all draws of the guide, such as "
+        "Score(LeaveOneOut()), DisARM() for bits or DisARMTree() for categories; or, for "
+        "LocalExpectation, write .to_event(...) in place of the plate."
+    )
