@@ -47,7 +47,10 @@ def one_hot_log_probs(distribution: Any) -> Tensor:
     categorical = distribution._categorical
     if _gives_probs(categorical):  # torch's own logits of these would hide the zeros
         return CategoricalParameters(categorical.probs, None).log_probs
-    return CategoricalParameters(None, categorical.logits).log_probs
+    logits = categorical.logits
+    if logits.dtype == noise_dtype(logits.dtype):
+        return logits  # torch has normalised them
+    return CategoricalParameters(None, logits).log_probs
 
 
 def bernoulli_log_masses(distribution: Any) -> Tensor:

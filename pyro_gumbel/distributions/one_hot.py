@@ -22,12 +22,13 @@ _LOG_ZERO_SLOPE = -32768.0
 
 
 def draw_one_hot(logits: Tensor, sample_shape: Sequence[int] = ()) -> Tensor:
-    r"""Draw exactly from ``Categorical(logits)``, one-hot, by the Gumbel-max trick.
+    r"""Draw exactly from ``Categorical(logits)``, one-hot.
 
-    .. math:: D = \mathrm{onehot}(\arg\max_c\, \phi_c + G_c), \qquad G_c \sim \mathrm{Gumbel}(0, 1)
+    .. math:: P(D = \mathrm{onehot}(c)) = \mathrm{softmax}(\phi)_c
 
-    Noise and comparison are in float32 or better. A category with logit :math:`-\infty` is
-    never drawn. No gradient flows.
+    On a CPU one uniform number a row, in float64, is held against the cumulative probabilities;
+    elsewhere Gumbel noise is added to every logit and the largest wins, in float32 or better. A
+    category with logit :math:`-\infty` is never drawn. No gradient flows.
 
     Args:
         logits: Log-probabilities up to a constant, ``batch_shape + (C,)``.
@@ -46,8 +47,24 @@ def draw_one_hot(logits: Tensor, sample_shape: Sequence[int] = ()) -> Tensor:
     phi = logits.detach().to(noise_dtype(logits.dtype))
     # An offset common to all categories would cost the scores their last digits.
     phi = phi - phi.amax(-1, keepdim=True)
+    if phi.is_cpu and plain_eager():
+        index = _invert_cumulative(phi.exp_(), torch.Size(sample_shape))
+        shape = index.shape[:-1] + logits.shape[-1:]
+        return torch.zeros(shape, dtype=logits.dtype).scatter_(-1, index, 1)
     log_noise = log_exponential_noise((*sample_shape, *phi.shape), phi.dtype, phi.device)
     return one_hot_argmax(phi - log_noise, logits.dtype)
+
+
+def _invert_cumulative(weights: Tensor, sample_shape: torch.Size) -> Tensor:
+    """Draw indices, ``sample_shape + batch_shape + (1,)``, in proportion to ``weights``."""
+    batch_shape, num_categories = weights.shape[:-1], weights.shape[-1]
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    uniform = torch.rand((*batch_shape, sample_shape.numel()), dtype=torch.float64)
+    # The first category whose cumulative weight exceeds the number: never one of weight zero, for
+    # its cumulative weight is that of the category before it.
+    index = torch.searchsorted(cumulative, uniform.mul_(cumulative[..., -1:]), right=True)
+    index.clamp_(max=num_categories - 1)  # only NaN weights lead past the end
+    return index.movedim(-1, 0).reshape(*sample_shape, *batch_shape, 1)
 
 
 def one_hot_argmax(scores: Tensor, dtype: torch.dtype) -> Tensor:

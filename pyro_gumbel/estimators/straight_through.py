@@ -6,6 +6,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
+from pyro_gumbel.distributions._softmax import softmax
 from pyro_gumbel.distributions.gumbel import gumbel_noise
 from pyro_gumbel.distributions.one_hot import draw_one_hot
 from pyro_gumbel.distributions.relaxed import straight_through
@@ -120,7 +121,7 @@ class StraightThrough(OneHotEstimator):
         self.temperature = temperature
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:
-        soft = self._tempered(logits, self.temperature).softmax(-1)
+        soft = softmax(self._tempered(logits, self.temperature))
         return straight_through(draw_one_hot(logits), soft)
 
 
@@ -159,7 +160,7 @@ class GumbelSoftmax(OneHotEstimator):
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:
         scores = logits + gumbel_noise(logits.shape, logits.dtype, logits.device)
-        return self._tempered(scores, self.temperature).softmax(-1)
+        return softmax(self._tempered(scores, self.temperature))
 
     def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
         # The relaxed objective is differentiated as it stands: here log q's parameters have no
@@ -213,7 +214,7 @@ class GumbelStraightThrough(OneHotEstimator):
             self.temperature if self.backward_temperature is None else self.backward_temperature
         )
         hard = one_hot_argmax(scores.detach())
-        return straight_through(hard, self._tempered(scores, temperature).softmax(-1))
+        return straight_through(hard, softmax(self._tempered(scores, temperature)))
 
 
 class GappedStraightThrough(OneHotEstimator):
@@ -259,7 +260,7 @@ class GappedStraightThrough(OneHotEstimator):
         with torch.no_grad():
             top = logits.amax(-1, keepdim=True)
             shift = torch.where(hard > 0, top - logits, -(logits + self.gap - top).clamp(min=0))
-        return straight_through(hard, self._tempered(logits + shift, self.temperature).softmax(-1))
+        return straight_through(hard, softmax(self._tempered(logits + shift, self.temperature)))
 
 
 class ReinMax(OneHotEstimator):
@@ -295,7 +296,7 @@ class ReinMax(OneHotEstimator):
     def draw_one_hot(self, logits: Tensor) -> Tensor:
         hard = draw_one_hot(logits)
         midpoint = reinmax_midpoint(self._tempered(logits.detach(), self.temperature), hard)
-        soft = 2 * softmax_at(midpoint, logits) - 0.5 * logits.softmax(-1)
+        soft = 2 * softmax_at(midpoint, logits) - 0.5 * softmax(logits)
         return straight_through(hard, soft)
 
 
@@ -307,7 +308,7 @@ def one_hot_argmax(scores: Tensor) -> Tensor:
 
 def reinmax_midpoint(tempered: Tensor, hard: Tensor) -> Tensor:
     """The probabilities halfway between the (tempered) softmax and the draw."""
-    return (tempered.softmax(-1) + hard) / 2
+    return (softmax(tempered) + hard) / 2
 
 
 def softmax_at(probs: Tensor, logits: Tensor) -> Tensor:
@@ -315,4 +316,4 @@ def softmax_at(probs: Tensor, logits: Tensor) -> Tensor:
     smallest = torch.finfo(probs.dtype).tiny
     anchor = probs.clamp(min=smallest).log()
     finite = logits.clamp(min=torch.finfo(logits.dtype).min)
-    return (anchor + (finite - finite.detach())).softmax(-1)
+    return softmax(anchor + (finite - finite.detach()))
