@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -310,4 +311,7 @@ def _show_parameters(name: str, estimator: Estimator) -> None:
         foreign = stored in store and store[stored].unconstrained() is not parameter
         if foreign and parameter.is_contiguous():
             del store[stored]
-    pyro.module(name, estimator)
+    with warnings.catch_warnings():
+        # Parameters are frozen on purpose here, by learn=False or by the user.
+        warnings.filterwarnings("ignore", ".* was not registered in the param store")
+        pyro.module(name, estimator)
