@@ -7,7 +7,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from problems import Problem, bit_values, one_hot_values
+from problems import Problem, bit_values, one_hot_values, relative_error, worst_z
 from pyro import poutine
 from torch import Tensor
 
@@ -130,3 +130,35 @@ def copy_gradients(problem: Problem, guide: Any, elbo: Any, dtype: torch.dtype) 
         for name in problem.params
     ]
     return torch.cat([grad.flatten(1) for grad in grads], 1).double()
+
+
+def nested() -> Problem:
+    """A plate in a plate, the inner one scaled."""
+    table = torch.tensor([[0.3, -0.6, 1.0], [-1.2, 0.5, 0.8]], dtype=torch.float64)
+
+    def model() -> None:
+        with pyro.plate("outer", 3, dim=-1):
+            g = pyro.sample("g", dist.Bernoulli(constant([0.2, 0.7, 0.4], table)))
+            with pyro.plate("inner", 2, dim=-2), poutine.scale(scale=0.6):
+                h = pyro.sample("h", dist.Bernoulli(0.2 + 0.5 * g))
+                pyro.sample("x", dist.Normal(2 * h * (1 + g), 1.0), obs=table)
+
+    def guide() -> None:
+        with pyro.plate("outer", 3, dim=-1):
+            g = pyro.sample("g", dist.Bernoulli(logits=pyro.param("g_logits")))
+            with pyro.plate("inner", 2, dim=-2), poutine.scale(scale=0.6):
+                pyro.sample("h", dist.Bernoulli(logits=pyro.param("h_logits") + g))
+
+    params = {"g_logits": torch.tensor([0.1, -0.5, 0.9]), "h_logits": torch.full((2, 1), 0.2)}
+    return Problem(model, guide, params, {"g": bit_values((3,)), "h": bit_values((2, 3))})
+
+
+def check(draws: Tensor, gradient: Tensor) -> None:
+    """Ask for no bias, and for standard errors that would show one of 2 %."""
+    assert relative_error(draws, gradient) < 0.02
+    assert worst_z(draws, gradient) < 5
+
+
+def check_loss(losses: Tensor, elbo: float) -> None:
+    """Ask for the mean loss to be minus the ELBO."""
+    assert worst_z(losses[:, None], torch.tensor([-elbo])) < 5

@@ -1,0 +1,202 @@
+"""A model, a guide and estimators that do not fit: errors that name site and remedy."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from faulty import (
+    BIT,
+    INDEX,
+    LOGITS,
+    NORMAL,
+    ONE_HOT,
+    PYRO_HARD,
+    PYRO_HARD_BIT,
+    PYRO_SOFT,
+    RELAXED,
+    P,
+    empty,
+    enumerated_inside_observed_outside,
+    misnamed,
+    observed,
+    plated,
+    site,
+    step,
+    with_gradient,
+)
+
+from pyro_gumbel.estimators import (
+    Enumerate,
+    GappedStraightThrough,
+    LeaveOneOut,
+    Pathwise,
+    ReinMax,
+    Score,
+)
+from pyro_gumbel.infer import Estimator_ELBO
+
+ROWS = {
+    # Estimator against site
+    "reinmax on an index": (
+        with_gradient(INDEX, ReinMax()),
+        ValueError,
+        r"At site 'z', ReinMax\(1.0\) cannot serve a Categorical site: it needs one-hot or "
+        r"Bernoulli. What would work: .*enumerate, .*score",
+    ),
+    "reinmax on a normal": (
+        with_gradient(NORMAL, ReinMax()),
+        ValueError,
+        r"cannot serve a Normal site.*What would work: pathwise, score",
+    ),
+    "pathwise on a bit": (
+        with_gradient(BIT, Pathwise()),
+        ValueError,
+        r"cannot serve a Bernoulli site: it needs a reparameterised site \(has rsample\). "
+        r"What would work: .*reinmax, .*score",
+    ),
+    "gapped on a bit": (
+        with_gradient(BIT, GappedStraightThrough()),
+        ValueError,
+        r"GappedStraightThrough\(0.5, gap=1.0\) cannot serve a Bernoulli site: it needs one-hot",
+    ),
+    "enumerate counts": (
+        with_gradient(site(lambda: dist.Poisson(1.0)), Enumerate()),
+        ValueError,
+        r"Enumerate\(\) cannot serve a Poisson site: it needs any site with enumerate_support. "
+        r"What would work: score",
+    ),
+    "enumerate an event": (
+        with_gradient(site(lambda: dist.Bernoulli(P).to_event(1)), Enumerate()),
+        ValueError,
+        r"At site 'z'.*Enumerate\(\).*to_event.*is a product.*pyro.plate",
+    ),
+    "enumerated inside, used outside": (
+        with_gradient(enumerated_inside_observed_outside, {"z": Enumerate()}),
+        ValueError,
+        r"Site 'x', outside the plate 'rows', depends on the enumerated site 'z' inside it.*"
+        r"Use another estimator at 'z', such as Score\(\) or ReinMax\(\)",
+    ),
+    "leave-one-out alone": (
+        with_gradient(BIT, Score(LeaveOneOut())),
+        ValueError,
+        r"At site 'z', Score\(LeaveOneOut\(\)\) needs num_particles >= 2; got 1. Write "
+        r"Estimator_ELBO\(num_particles=2\), or use Score\(MovingAverage\(\)\)",
+    ),
+    # Model against guide
+    "missing from the guide": (
+        step(BIT, empty),
+        ValueError,
+        r"latent site 'z' is missing from the guide, whose sites are \[\]. Sample it in the guide",
+    ),
+    "misnamed in the guide": (
+        step(BIT, misnamed),
+        ValueError,
+        r"'z' is missing from the guide, whose sites are \['latent_z'\]",
+    ),
+    "observed in the model": (
+        step(observed, BIT),
+        ValueError,
+        r"Site 'z' is observed in the model and sampled in the guide; remove it from the guide",
+    ),
+    "an index and a vector": (
+        step(ONE_HOT, INDEX),
+        ValueError,
+        r"At site 'z', model and guide disagree on event_dim: the model's OneHotCategorical has "
+        r"event shape \(3,\), the guide's Categorical has \(\).*\.to_event",
+    ),
+    "to_event on one side": (
+        step(
+            site(lambda: dist.Bernoulli(P).to_event(1)), plated(lambda: dist.Bernoulli(P), size=3)
+        ),
+        ValueError,
+        r"At site 'z', model and guide disagree on event_dim.*the same \.to_event",
+    ),
+    "numbers of categories": (
+        step(ONE_HOT, site(lambda: dist.OneHotCategorical(torch.ones(4)))),
+        ValueError,
+        r"At site 'z', model and guide disagree on the event shape: OneHotCategorical has \(3,\) "
+        r"in the model, OneHotCategorical has \(4,\) in the guide",
+    ),
+    "a density facing a mass": (
+        step(ONE_HOT, RELAXED),
+        ValueError,
+        r"At site 'z', the guide's RelaxedOneHot has a density and the model's OneHotCategorical "
+        r"has a mass: their ratio is no ELBO.*OneHotCategorical\(...\).*"
+        r"config_gradient\(guide, \{'z': ReinMax\(\)\}\)",
+    ),
+    "a mass facing a density": (
+        step(RELAXED, ONE_HOT),
+        ValueError,
+        r"the guide's OneHotCategorical has a mass and the model's RelaxedOneHot has a density",
+    ),
+    "Pyro's relaxed facing a mass": (
+        step(ONE_HOT, PYRO_SOFT),
+        ValueError,
+        r"the guide's RelaxedOneHotCategorical has a density.*OneHotCategorical has a mass",
+    ),
+    "Pyro's straight-through in the guide": (
+        step(ONE_HOT, PYRO_HARD),
+        ValueError,
+        r"At site 'z', the guide's RelaxedOneHotCategoricalStraightThrough draws hard values and "
+        r"scores them by the density of soft ones.*Write OneHotCategorical\(logits=...\) in the "
+        r"model and in the guide, and config_gradient\(guide, \{'z': GumbelStraightThrough",
+    ),
+    "Pyro's straight-through in the model": (
+        step(PYRO_HARD, ONE_HOT),
+        ValueError,
+        r"the model's RelaxedOneHotCategoricalStraightThrough draws hard values",
+    ),
+    "Pyro's straight-through in both": (
+        step(PYRO_HARD, PYRO_HARD),
+        ValueError,
+        r"StraightThrough draws hard values",
+    ),
+    "Pyro's straight-through bit": (
+        step(BIT, PYRO_HARD_BIT),
+        ValueError,
+        r"the guide's RelaxedBernoulliStraightThrough draws.*Write Bernoulli\(logits=...\)",
+    ),
+    # NaN
+    "nan logits": (
+        step(ONE_HOT, site(lambda: dist.OneHotCategorical(logits=LOGITS * math.nan))),
+        ValueError,
+        r"parameter logits .*nan",
+    ),
+    # Pyro's hooks that are not ours
+    "a trace": (
+        lambda: Estimator_ELBO()._get_trace(None, None, (), {}),
+        NotImplementedError,
+        r"call loss or loss_and_grads",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_message(row):
+    run, kind, pattern = ROWS[row]
+    with pytest.raises(kind, match="(?s)" + pattern):
+        run()
+
+
+def test_an_unmarked_auxiliary_site_is_warned_of():
+    def guide():
+        BIT()
+        pyro.sample("u", dist.Bernoulli(0.5))
+
+    with pytest.warns(UserWarning, match=r"Site 'u' is in the guide and not in the model; .*aux"):
+        Estimator_ELBO().loss(BIT, guide)
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_a_failing_step_leaves_no_handler_behind(vectorize):
+    """After any of these errors the next step works."""
+    elbo = Estimator_ELBO(2, vectorize_particles=vectorize)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is missing from the guide"):
+            elbo.loss_and_grads(BIT, empty)
+        assert abs(float(elbo.loss_and_grads(BIT, BIT))) < 1e-6
+        assert not pyro.poutine.runtime.am_i_wrapped()
