@@ -40,7 +40,7 @@ NAMES = [
     "gumbel_rao",
     "gumbel_softmax",
     "gumbel_straight_through",
-    "local_expectation:2",
+    "local_expectation",
     "muprop",
     "rebar",
     "reinmax",
@@ -48,10 +48,10 @@ NAMES = [
     "score",
     "score:3",
     "straight_through",
-    "sum_and_sample:2",
-    "unordered_set:2",
+    "sum_and_sample",
+    "unordered_set",
 ]
-OF_ONE_LATENT = ("enumerate", "sum_and_sample:2", "unordered_set:2")
+OF_ONE_LATENT = ("enumerate", "sum_and_sample", "unordered_set")
 NAMES_FOR_BITS = ["arms", "disarm", "rodeo"]
 
 

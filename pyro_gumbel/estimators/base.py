@@ -11,7 +11,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor, nn
 
 from pyro_gumbel.estimators._repr import rebuilding_repr
-from pyro_gumbel.estimators.families import exact_draw, log_mass
+from pyro_gumbel.estimators.families import exact_draw, log_mass, shared_noise_draw
 from pyro_gumbel.estimators.schedules import Schedule
 
 __all__ = ["Call", "Estimator", "Site", "SiteReader"]
@@ -209,6 +209,14 @@ class Estimator(nn.Module):
     def surrogate(self, site: Site) -> Tensor | None:
         """Build a tensor whose sum, divided by ``R``, has the estimate as its gradient."""
         return None
+
+    def draw_shared(self, fn: Distribution, dim: int, copies: int) -> Tensor | None:
+        """Draw a value whose noise repeats over blocks of rows, if the estimator draws plainly."""
+        kind = type(self)
+        if kind.draw is not Estimator.draw or kind.draw_block is not Estimator.draw_block:
+            return None
+        value = shared_noise_draw(fn, dim, copies)
+        return None if value is None else value.detach()
 
     @property
     def keeps_score_gradient(self) -> bool:

@@ -8,10 +8,17 @@ import torch
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Independent, OneHotCategorical
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Independent,
+    Normal,
+    OneHotCategorical,
+)
 from torch.nn.functional import one_hot, softplus
 
 from pyro_gumbel.distributions import OneHot, RelaxedBernoulli, RelaxedOneHot
+from pyro_gumbel.distributions.gumbel import gumbel_noise
 from pyro_gumbel.distributions.one_hot import draw_one_hot, multilinear_log_prob
 
 __all__ = [
@@ -25,6 +32,7 @@ __all__ = [
     "log_mass",
     "log_mass_of_value",
     "one_hot_logits",
+    "shared_noise_draw",
     "to_index",
     "uniform",
     "unwrap",
@@ -135,3 +143,37 @@ def exact_draw(fn: Distribution) -> Tensor:
     if is_categorical(fn):
         return draw_one_hot(fn.logits).argmax(-1)
     return fn.sample()
+
+
+def shared_noise_draw(fn: Distribution, dim: int, copies: int) -> Tensor | None:
+    """Draw rows whose noise repeats, so that branches of one path differ by their laws alone.
+
+    Args:
+        fn: A distribution whose batch dimension ``dim`` has ``copies`` equal blocks of rows.
+        dim: That dimension, counted from the right of the batch shape.
+        copies: How often the noise of the first block is used.
+
+    Returns:
+        The draw, with gradient where ``fn`` is a Normal, or ``None`` for other families.
+    """
+    if is_one_hot(fn) or is_categorical(fn):
+        phi = fn.logits.detach()
+        noise = gumbel_noise(_first_block(phi.shape, dim - 1, copies), phi.dtype, phi.device)
+        index = (phi + torch.cat([noise] * copies, dim - 1)).max(-1).indices
+        return from_index(fn, index)
+    if is_bit(fn):
+        probs = fn.logits.detach().sigmoid()
+        noise = uniform(probs.new_empty(_first_block(probs.shape, dim, copies)))
+        return (torch.cat([noise] * copies, dim) < probs).to(probs.dtype)
+    if isinstance(fn, Normal):
+        noise = torch.randn(
+            _first_block(fn.loc.shape, dim, copies), dtype=fn.loc.dtype, device=fn.loc.device
+        )
+        return fn.loc + fn.scale * torch.cat([noise] * copies, dim)
+    return None
+
+
+def _first_block(shape: torch.Size, dim: int, copies: int) -> list[int]:
+    block = list(shape)
+    block[dim] //= copies
+    return block

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
+from torch.distributions import Normal
 
 from pyro_gumbel.estimators.base import Estimator
-from pyro_gumbel.estimators.families import log_mass
+from pyro_gumbel.estimators.families import log_mass, shared_noise_draw
 
 __all__ = ["Pathwise"]
 
@@ -47,6 +48,9 @@ class Pathwise(Estimator):
 
     def draw(self, fn: Distribution) -> Tensor:
         return fn.rsample()
+
+    def draw_shared(self, fn: Distribution, dim: int, copies: int) -> Tensor | None:
+        return shared_noise_draw(fn, dim, copies) if isinstance(fn, Normal) else None
 
     def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
         log_prob = log_mass(fn, value)

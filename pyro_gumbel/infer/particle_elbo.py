@@ -193,11 +193,12 @@ class ParticleELBO(ELBO):
     ) -> list[Run]:
         """Run the pass with the main path, then the branches that did not fit into it."""
         memory: dict[str, list[Tensor]] = {}
+        noise: dict[str, Tensor] = {}
 
         def run(paths: tuple[Path, ...]) -> Run:
             here = dataclasses.replace(layout, paths=paths)
             draw = DrawMessenger(
-                here, self.num_particles, self._auto, self.default, evaluate, memory
+                here, self.num_particles, self._auto, self.default, evaluate, memory, noise
             )
             return run_programs(
                 call, draw, subsample, analytic_kl=self.analytic_kl, full_scores=self.full_scores

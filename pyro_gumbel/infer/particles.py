@@ -10,8 +10,10 @@ draws ``K`` values, ``K - 1`` branches which that site owns::
     branch 1 of z3    as main         as main           z3[1]
 
 A branch shares the main path's values upstream of its owner, takes the owner's coupled value, and
-draws its own downstream. The program is so evaluated on ``1 + sum(K - 1)`` paths, however many
-sites are coupled, instead of on the product of their ``K``.
+draws its own downstream, from the main path's noise where the draw is plain (of rows) or the
+generator can be set back (of runs): its law stays, the variance of differences falls. The
+program is so evaluated on ``1 + sum(K - 1)`` paths, however many sites are coupled, instead of on
+the product of their ``K``.
 
 A *pass* evaluates the programs once. Vectorised, the first pass has all paths of all repetitions
 as rows of one plate, path by path: row ``p * R + r`` is path ``p`` of repetition ``r``. Looped,
@@ -22,6 +24,8 @@ branches' turn.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -91,12 +95,11 @@ class Layout:
 
     def split(self, tensor: Tensor, event_dim: int = 0) -> Tensor:
         """Bring particles to the front: ``(paths, repetitions, ...)`` of ``(..., rows, ...)``."""
-        if self.particle_dim is None:
+        if not self.vectorized:
             return tensor[None, None]
-        dim = self.particle_dim - event_dim
-        if tensor.dim() < -dim:
-            tensor = tensor.reshape((1,) * (-dim - tensor.dim()) + tensor.shape)
-        rows = tensor.movedim(dim, 0)
+        # A single row has no plate; further passes of the same particle may have one.
+        dim = -(cast(int, self.plate_nesting) + 1) - event_dim
+        rows = _left_filled(tensor, -dim).movedim(dim, 0)
         if rows.shape[0] == 1:
             rows = rows.expand(self.num_rows, *rows.shape[1:])
         return rows.unflatten(0, (len(self.paths), self.repetitions))
@@ -113,6 +116,7 @@ class DrawMessenger(Messenger):
         default: The choice at sites that have none.
         evaluate: Draw exactly, without coupling or relaxation: nothing will be differentiated.
         memory: For each site its coupled values on the main path, filled by the pass that has it.
+        noise: For looped runs, the generator's state before each of the main path's draws.
         estimators: After a pass, the estimator of each latent site.
         sizes: After a pass, the number of coupled values of each latent site.
         enumerated: After a pass, the dimension of each enumerated site.
@@ -124,6 +128,7 @@ class DrawMessenger(Messenger):
     default: Choice
     evaluate: bool = False
     memory: dict[str, list[Tensor]] = field(default_factory=dict)
+    noise: dict[str, Tensor] = field(default_factory=dict)
     estimators: dict[str, Estimator] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     enumerated: dict[str, int] = field(default_factory=dict)
@@ -146,9 +151,35 @@ class DrawMessenger(Messenger):
         if all(self._shares_main(path, name) for path in self.layout.paths):
             blocks = []  # nothing to draw: the main path has been there
         else:
-            block = estimator.draw_block(fn, event_dims(msg["fn"]))
+            with self._common_noise(name, fn):
+                block = self._draw_block(estimator, fn, msg["fn"])
             blocks = list(block.unbind(0)) if self.sizes[name] > 1 else [block]
         return self._compose(name, blocks, msg["fn"].event_dim)
+
+    def _draw_block(self, estimator: Estimator, fn: Any, wrapped: Any) -> Tensor:
+        """Draw; where rows are branches of one another, by common noise if that can be had."""
+        paths, particle_dim = len(self.layout.paths), self.layout.particle_dim
+        if paths > 1 and particle_dim is not None:
+            value = estimator.draw_shared(fn, particle_dim - event_dims(wrapped), paths)
+            if value is not None:
+                return value
+        return estimator.draw_block(fn, event_dims(wrapped))
+
+    @contextmanager
+    def _common_noise(self, name: str, fn: Any) -> Iterator[None]:
+        """Let a looped branch draw with the noise that the main path's draw had."""
+        if self.layout.vectorized or self.evaluate:
+            yield
+        elif MAIN in self.layout.paths:
+            self.noise[name] = torch.get_rng_state()
+            yield
+        elif name in self.noise:
+            state = torch.get_rng_state()
+            torch.set_rng_state(self.noise[name])
+            yield
+            torch.set_rng_state(state)
+        else:
+            yield
 
     def _enumerate(self, name: str, estimator: Estimator, msg: Message) -> Tensor:
         if self.layout.plate_nesting is None:
@@ -173,7 +204,11 @@ class DrawMessenger(Messenger):
             self._remember(path, name) if self._shares_main(path, name) else rows[0][index]
             for index, path in enumerate(self.layout.paths)
         ]
-        return values[0] if particle_dim is None else torch.cat(values, particle_dim - event_dim)
+        if particle_dim is None:
+            return values[0]
+        dim = particle_dim - event_dim
+        # A value remembered from a single row has no dimension of rows.
+        return torch.cat([_left_filled(value, -dim) for value in values], dim)
 
     def _shares_main(self, path: Path, name: str) -> bool:
         """Tell whether a branch's value at ``name`` is decided on the main path."""
@@ -181,6 +216,11 @@ class DrawMessenger(Messenger):
 
     def _remember(self, path: Path, name: str) -> Tensor:
         return self.memory[name][path.value if name == path.owner else 0]
+
+
+def _left_filled(tensor: Tensor, dims: int) -> Tensor:
+    """Give a tensor at least ``dims`` dimensions, by ones on the left."""
+    return tensor.reshape((1,) * (dims - tensor.dim()) + tensor.shape)
 
 
 class SharedSubsample(Messenger):

@@ -94,7 +94,7 @@ def test_jacobian_given_the_draw(name):
             lambda t, b: 2 * (t[0] + b) / 2 * (1 - (t[0] + b) / 2) - t[0] * (1 - t[0]) / 2,
         ),
     ],
-    ids=repr,
+    ids=["straight_through", "reinmax"],
 )
 def test_bits_are_one_hots_of_two(estimator, slope):
     logits = torch.randn(40, dtype=DOUBLE, requires_grad=True)
