@@ -15,6 +15,8 @@ from torch import Tensor
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
 DOUBLE = torch.float64
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+PARTICLES = 3
 
 
 class BitSite:
@@ -172,3 +174,13 @@ def pattern_law(theta: Tensor, num_samples: int) -> Iterator[tuple[tuple[int, ..
                 sign = (-1) ** extra * math.comb(num_samples - count, extra)
                 total += sign * together(count + extra)
         yield pattern, torch.where(flip, for_common, for_rarer)
+
+
+def step(site_type: type[BitSite], estimator: Any, vectorize: bool) -> Any:
+    """The gradient that came, the program, and the values drawn, ``(K, R, elements, ...)``."""
+    program = site_type(2)
+    gradient, site = program.gradient(estimator, num_particles=PARTICLES, vectorize=vectorize)
+    values = site.values.detach()
+    assert values.shape[1:] == (PARTICLES, *program.phi.shape)
+    torch.testing.assert_close(site.cost, program.cost(values), **EXACT)
+    return gradient, program, values

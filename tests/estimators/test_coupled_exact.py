@@ -11,7 +11,7 @@ import itertools
 
 import pytest
 import torch
-from coupled_draws import BitSite, OneHotSite, pattern_law, prescribe
+from coupled_draws import EXACT, BitSite, OneHotSite, pattern_law, prescribe
 
 from pyro_gumbel.estimators import (
     ARMS,
@@ -26,7 +26,6 @@ from pyro_gumbel.estimators import (
 )
 
 DOUBLE = torch.float64
-EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def set_alpha(estimator, alpha):
