@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -20,9 +21,14 @@ from torch import Tensor
 
 from pyro_gumbel.infer.particles import Layout
 
-__all__ = ["Costs", "EnumeratedSite", "Frames", "Term"]
+__all__ = ["Costs", "EnumeratedSite", "Frames", "Term", "site_frames"]
 
 Frames = frozenset[CondIndepStackFrame]
+
+
+def site_frames(site: Any) -> Frames:
+    """The vectorised plates that a site is in."""
+    return frozenset(frame for frame in site["cond_indep_stack"] if frame.vectorized)
 
 
 @dataclass(frozen=True)

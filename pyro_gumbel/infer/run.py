@@ -7,20 +7,20 @@ from typing import Any
 
 import pyro
 import pyro.poutine as poutine
-import torch
-from pyro.distributions import Delta, MaskedDistribution
+from pyro.distributions import MaskedDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
-from torch.distributions import Independent, kl_divergence
+from torch.distributions import Independent
 
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.estimators.families import event_dims, log_mass, unwrap
+from pyro_gumbel.infer.analytic_kl import analytic_kls
 from pyro_gumbel.infer.checks import check_programs, latent_sites
-from pyro_gumbel.infer.costs import Costs, EnumeratedSite, Frames, Term
+from pyro_gumbel.infer.costs import Costs, EnumeratedSite, Term, site_frames
 from pyro_gumbel.infer.particles import DrawMessenger, Layout, SharedSubsample
 
 __all__ = ["Run", "in_rows", "run_programs"]
@@ -57,7 +57,7 @@ class Run:
         self._scores = scores
         self._own_kl = own_kl
         enumerated = [
-            EnumeratedSite(name, dim, self.log_prob(name).exp(), _frames(guide[name]))
+            EnumeratedSite(name, dim, self.log_prob(name).exp(), site_frames(guide[name]))
             for name, dim in draw.enumerated.items()
         ]
         self.costs = Costs(terms, enumerated, draw.layout)
@@ -85,7 +85,7 @@ class Run:
     def cost(self, name: str, *, live: bool = False) -> Tensor:
         """The downstream cost of a site, shaped like its ``log_prob``, detached unless live."""
         like = self.log_prob(name)
-        cost = self.costs.downstream(_frames(self.guide[name]), like, live=live)
+        cost = self.costs.downstream(site_frames(self.guide[name]), like, live=live)
         if name in self._own_kl:  # it does not depend on the value drawn
             own = self._own_kl[name].value
             cost = cost - (own if live else own.detach())
@@ -144,7 +144,7 @@ def _collect(
 ) -> Run:
     nesting = draw.layout.total_nesting
     guide = latent_sites(guide_trace)
-    kls = _analytic_kls(model_trace, guide) if analytic_kl else {}
+    kls = analytic_kls(model_trace, guide) if analytic_kl else {}
     terms = list(kls.values())
     scores: dict[str, Tensor] = {}
     for name, site in _samples(guide_trace).items():
@@ -175,10 +175,6 @@ def _samples(trace: Trace) -> dict[str, Any]:
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and not site_is_subsample(site)
     }
-
-
-def _frames(site: Any) -> Frames:
-    return frozenset(frame for frame in site["cond_indep_stack"] if frame.vectorized)
 
 
 def _model_log_prob(site: Any) -> Tensor:
@@ -217,54 +213,4 @@ def _term(site: Any, raw: Tensor, nesting: float) -> Term:
     if is_validation_enabled():
         site["log_prob"] = value
         check_site_shape(site, nesting)
-    return Term(site["name"], value, _frames(site))
-
-
-def _analytic_kls(model_trace: Trace, guide: dict[str, Any]) -> dict[str, Term]:
-    """Minus the KL divergence of each site that has one and may use it for its sampled terms.
-
-    It does where model and guide scale and mask the site alike, and no parent of the site in the
-    model can depend on the site's value in the guide: every latent site before it in the model
-    comes before it in the guide too.
-    """
-    order = {name: position for position, name in enumerate(guide)}
-    kls: dict[str, Term] = {}
-    latest = -1
-    for name, site in latent_sites(model_trace).items():
-        in_order = order[name] > latest
-        latest = max(latest, order[name])
-        if not in_order:
-            continue
-        if not _weighed_alike(guide[name], site):
-            continue
-        q, p = guide[name]["fn"], site["fn"]
-        if isinstance(unwrap(q), Delta):  # its closed form forgets the log_density
-            continue
-        try:
-            kl = kl_divergence(q, p)
-        except NotImplementedError:
-            continue
-        if isinstance(kl, Tensor):
-            kl = kl.expand(torch.broadcast_shapes(kl.shape, q.batch_shape))
-            value = -scale_and_mask(kl, site["scale"], site["mask"])
-            kls[name] = Term(name, value, _frames(guide[name]))
-    return kls
-
-
-def _weighed_alike(one: Any, other: Any) -> bool:
-    """Tell whether two sites' scores are scaled and masked by what is known to be the same."""
-    weights = [[site["scale"], site["mask"], *_masks(site["fn"])] for site in (one, other)]
-    # Tensors are compared by identity: looking into them would wait for the device.
-    return len(weights[0]) == len(weights[1]) and all(
-        a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b
-        for a, b in zip(*weights, strict=True)
-    )
-
-
-def _masks(fn: Any) -> list[Any]:
-    masks = []
-    while isinstance(fn, (Independent, MaskedDistribution)):
-        if isinstance(fn, MaskedDistribution):
-            masks.append(fn._mask)
-        fn = fn.base_dist
-    return masks
+    return Term(site["name"], value, site_frames(site))
