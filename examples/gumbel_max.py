@@ -120,7 +120,7 @@ def _bars(axis: Any, frequencies: Tensor, probs: Tensor) -> None:
         color = style.COLORS[(4, 2, 3)[row]]
         axis.bar(
             at,
-            frequencies.reshape(rows, -1)[row],
+            frequencies.reshape(rows, -1)[row].numpy(),
             width,
             color=color,
             label="draws" if rows == 1 else f"draws, input {row}",
@@ -136,6 +136,7 @@ def _rank_plot(axis: Any, counts: Tensor, probs: Tensor, groups: int = 60) -> No
     found = torch.stack([part.mean() for part in counts[order].split(sizes)])
     expected = torch.stack([part.mean() for part in probs[order].split(sizes)]) * counts.sum()
     error = 2 * (expected / torch.tensor(sizes)).sqrt()
+    expected, found, error = expected.numpy(), found.numpy(), error.numpy()
     axis.errorbar(expected, found, error, fmt=".", color=style.COLORS[4], label="draws")
     axis.plot(expected, expected, color="black", label="probability")
     axis.set_xscale("log")

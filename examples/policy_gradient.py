@@ -55,18 +55,19 @@ def check_gradient(axis: Any, args: argparse.Namespace) -> None:
         )
     (exact,) = torch.autograd.grad(task.value(task.logits), task.logits)
     print(f"{'baseline':28}{'worst z':>9}{'variance':>11}")
+    warm_up = min(100, args.draws)  # baselines learn before they are measured
     for number, (label, make) in enumerate(baselines(len(task.start)).items()):
         score, particles = make()
         elbo, guide = make_elbo(particles), config_gradient(task.guide, score)
         draws = []
         episodes = args.episodes // particles
-        for step in tqdm(range(args.draws + 100), desc=label, mininterval=0.5):
+        for step in tqdm(range(args.draws + warm_up), desc=label, mininterval=0.5):
             task.logits.grad = None
             elbo.loss_and_grads(task.model, guide, task.first_states(episodes))
             for parameter in score.parameters():  # a baseline's own: let it learn
                 parameter.data -= 1e-4 * parameter.grad
                 parameter.grad = None
-            if step >= 100:
+            if step >= warm_up:
                 draws.append(-task.logits.grad.flatten() / episodes)
         drawn = torch.stack(draws)
         error = drawn.std(0) / len(drawn) ** 0.5

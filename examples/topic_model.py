@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import math
 import re
 import sysconfig
 from collections import Counter
@@ -30,13 +31,16 @@ from evaluation import held_out_bounds
 from pyro_gumbel.guides import AutoAmortized
 from pyro_gumbel.infer import Estimator_ELBO
 
-STOP_WORDS = """
+STOP_WORDS = re.findall(
+    r"\w+",
+    """
 the and for that this with are not from but can has have will all any its was were been being they
 them their there then than which when where what who how may must should would could does did done
 into onto over only also such each other some more most one two use used uses using see you your
 our out own per via etc yet just like same between before after while because both else however
 otherwise given default self none true false return returns returned
-""".split()
+""",
+)
 
 
 def docstrings() -> Iterator[str]:
@@ -61,12 +65,14 @@ def load(num_words: int, min_length: int, limit: int) -> tuple[Tensor, list[str]
         words = [w for w in re.findall(r"[a-z]{3,}", text.lower()) if w not in STOP_WORDS]
         if len(words) >= min_length:
             documents.append(Counter(words))
+        if len(documents) == limit:
+            break
     documents = list({frozenset(d.items()): d for d in documents}.values())  # no document twice
     spread = Counter(word for document in documents for word in document)
     vocabulary = [word for word, _ in spread.most_common(num_words)]
     counts = torch.tensor([[float(d[w]) for w in vocabulary] for d in documents])
     order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(0))
-    counts = counts[order][:limit]
+    counts = counts[order]
     return counts[counts.sum(-1) > 0], vocabulary
 
 
@@ -130,7 +136,7 @@ def train(
 def perplexity(model: TopicModel, guide: AutoAmortized, counts: Tensor, num_samples: int) -> float:
     """Bound the perplexity a word, exp(-ELBO / words), from hard draws."""
     bounds = held_out_bounds(model, guide, counts, num_samples)
-    return float(torch.tensor(-bounds.elbo * len(counts) / counts.sum()).exp())
+    return math.exp(-bounds.elbo * len(counts) / counts.sum().item())
 
 
 def unigram_perplexity(train_counts: Tensor, test_counts: Tensor) -> float:
@@ -157,11 +163,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--factors", type=int, default=40)
     add("--words", type=int, default=1500, help="size of the vocabulary")
     add("--min-length", type=int, default=15, help="words of a document")
-    add("--limit", type=int, default=20_000, help="documents")
+    add("--limit", type=int, default=20_000, help="documents to read")
     add("--hidden", type=int, default=128)
-    add("--epochs", type=int, default=30)
+    add("--epochs", type=int, default=20)
     add("--batch-size", type=int, default=100)
-    add("--lr", type=float, default=3e-3)
+    add("--lr", type=float, default=1e-2)
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("out/topic_model"), metavar="DIR")
     add("--smoke", action="store_true", help="a few documents: does it run at all?")

@@ -1,0 +1,83 @@
+"""Each story runs as its first lines say, at smoke size, and leaves its pictures."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import grammar
+import gumbel_max
+import mixture
+import policy_gradient
+import sequence_gan
+import style
+import topic_model
+import two_gradients
+
+STORIES = {
+    gumbel_max: ("gumbel_max.png", "concrete.png"),
+    mixture: ("mixture.png",),
+    policy_gradient: ("policy_gradient.png",),
+    sequence_gan: ("training.png",),
+    topic_model: ("topic_model.png",),
+    two_gradients: ("two_gradients.png",),
+}
+MORE = {topic_model: ["--gradients", "reinmax"], sequence_gan: ["--gradients", "reinmax,score:2"]}
+
+
+@pytest.mark.parametrize("story", STORIES, ids=lambda module: module.__name__)
+def test_story_runs(story, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    story.main(["--smoke", "--seed", "3", "--out", str(tmp_path), *MORE.get(story, [])])
+    printed = capsys.readouterr().out
+    assert "written:" in printed
+    assert "nan" not in printed.replace("nan ", "")  # a word of the texts, too
+    for name in STORIES[story]:
+        assert (tmp_path / name).stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    "story", [gumbel_max, mixture, sequence_gan], ids=lambda module: module.__name__
+)
+def test_same_seed_same_figures(story, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for _ in range(2):
+        story.main(["--smoke", "--seed", "3", "--out", str(tmp_path), *MORE.get(story, [])])
+        # Minutes are not the seed's.
+        printed.append(re.sub(r"\d\.\d$", "", capsys.readouterr().out, flags=re.MULTILINE))
+    assert printed[0] == printed[1]
+
+
+def test_files_are_short() -> None:
+    folder = Path(gumbel_max.__file__).parent
+    names = [module.__name__ for module in (*STORIES, grammar, style)]
+    assert all(len((folder / f"{name}.py").read_text().splitlines()) <= 250 for name in names)
+
+
+def test_chi_square_pools_rare_words() -> None:
+    probs = torch.tensor([0.5, 0.3, 0.2])
+    statistic, freedom = gumbel_max.chi_square(torch.tensor([55.0, 25.0, 20.0]), probs)
+    assert (statistic, freedom) == (pytest.approx(25 / 50 + 25 / 30), 2)
+    many = torch.full((1000,), 1e-3)
+    statistic, freedom = gumbel_max.chi_square(torch.ones(1000), many, num_bins=10)
+    assert (statistic, freedom) == (pytest.approx(0, abs=1e-9), 9)
+
+
+def test_accuracy_does_not_depend_on_names() -> None:
+    component = torch.tensor([0, 0, 1, 2, 2, 1])
+    assert mixture.accuracy(torch.tensor([2, 2, 0, 1, 1, 0]), component) == 1
+    assert mixture.accuracy(torch.tensor([2, 2, 0, 1, 1, 1]), component) == pytest.approx(5 / 6)
+
+
+@pytest.mark.slow
+def test_automatic_guides_reach_the_enumerated_fit() -> None:
+    args = mixture.argparse.Namespace(seed=0, steps=600, lr=0.03)
+    mixture.pyro.set_rng_seed(0)
+    x, component = mixture.simulate(600)
+    fits = {name: mixture.fit(name, x, component, args) for name in mixture.FITS}
+    exact = fits["enumeration"]["accuracy"][-1]
+    assert exact > 0.95
+    for fit in fits.values():
+        assert fit["accuracy"][-1] > exact - 0.01
