@@ -1,4 +1,4 @@
-"""REBAR and RELAX by their published formula at the values drawn, and what learnable parts lower."""
+"""REBAR and RELAX by the published formula at the values drawn; what learnable parts lower."""
 
 from __future__ import annotations
 
