@@ -83,28 +83,28 @@ class MovingAverage(Baseline):
         if not 0 <= decay < 1:
             raise ValueError(f"MovingAverage: decay must lie in [0, 1); got {decay!r}.")
         self.decay = decay
+        # The sum of past costs and of their weights, as tensors: no step waits for the device.
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._weights: dict[str, Tensor] = {}
 
     def forward(self, site: Site) -> tuple[Tensor | float, None]:
         mean = site.cost[0].mean()
         past = self._sums.get(site.name)
-        count = self._counts.get(site.name, 0)
         if past is None:
             baseline: Tensor | float = 0.0
-            past = torch.zeros_like(mean)
+            past, weight = torch.zeros_like(mean), torch.zeros_like(mean)
         else:
-            past = past.to(mean.device)
-            baseline = past / (1 - self.decay**count)
+            past, weight = past.to(mean.device), self._weights[site.name].to(mean.device)
+            baseline = past / weight
         self._sums[site.name] = self.decay * past + (1 - self.decay) * mean
-        self._counts[site.name] = count + 1
+        self._weights[site.name] = self.decay * weight + (1 - self.decay)
         return baseline, None
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+        return {"sums": dict(self._sums), "weights": dict(self._weights)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+        self._sums, self._weights = dict(state["sums"]), dict(state["weights"])
 
 
 class NeuralBaseline(Baseline):

@@ -24,7 +24,7 @@ class Pathwise(Estimator):
     Args:
         sticking_the_landing: Drop the part of ``log q``'s gradient that passes through its
             parameters alone. Its mean is zero; without it the gradient's variance vanishes where
-            the guide equals the posterior. One more evaluation of ``log q``.
+            a guide of one site equals the posterior. One more evaluation of ``log q``.
 
     References:
         Auto-Encoding Variational Bayes (Kingma, Welling, 2014), https://arxiv.org/abs/1312.6114;

@@ -23,11 +23,20 @@ class Schedule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.step_count = 0
+        self.stand_in: Tensor | None = None
 
     @property
     @abstractmethod
     def value(self) -> float:
         """The current value."""
+
+    @property
+    def current(self) -> float | Tensor:
+        """What an estimator computes with: :attr:`value`, as a tensor while a step is recorded.
+
+        A recorded step would go on with a number for ever; a tensor it is given anew.
+        """
+        return self.value if self.stand_in is None else self.stand_in
 
     def advance(self) -> None:
         """Count one optimisation step."""

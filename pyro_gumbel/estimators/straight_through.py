@@ -35,8 +35,8 @@ class OneHotEstimator(Estimator):
 
     A subclass writes :meth:`draw_one_hot`. A Bernoulli site is served as a one-hot of two
     categories. The score of the guide enters the cost with its parameters held fixed: their part
-    of the gradient has mean zero, and dropping it leaves no noise where the guide equals the
-    posterior.
+    of the gradient has mean zero, and dropping it spares the noise that it would add, all of it
+    where a guide of one site equals the posterior.
     """
 
     unbiased = False
@@ -71,7 +71,7 @@ def current_temperature(
 ) -> float | Tensor:
     """Read a temperature as a divisor: tensors broadcast against the batch, not the categories."""
     if isinstance(temperature, Schedule):
-        return temperature.value
+        return temperature.current
     if not isinstance(temperature, Tensor):
         return temperature
     batch = logits.shape[:-1]

@@ -64,6 +64,14 @@ class Auto:
         """Choose the score function's baseline."""
         return self.leave_one_out if num_particles > 1 else self.moving_average
 
+    def named(self, name: str) -> Estimator:
+        """Return the one estimator that a name stands for here."""
+        if name not in vars(self):
+            if name not in _CLASSES:
+                raise ValueError(f"No estimator is named {name!r}; names are {estimator_names()}.")
+            setattr(self, name, _CLASSES[name]())
+        return cast(Estimator, getattr(self, name))
+
     def __call__(self, fn: Any, num_particles: int) -> Estimator:
         """Choose for distribution ``fn``."""
         return self.pathwise if fn.has_rsample else self.score(num_particles)
@@ -291,7 +299,7 @@ def resolve(msg: Message, auto: Auto, default: Choice, num_particles: int) -> Es
     if choice == "score":
         return auto.score(num_particles)
     if isinstance(choice, str):
-        choice = auto.__dict__.setdefault(choice, _CLASSES[choice]())
+        choice = auto.named(choice)
     estimator = cast(Estimator, choice)
     if not estimator.supports(fn):
         _refuse(msg, estimator, f"it needs {estimator.sites}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -75,7 +75,7 @@ class ParticleELBO(ELBO):
         self.analytic_kl = False
         self.full_scores = False
         self._auto = Auto()
-        self._checked: list[tuple[Any, ...]] = []
+        self._checked: tuple[Call, set[tuple[str, type[Estimator]]]] | None = None
         self._structure: tuple[Call, Layout] | None = None
 
     def __call__(self, model: nn.Module, guide: nn.Module) -> ELBOModule:
@@ -87,6 +87,19 @@ class ParticleELBO(ELBO):
         estimators.append(default if isinstance(default, Estimator) else self._auto.moving_average)
         module.estimators = nn.ModuleList(estimators)
         return module
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the estimators that names and ``"auto"`` stand for."""
+        return {name: chosen.state_dict() for name, chosen in vars(self._auto).items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If the state names an estimator that there is not.
+        """
+        for name, part in state.items():
+            self._auto.named(name).load_state_dict(part)
 
     @torch.no_grad()
     def loss(
@@ -149,16 +162,17 @@ class ParticleELBO(ELBO):
 
     def _check_costs(self, paths: Paths, call: Call, subsample: SharedSubsample) -> None:
         """Check once for each site of two programs that its cost is as its estimator needs it."""
+        if self._checked is None or not _same_programs(self._checked[0], call):
+            self._checked = (Call(call.model, call.guide), set())
         for name, estimator in paths.estimators.items():
-            program = (call.model, call.guide, name, type(estimator))
-            if program in self._checked:
+            choice = (name, type(estimator))
+            if choice in self._checked[1]:
                 continue
             if estimator.needs_linked_value:
                 check_reading(name, paths.having(name)[0][0], call, subsample)
-                self._checked.append(program)
             if estimator.moves_plates:
                 check_apart(name, paths.having(name)[0][0], call, subsample)
-                self._checked.append(program)
+            self._checked[1].add(choice)
 
     def _run(self, call: Call, subsample: SharedSubsample, *, evaluate: bool) -> Paths:
         """Run the programs on every path of every particle."""

@@ -307,3 +307,49 @@ def test_a_new_estimator_is_trained_where_the_store_knows_another():
         for _ in range(3):
             svi.step(X)
         assert not torch.equal(network.weight, before)
+
+
+def test_the_default_s_state_can_be_saved_and_put_back():
+    """Under plain SVI the moving average of "auto" lives in the loss object."""
+
+    def model():
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(2.0))
+
+    def guide():
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("logits", torch.tensor(0.2))))
+
+    one, other = Estimator_ELBO(), Estimator_ELBO()
+    for _ in range(5):
+        one.loss_and_grads(model, guide)
+    other.load_state_dict(one.state_dict())
+    grads = []
+    for elbo in (one, other):
+        pyro.set_rng_seed(5)
+        param = pyro.get_param_store()._params["logits"]
+        param.grad = None
+        elbo.loss_and_grads(model, guide)
+        grads.append(param.grad.item())
+    assert grads[0] == grads[1]
+    fresh = Estimator_ELBO()
+    pyro.set_rng_seed(5)
+    param.grad = None
+    fresh.loss_and_grads(model, guide)
+    assert param.grad.item() != grads[0]
+    with pytest.raises(ValueError, match="No estimator is named 'nonsense'"):
+        fresh.load_state_dict({"nonsense": {}})
+
+
+def test_an_infinite_cost_leaves_the_moving_average_usable():
+    baseline = MovingAverage()
+    costs = iter([torch.tensor([[1.0]]), torch.tensor([[float("inf")]]), torch.tensor([[1.0]])])
+
+    class FakeSite:
+        name = "z"
+
+    values = []
+    for cost in costs:
+        site = FakeSite()
+        site.cost = cost
+        values.append(baseline(site)[0])
+    assert float(values[2]) == pytest.approx(1.0)
