@@ -1,0 +1,246 @@
+"""What the coupled estimators cost: evaluations of the programs, and memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_gumbel.estimators import (
+    ARMS,
+    DisARM,
+    DisARMTree,
+    DoubleControlVariate,
+    LeaveOneOut,
+    LocalExpectation,
+    MuProp,
+    Rebar,
+    Relax,
+    Rodeo,
+    Score,
+    SumAndSample,
+    UnorderedSet,
+)
+from pyro_gumbel.infer import Estimator_ELBO, config_gradient
+
+
+class Counted:
+    """A chain of a site of three bits and a one-hot of four; counts rows of every model call."""
+
+    def __init__(self):
+        self.bits = torch.tensor([0.3, -0.2, 0.5], requires_grad=True)
+        self.logits = torch.tensor([0.1, 0.4, -0.3, 0.2], requires_grad=True)
+        self.rows = []
+
+    def model(self):
+        y = pyro.sample("y", dist.Bernoulli(logits=torch.zeros(3)).to_event(1))
+        z = pyro.sample("z", dist.OneHotCategorical(logits=torch.zeros(4)))
+        self.rows.append(z.shape[:-1].numel())
+        pyro.factor("x", y.sum(-1) * z[..., 0] + z[..., 1])
+
+    def guide(self):
+        y = pyro.sample("y", dist.Bernoulli(logits=self.bits).to_event(1))
+        pyro.sample("z", dist.OneHotCategorical(logits=self.logits + y.sum(-1, keepdim=True)))
+
+    def evaluations(self, choice, *, num_particles=1, vectorize=True, **options):
+        """Evaluations of a step that is not the first, which looks at the programs too."""
+        elbo = Estimator_ELBO(num_particles, vectorize_particles=vectorize, **options)
+        guide = config_gradient(self.guide, choice)
+        elbo.loss_and_grads(self.model, guide)
+        self.rows.clear()
+        elbo.loss_and_grads(self.model, guide)
+        return sum(self.rows)
+
+
+vectorized = pytest.mark.parametrize("vectorize", [False, True], ids=["looped", "vectorised"])
+PLAIN = Score(LeaveOneOut())
+FOR_BITS = {
+    "disarm": (DisARM, 2),
+    "arms": (lambda: ARMS(5), 5),
+    "double_control_variate": (lambda: DoubleControlVariate(3), 3),
+    "rodeo": (lambda: Rodeo(4), 4),
+    "muprop": (MuProp, 2),
+    "rebar": (Rebar, 3),
+    "rebar_fixed": (lambda: Rebar(learn=False), 3),
+    "local_expectation": (LocalExpectation, 1 + 3),
+    "local_expectation_by_one": (lambda: LocalExpectation(chunk_size=1), 1 + 3),
+}
+FOR_ONE_HOT = {
+    "tree": (DisARMTree, 2),
+    "double_control_variate": (lambda: DoubleControlVariate(3), 3),
+    "muprop": (MuProp, 2),
+    "rebar": (Rebar, 3),
+    "relax": (lambda: Relax(torch.nn.Linear(4, 1)), 3),
+    "local_expectation": (LocalExpectation, 1 + 3),
+    "sum_and_sample": (lambda: SumAndSample(3), 4),
+    "unordered_set": (lambda: UnorderedSet(3), 3),
+}
+
+
+@vectorized
+@pytest.mark.parametrize("name", FOR_BITS)
+def test_bits_take_what_is_said(name, vectorize):
+    make, count = FOR_BITS[name]
+    choice = {"y": make(), "z": PLAIN}
+    assert Counted().evaluations(choice, num_particles=2, vectorize=vectorize) == 2 * count
+
+
+@vectorized
+@pytest.mark.parametrize("name", FOR_ONE_HOT)
+def test_one_hot_takes_what_is_said(name, vectorize):
+    make, count = FOR_ONE_HOT[name]
+    choice = {"y": PLAIN, "z": make()}
+    assert Counted().evaluations(choice, num_particles=2, vectorize=vectorize) == 2 * count
+
+
+@vectorized
+@pytest.mark.parametrize("num_particles", [1, 3])
+@pytest.mark.parametrize(
+    ("first", "second", "count"),
+    [
+        (ARMS(4), DisARMTree(), 1 + 3 + 1),
+        (LocalExpectation(), UnorderedSet(3), 1 + 3 + 2),
+        (Rebar(), Rebar(), 1 + 2 + 2),
+        (DoubleControlVariate(3), LocalExpectation(), 1 + 2 + 3),
+    ],
+    ids=repr,
+)
+def test_a_chain_adds_up(first, second, count, num_particles, vectorize):
+    """Two coupled sites take ``1 + sum(K - 1)`` evaluations, not the product of their ``K``."""
+    found = Counted().evaluations(
+        {"y": first, "z": second}, num_particles=num_particles, vectorize=vectorize
+    )
+    assert found == num_particles * count
+
+
+def test_chunks_bound_the_rows_of_a_pass():
+    program = Counted()
+    program.evaluations({"y": LocalExpectation(chunk_size=2), "z": PLAIN}, num_particles=5)
+    assert program.rows == [5, 10, 5]
+
+
+@vectorized
+def test_evaluating_takes_one_path(vectorize):
+    program = Counted()
+    guide = config_gradient(program.guide, {"y": ARMS(4), "z": LocalExpectation()})
+    elbo = Estimator_ELBO(3, vectorize_particles=vectorize, max_plate_nesting=0)
+    elbo.loss(program.model, guide)
+    program.rows.clear()
+    elbo.loss(program.model, guide)
+    assert sum(program.rows) == 3
+
+
+@vectorized
+def test_all_paths_of_a_step_see_one_minibatch(vectorize):
+    seen = []
+
+    def model():
+        with pyro.plate("n", 50, subsample_size=2) as index:
+            seen.append(index)
+            z = pyro.sample("z", dist.OneHotCategorical(logits=torch.zeros(4)))
+            pyro.factor("x", z[..., 0])
+
+    logits = torch.zeros(4, requires_grad=True)
+
+    def guide():
+        with pyro.plate("n", 50, subsample_size=2) as index:
+            seen.append(index)
+            pyro.sample("z", dist.OneHotCategorical(logits=logits))
+
+    elbo = Estimator_ELBO(2, vectorize_particles=vectorize, max_plate_nesting=1)
+    guide = config_gradient(guide, LocalExpectation(chunk_size=1))
+    steps = []
+    for _ in range(3):
+        seen.clear()
+        elbo.loss_and_grads(model, guide)
+        steps.append(seen[-1].tolist())
+    # The last step's passes: rows of the main path, then each of the three branches.
+    assert len(seen) == 2 * (4 if vectorize else 2 * 4)
+    assert all(index.tolist() == steps[-1] for index in seen)
+    assert len({tuple(step) for step in steps}) > 1
+
+
+def test_branches_without_graph_keep_none():
+    """Only the main path's run of the model records a graph."""
+    recorded = []
+
+    def model():
+        z = pyro.sample("z", dist.OneHotCategorical(logits=torch.zeros(4)))
+        weight = pyro.param("w", torch.tensor(1.0))
+        recorded.append((weight * z[..., 0]).requires_grad)
+        pyro.factor("x", weight * z[..., 0])
+
+    logits = torch.zeros(4, requires_grad=True)
+
+    def guide():
+        pyro.sample("z", dist.OneHotCategorical(logits=logits))
+
+    for estimator in (LocalExpectation(), SumAndSample(2), UnorderedSet(3)):
+        recorded.clear()
+        Estimator_ELBO(max_plate_nesting=0).loss_and_grads(
+            model, config_gradient(guide, estimator)
+        )
+        assert recorded == [True] + [False] * (len(recorded) - 1)
+        assert len(recorded) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("joined", [True, False], ids=["to_event", "plate"])
+def test_local_expectation_of_many_variables_fits_in_memory(joined):
+    """64 sites of 8 categories at batch 100: peak memory of a process of its own, below 4 GB."""
+    program = f"""
+        import resource, torch, pyro, pyro.distributions as dist
+        from pyro_gumbel.estimators import LocalExpectation
+        from pyro_gumbel.infer import Estimator_ELBO, config_gradient
+        torch.set_num_threads(1)
+        batch, sites, classes, joined = 100, 64, 8, {joined}
+        encoder = torch.nn.Sequential(torch.nn.Linear(784, 512), torch.nn.ReLU(),
+                                      torch.nn.Linear(512, sites * classes))
+        decoder = torch.nn.Sequential(torch.nn.Linear(sites * classes, 512), torch.nn.ReLU(),
+                                      torch.nn.Linear(512, 784))
+        x = (torch.rand(batch, 784) > 0.5).float()
+        def law(logits, n):
+            fn = dist.OneHotCategorical(logits=logits)
+            return fn.to_event(1) if joined else fn
+        def program(logits, model):
+            with pyro.plate("images", batch, dim=-1):
+                if joined:
+                    z = pyro.sample("z", law(logits, None))
+                else:
+                    z = torch.stack([pyro.sample(f"z{{n}}", law(logits[..., n, :], n))
+                                     for n in range(sites)], -2)
+                if model:
+                    pixels = dist.Bernoulli(logits=decoder(z.flatten(-2))).to_event(1)
+                    pyro.sample("x", pixels, obs=x)
+        def model():
+            pyro.module("decoder", decoder)
+            program(torch.zeros(batch, sites, classes), True)
+        def guide():
+            pyro.module("encoder", encoder)
+            program(encoder(x).unflatten(-1, (sites, classes)), False)
+        elbo = Estimator_ELBO(vectorize_particles=True, max_plate_nesting=1)
+        elbo.loss_and_grads(model, config_gradient(guide, LocalExpectation()))
+        assert next(encoder.parameters()).grad.abs().sum() > 0
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=500,
+    )
+    kilobytes = int(run.stdout.split()[-1])
+    assert kilobytes < 4_000_000, kilobytes
+
+
+def test_rows_of_a_plate_of_particles_are_one_call():
+    """Vectorised, coupled values with gradient are rows of a single run."""
+    program = Counted()
+    program.evaluations({"y": ARMS(4), "z": Rebar()}, num_particles=5)
+    assert program.rows == [5 * (1 + 3 + 2)]
