@@ -96,6 +96,8 @@ class MovingAverage(Baseline):
         else:
             past, weight = past.to(mean.device), self._weights[site.name].to(mean.device)
             baseline = past / weight
+        # One infinite cost must not stay in the average for good.
+        mean = torch.where(mean.isfinite(), mean, baseline)
         self._sums[site.name] = self.decay * past + (1 - self.decay) * mean
         self._weights[site.name] = self.decay * weight + (1 - self.decay)
         return baseline, None

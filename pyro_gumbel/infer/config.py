@@ -300,7 +300,7 @@ def resolve(msg: Message, auto: Auto, default: Choice, num_particles: int) -> Es
         return auto.score(num_particles)
     if isinstance(choice, str):
         choice = auto.named(choice)
-    estimator = cast(Estimator, choice)
+    estimator = choice
     if not estimator.supports(fn):
         _refuse(msg, estimator, f"it needs {estimator.sites}")
     objection = estimator.objection(fn, event_dims(msg["fn"]))
