@@ -10,7 +10,7 @@ from scipy import special, stats
 
 from pyro_gumbel.diagnostics._moments import Spread
 
-__all__ = ["Bias", "bias_of", "cosine_of", "snr_of"]
+__all__ = ["Bias", "bias_of", "cosine_of", "snr_of", "two_sided_z"]
 
 _INTERVAL = 1.959963984540054  # half the width of a normal's 95 % interval, in standard errors
 
@@ -23,14 +23,14 @@ class Bias:
         norm: The distance.
         squared: Its square less what noise adds to it on average: unbiased, so it may be negative.
         mcse: So much that ``norm`` is below 1.96 of it in 95 % of repetitions if there is no bias.
-        z: The normal's two-sided quantile of the probability that noise alone goes that far.
+        log_tail: The log of the probability that noise alone goes that far.
         squared_mcse: Standard error of ``squared``.
     """
 
     norm: float
     squared: float
     mcse: float
-    z: float
+    log_tail: float
     squared_mcse: float
 
 
@@ -40,7 +40,7 @@ def bias_of(difference: np.ndarray, spreads: list[Spread], floor: float) -> Bias
     Without bias the squared distance is a weighted sum of :math:`\chi^2` variables with mean
     :math:`\mathrm{tr}\,\Sigma / N` and variance :math:`2\,\mathrm{tr}\,\Sigma^2 / N^2`. It is
     taken for the multiple of one :math:`\chi^2` that has the same two moments (Satterthwaite,
-    1946). In one dimension the standard error and ``z`` are the usual ones.
+    1946). In one dimension the standard error and the probability are the usual ones.
 
     Args:
         difference: Mean minus reference, ``(n,)``.
@@ -62,19 +62,27 @@ def bias_of(difference: np.ndarray, spreads: list[Spread], floor: float) -> Bias
     largest = math.sqrt(variance / 2)  # no direction has more variance
     squared_mcse = math.sqrt(4 * max(squared, 0.0) * largest + variance)
     if not scale:
-        z = math.inf if norm else 0.0
-        return Bias(norm, squared, 0.0, z, squared_mcse)
+        return Bias(norm, squared, 0.0, -math.inf if norm else 0.0, squared_mcse)
     mcse = math.sqrt(scale * stats.chi2.ppf(0.95, freedom)) / _INTERVAL
-    return Bias(norm, squared, mcse, _z(squared_norm / scale, freedom), squared_mcse)
+    return Bias(norm, squared, mcse, _log_tail(squared_norm / scale, freedom), squared_mcse)
 
 
-def _z(value: float, freedom: float) -> float:
-    """The normal's two-sided quantile at the upper tail probability of a chi-squared variable."""
+def _log_tail(value: float, freedom: float) -> float:
+    """The log of the probability that a chi-squared variable is larger."""
     log_tail = stats.chi2.logsf(value, freedom)
     if not np.isfinite(log_tail) or log_tail < -600:  # underflow: the tail's leading term
         half = freedom / 2
         log_tail = (half - 1) * math.log(value / 2) - value / 2 - special.gammaln(half)
-    return max(-float(special.ndtri_exp(min(log_tail, 0.0) - math.log(2))), 0.0)
+    return min(float(log_tail), 0.0)
+
+
+def two_sided_z(log_tails: list[float]) -> float:
+    """The normal's two-sided quantile at the smallest of several probabilities.
+
+    It is corrected for their number (Bonferroni): one of many is small by chance.
+    """
+    log_tail = min(min(log_tails) + math.log(len(log_tails)), 0.0)
+    return max(-float(special.ndtri_exp(log_tail - math.log(2))), 0.0)
 
 
 def snr_of(mean: np.ndarray, spread: Spread) -> tuple[float, float]:

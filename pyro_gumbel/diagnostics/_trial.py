@@ -19,13 +19,13 @@ from pyro_gumbel.diagnostics.draws import gradient_draws
 from pyro_gumbel.estimators import Call
 from pyro_gumbel.infer import Estimator_ELBO
 
-__all__ = ["Trial", "table_of", "time_together"]
+__all__ = ["FAILURES", "Trial", "table_of", "time_together"]
 
 _FEWEST = 16
 _WARMUP = 5  # until a moving baseline is near the cost
 _MOST = 20_000
 _PATIENCE = 3.0  # how many times its share of the budget a candidate may take
-_FAILURES = (ValueError, RuntimeError, TypeError, IndexError, NotImplementedError)
+FAILURES = (ValueError, RuntimeError, TypeError, IndexError, NotImplementedError)
 
 
 class Trial:
@@ -98,7 +98,7 @@ class Trial:
             number = int(min(max(seconds / max(price, 1e-9), _FEWEST), most))
             self.draws = self._draw(call, number, seed, options)
             self.spent = number * price
-        except _FAILURES as error:
+        except FAILURES as error:
             self.failure = f"cannot be run: {type(error).__name__}: {str(error).splitlines()[0]}"
 
     def replica(self, call: Call, options: dict[str, Any]) -> Replica:

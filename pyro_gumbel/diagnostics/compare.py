@@ -10,8 +10,7 @@ import pandas as pd
 import xarray as xr
 
 from pyro_gumbel._arviz import folded_rhat, pareto_khat
-from pyro_gumbel.diagnostics._moments import Spread
-from pyro_gumbel.diagnostics._statistics import bias_of, cosine_of, snr_of
+from pyro_gumbel.diagnostics._statistics import Bias, bias_of, cosine_of, snr_of, two_sided_z
 from pyro_gumbel.diagnostics._tables import (
     Block,
     blocks_of,
@@ -40,8 +39,9 @@ def compare_gradients(
 
     * ``bias``: :math:`\|\bar g - g^*\|`. Noise alone makes it positive; ``bias_mcse`` is such that
       it exceeds 1.96 standard errors in 5 % of repetitions if there is no bias.
-    * ``bias_z``: the normal's quantile for the probability that noise alone goes as far. Above 5
-      the estimator is biased; it grows with ``N`` if there is bias.
+    * ``bias_z``: the normal's two-sided quantile for the probability that noise alone goes as far:
+      the smallest of those of the whole gradient and of each parameter's, corrected for their
+      number. Above 5 the estimator is biased; it grows with ``N`` if there is bias.
     * ``relative_bias``: ``bias`` over :math:`\|g^*\|`.
     * ``variance``: :math:`\mathrm{tr}\,\Sigma`, the sum of the coordinates' sample variances.
     * ``relative_std``: its root over :math:`\|\bar g\|`.
@@ -125,11 +125,18 @@ def _rows(dataset: xr.Dataset, reference: Any, by: str | None) -> dict[str, dict
     blocks = blocks_of(dataset, names)
     others = None if reference is None else reference_blocks(reference, dataset, names)
     parts = ["all"] if by is None else names
-    epsilon = _precision(dataset)
-    return {
-        part: _row(blocks[part], None if others is None else others[part], dataset, epsilon)
-        for part in parts
-    }
+    rows = {}
+    for part in parts:
+        row = _row(blocks[part], dataset)
+        if others is not None:
+            # A part of the gradient is rounded like the whole, however small it is.
+            rounding = _precision(dataset) * float(np.linalg.norm(others["all"].mean))
+            tested = [part] if by or len(names) == 1 else ["all", *names]
+            biases = {name: _bias(blocks[name], others[name], rounding) for name in tested}
+            row |= _against(blocks[part], others[part], biases)
+        row["warning"] = _warning(row, blocks[part])
+        rows[part] = row
+    return rows
 
 
 def _precision(dataset: xr.Dataset) -> float:
@@ -137,9 +144,7 @@ def _precision(dataset: xr.Dataset) -> float:
     return 64.0 * {"float64": 2.0**-52, "float32": 2.0**-23}.get(dtype, 2.0**-10)
 
 
-def _row(
-    block: Block, reference: Block | None, dataset: xr.Dataset, epsilon: float
-) -> dict[str, Any]:
+def _row(block: Block, dataset: xr.Dataset) -> dict[str, Any]:
     spread = block.spread
     assert spread is not None
     row: dict[str, Any] = dict.fromkeys(_COLUMNS, math.nan)
@@ -150,11 +155,7 @@ def _row(
     row["khat"] = float(pareto_khat(block.norms))
     for name in ("seconds", "seconds_mcse", "evaluations"):
         row[name] = float(dataset.attrs.get(name, math.nan))
-    row |= _efficiency(row)
-    if reference is not None:
-        row |= _against(block, spread, reference, epsilon)
-    row["warning"] = _warning(row, block)
-    return row
+    return row | _efficiency(row)
 
 
 def _efficiency(row: dict[str, Any]) -> dict[str, float]:
@@ -166,15 +167,21 @@ def _efficiency(row: dict[str, Any]) -> dict[str, float]:
     return {"efficiency": 1 / price, "efficiency_mcse": math.sqrt(relative) / price}
 
 
-def _against(block: Block, spread: Spread, reference: Block, epsilon: float) -> dict[str, float]:
+def _bias(block: Block, reference: Block, rounding: float) -> Bias:
+    assert block.spread is not None
+    spreads = [block.spread] if reference.spread is None else [block.spread, reference.spread]
+    return bias_of(block.mean - reference.mean, spreads, rounding)
+
+
+def _against(block: Block, reference: Block, biases: dict[str, Bias]) -> dict[str, float]:
+    spread, bias = block.spread, next(iter(biases.values()))
+    assert spread is not None
     length = float(np.linalg.norm(reference.mean))
-    spreads = [spread] if reference.spread is None else [spread, reference.spread]
-    bias = bias_of(block.mean - reference.mean, spreads, epsilon * length)
     cosine, cosine_mcse = cosine_of(block.mean, reference.mean, spread)
     return {
         "bias": bias.norm,
         "bias_mcse": bias.mcse,
-        "bias_z": bias.z,
+        "bias_z": two_sided_z([bias.log_tail for bias in biases.values()]),
         "relative_bias": bias.norm / length if length else math.nan,
         "mse": spread.trace + max(bias.squared, 0.0),
         "mse_mcse": math.hypot(math.sqrt(spread.trace_variance), bias.squared_mcse),

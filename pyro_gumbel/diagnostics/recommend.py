@@ -19,7 +19,7 @@ from pyro_gumbel.diagnostics._candidates import (
 )
 from pyro_gumbel.diagnostics._parameters import Params, find_parameters
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
-from pyro_gumbel.diagnostics._trial import Trial, table_of, time_together
+from pyro_gumbel.diagnostics._trial import FAILURES, Trial, table_of, time_together
 from pyro_gumbel.diagnostics.exact import sum_states
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.infer import Estimator_ELBO
@@ -161,7 +161,7 @@ def _exact(
 ) -> xr.Dataset | None:
     try:
         gradients, attrs = sum_states(call, params, max_states, seed, deadline)
-    except (ValueError, TimeoutError):
+    except (*FAILURES, TimeoutError):
         return None
     names = {
         name: [f"{name}_dim_{axis}" for axis in range(g.ndim)] for name, g in gradients.items()

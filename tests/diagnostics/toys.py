@@ -71,7 +71,7 @@ def bits(size: int = 2) -> Problem:
 
 
 def summed_plate() -> Problem:
-    """A likelihood outside the plate of the latents: the plate cannot be summed element by element."""
+    """A likelihood outside the latents' plate, which cannot be summed element by element."""
 
     def model() -> None:
         w = pyro.param("w")

@@ -1,0 +1,116 @@
+"""The check passes what is unbiased, and names the worst coordinate of what is not."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from toys import bits
+
+from pyro_gumbel.diagnostics import check_unbiased, exact_gradient, gradient_draws
+from pyro_gumbel.estimators import Estimator, LeaveOneOut, Score, Site
+
+
+class Planted(Estimator):
+    """The score function with a cost that is a little too large."""
+
+    unbiased = True
+    sites = "any site with log_prob"
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def supports(self, fn) -> bool:
+        return True
+
+    def surrogate(self, site: Site) -> torch.Tensor:
+        return self.factor * site.cost[0] * site.log_prob
+
+
+@pytest.fixture
+def problem():
+    problem = bits()
+    problem.reset(torch.float64)
+    return problem
+
+
+@pytest.mark.parametrize("estimator", [Planted(), Score(LeaveOneOut()), {"z": "disarm"}])
+def test_unbiased(problem, estimator) -> None:
+    found = check_unbiased(problem.model, problem.guide, estimator=estimator, num_draws=2500)
+    assert 0 < found.z < 5
+    assert re.fullmatch(r"w|logits\[\d, \d\]", found.coordinate)
+    assert found.resolution < 0.1
+    assert found.num_draws == 2500
+
+
+def test_planted_error(problem) -> None:
+    with pytest.raises(AssertionError) as caught:
+        check_unbiased(problem.model, problem.guide, estimator=Planted(1.5), num_draws=2500)
+    found = re.fullmatch(
+        r"biased: at logits\[(\d), (\d)\] the mean of 2,500 draws is (\S+), the exact gradient "
+        r"(\S+), (\S+) standard errors apart; about (\S+) draws are enough to see it.",
+        str(caught.value),
+    )
+    row, column, mean, exact, z, needed = found.groups()
+    truth = exact_gradient(problem.model, problem.guide)["logits"]
+    assert float(exact) == pytest.approx(float(truth[int(row), int(column)]), rel=1e-4)
+    assert float(mean) == pytest.approx(1.5 * float(exact), rel=0.3)
+    assert float(z) > 5
+    expected = 2500 * (5 / float(z)) ** 2
+    assert float(needed.replace(",", "")) == pytest.approx(expected, rel=0.05)
+
+
+def test_reference_that_is_drawn(problem) -> None:
+    options = {"num_draws": 1500, "num_chains": 1, "seed": 9, "site_draws": 0, "progress": False}
+    for project in (None, 1):
+        reference = gradient_draws(
+            problem.model, problem.guide, estimators={"r": Planted()}, project=project, **options
+        )["r"]
+        found = check_unbiased(
+            problem.model, problem.guide, estimator=Planted(), reference=reference, num_draws=1500
+        )
+        assert found.z < 5
+
+
+def test_coarse_check_warns(problem) -> None:
+    with pytest.warns(UserWarning, match=r"known to \d+% .*num_draws=[\d,]+ would tell 10 %"):
+        check_unbiased(problem.model, problem.guide, estimator=Planted(), num_draws=20)
+
+
+def test_rare_events_are_no_bias() -> None:
+    """Draws that all miss a rare event have no variance there; that is no infinite z."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Bernoulli(1e-4))
+        pyro.factor("f", 5.0 * z * pyro.param("rare", torch.zeros(2))[0])
+
+    def guide() -> None:
+        pyro.sample("z", dist.Bernoulli(1e-4))
+        pyro.sample("y", dist.Normal(pyro.param("rare", torch.zeros(2))[1], 1.0),
+                    infer={"is_auxiliary": True})  # fmt: skip
+        pyro.factor("g", torch.randn(()) * pyro.param("rare", torch.zeros(2))[1], has_rsample=True)
+
+    reference = xr.Dataset({"rare": ("i", np.array([-5e-4, 0.0]))})
+    with pytest.warns(UserWarning, match="a smaller bias goes unseen"):
+        found = check_unbiased(model, guide, estimator="score", reference=reference, num_draws=400)
+    assert found.z < 5
+
+
+@pytest.mark.parametrize(
+    ("reference", "match"),
+    [
+        (xr.Dataset({"w": 0.0}), r"reference has no parameter 'logits'"),
+        (xr.Dataset({"w": 0.0, "logits": 0.0}), r"shape \(\) at parameter 'logits'.*\(2, 2\)"),
+    ],
+)
+def test_errors(problem, reference, match) -> None:
+    with pytest.raises(ValueError, match=match):
+        check_unbiased(
+            problem.model, problem.guide, estimator="score", reference=reference, num_draws=5
+        )

@@ -1,0 +1,209 @@
+"""The container: groups, labels, files; and the pictures that are drawn from the same draws."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import arviz as az
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from toys import chain
+
+from pyro_gumbel._arviz import ARVIZ_1, group
+from pyro_gumbel.diagnostics import (
+    compare_gradients,
+    exact_gradient,
+    gradient_draws,
+    plot_efficiency,
+    plot_gradients,
+    plot_training,
+    to_arviz,
+)
+
+ESTIMATORS = {"score": "score", "reinmax": "reinmax"}
+
+
+def drawn(**options):
+    problem = chain()
+    problem.reset(torch.float32)
+    settings = {"num_draws": 20, "progress": False, "dims": {"b_logits": ["row", "category"]}}
+    settings |= {"coords": {"category": ["x", "y", "z"]}} | options
+    draws = gradient_draws(problem.model, problem.guide, estimators=ESTIMATORS, **settings)
+    named = {key: settings[key] for key in ("dims", "coords") if key in settings}
+    return draws, exact_gradient(problem.model, problem.guide, **named)
+
+
+@pytest.fixture(autouse=True)
+def close_pictures():
+    yield
+    plt.close("all")
+
+
+def test_groups(tmp_path: Path) -> None:
+    draws, exact = drawn()
+    data = to_arviz(draws, exact)
+    gradients = group(data, "gradients")
+    assert set(gradients.data_vars) == set(exact)
+    assert gradients["b_logits"].dims == ("chain", "draw", "estimator", "row", "category")
+    np.testing.assert_array_equal(
+        gradients["b_logits"].sel(estimator="reinmax"), draws["reinmax"]["b_logits"]
+    )
+    assert gradients.attrs["inference_library"] == "pyro"
+    statistics = group(data, "sample_stats")
+    assert {"elbo", "loss", "grad_norm", "seconds", "evaluations"} <= set(statistics.data_vars)
+    np.testing.assert_array_equal(
+        statistics["elbo"].sel(estimator="score"), -draws["score"].coords["loss"]
+    )
+    constants = group(data, "constant_data")
+    np.testing.assert_array_equal(constants["w"], np.float32(0.9))
+    np.testing.assert_allclose(constants["b_logits.gradient"], exact["b_logits"])
+    assert list(constants["b_logits"].coords["category"].values) == ["x", "y", "z"]
+
+    data.to_netcdf(str(tmp_path / "gradients.nc"))
+    read = az.from_netcdf(str(tmp_path / "gradients.nc"))
+    for name in ("gradients", "sample_stats", "constant_data"):
+        xr.testing.assert_allclose(group(read, name), group(data, name))
+
+
+def test_statistics_of_arviz() -> None:
+    draws, _ = drawn()
+    summary = az.summary(draws["score"], kind="diagnostics")
+    assert "b_logits[0, x]" in summary.index
+    error = az.mcse(draws["score"])["w"]
+    values = draws["score"]["w"].values
+    assert float(error) == pytest.approx(values.std(ddof=1) / 80**0.5, rel=0.5)
+    # A dict of Datasets is stacked as any other.
+    index = xr.IndexVariable("estimator", list(draws))
+    assert xr.concat(list(draws.values()), dim=index)["w"].sizes["estimator"] == 2
+
+
+def test_projections(tmp_path: Path) -> None:
+    draws, exact = drawn(project=2)
+    data = to_arviz(draws, exact)
+    assert group(data, "gradients")["w"].dims == ("chain", "draw", "estimator", "direction")
+    assert "cosine" in group(data, "sample_stats")
+    assert "b_logits.gradient" in group(data, "constant_data")
+    data.to_netcdf(str(tmp_path / "projections.nc"))
+
+
+def test_slashes_in_names(tmp_path: Path) -> None:
+    draws = {"e": xr.Dataset({"scope/z": (("chain", "draw"), np.zeros((2, 5)))})}
+    data = to_arviz(draws)
+    data.to_netcdf(str(tmp_path / "scoped.nc"))
+    assert list(group(data, "gradients").data_vars) == ["scope.z"]
+
+
+def test_errors() -> None:
+    draws, _ = drawn()
+    short = {"a": draws["score"], "b": draws["reinmax"].isel(draw=slice(5))}
+    with pytest.raises(ValueError, match="numbers of chains and draws differ"):
+        to_arviz(short)
+    with pytest.raises(ValueError, match="reference has no parameter 'a_logits'"):
+        to_arviz(draws, xr.Dataset())
+    with pytest.raises(ValueError, match="draws is empty"):
+        to_arviz({})
+    with pytest.raises(TypeError, match="draws must be a dict of Datasets"):
+        to_arviz(None)
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_plot_gradients(with_reference: bool, tmp_path: Path) -> None:
+    draws, exact = drawn()
+    shorter = {**draws, "reinmax": draws["reinmax"].isel(draw=slice(12), chain=slice(3))}
+    picture = plot_gradients(shorter, exact if with_reference else None)
+    figure = picture if ARVIZ_1 else np.ravel(picture)[0].figure
+    figure.savefig(str(tmp_path / "forest.png"))
+    assert (tmp_path / "forest.png").stat().st_size > 5000
+
+
+def test_plot_gradients_averages_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = {}
+    monkeypatch.setattr(
+        "pyro_gumbel.diagnostics.plots.plot_forest", lambda draws, **_: shown.update(draws)
+    )
+    draws, exact = drawn()
+    plot_gradients(draws, exact, var_names=["w"], average=5)
+    assert list(shown) == ["score", "reinmax", "reference"]
+    assert shown["score"]["w"].shape == (4, 4)
+    expected = draws["score"]["w"].values[0, 5:10].mean()
+    assert float(shown["score"]["w"][0, 1]) == pytest.approx(expected, rel=1e-5)
+    assert (shown["reference"]["w"] == float(exact["w"])).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"var_names": ["v"]}, "no parameter 'v'"),
+        ({"average": 21}, "average must be between 1 and 20"),
+        ({"average": 0}, "average must be between 1 and 20"),
+    ],
+)
+def test_plot_gradients_errors(options, match) -> None:
+    draws, _ = drawn()
+    with pytest.raises(ValueError, match=match):
+        plot_gradients(draws, **options)
+
+
+def test_plot_gradients_needs_few_rows() -> None:
+    many = {"e": xr.Dataset({"a": (("chain", "draw", "i"), np.zeros((2, 5, 41)))})}
+    with pytest.raises(ValueError, match="41 coordinates are too many rows"):
+        plot_gradients(many)
+    draws, exact = drawn(project=2)
+    with pytest.raises(ValueError, match="projections cannot be held against a reference"):
+        plot_gradients(draws, exact)
+    assert plot_gradients(draws) is not None
+
+
+def history(steps: int = 30, chains: int = 2) -> xr.Dataset:
+    rng = np.random.default_rng(0)
+    dims, shape = ("chain", "draw", "estimator"), (chains, steps, 2)
+    return xr.Dataset(
+        {name: (dims, rng.random(shape)) for name in ("elbo", "grad_norm", "seconds")},
+        {"estimator": ["a", "b"], "draw": np.arange(1, steps + 1)},
+    )
+
+
+def test_plot_training() -> None:
+    figure = plot_training(history())
+    assert [line.get_label() for line in figure.axes[0].lines] == ["a", "b"]
+    both = plot_training({"one": history(), "two": history(chains=1)}, smooth=5)
+    labels = [line.get_label() for line in both.axes[0].lines]
+    assert labels == ["one a", "one b", "two a", "two b"]
+    line = both.axes[0].lines[0]
+    expected = history().elbo.sel(estimator="a").mean("chain").values[:5].mean()
+    assert line.get_ydata()[0] == pytest.approx(expected)
+    assert line.get_xdata()[0] == 5
+
+
+def test_plot_training_errors() -> None:
+    with pytest.raises(ValueError, match="histories must be what train"):
+        plot_training({})
+    with pytest.raises(ValueError, match="smooth must be between 1 and 30"):
+        plot_training(history(), smooth=31)
+
+
+def test_plot_efficiency() -> None:
+    draws, exact = drawn()
+    table = compare_gradients(draws, exact)
+    figure = plot_efficiency(table)
+    assert len(figure.axes) == 2
+    assert len(plot_efficiency(compare_gradients(draws)).axes) == 1
+    with pytest.raises(ValueError, match="no row has a positive variance and seconds"):
+        plot_efficiency(table.assign(seconds=np.nan))
+
+
+def test_nothing_plots_at_import() -> None:
+    program = (
+        "import sys, pyro_gumbel.diagnostics\n"
+        "found = {'matplotlib', 'arviz', 'arviz_plots'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {found}' if found else 0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
