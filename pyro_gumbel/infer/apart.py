@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro.poutine as poutine
@@ -18,14 +18,16 @@ from pyro_gumbel.infer.run import Run, in_rows
 
 __all__ = ["check_apart"]
 
+_TRIED_CHANGES = 3
+
 
 def check_apart(name: str, run: Run, call: Call, subsample: SharedSubsample) -> None:
     """Look for sites outside a latent site's plates that depend on its value.
 
     An estimator that gives all elements of a plate values that are no draws of the guide would
     count, for one element, costs that the others' values have changed. Sites inside the plates
-    depend on their own element alone. Those outside are scored anew with the value moved and all
-    else held.
+    depend on their own element alone. Those outside are scored anew with the value moved, a few
+    times, and all else held.
 
     Args:
         name: The latent site.
@@ -42,17 +44,28 @@ def check_apart(name: str, run: Run, call: Call, subsample: SharedSubsample) -> 
     outside = {other: left for other, left in outside.items() if left}
     if not outside:
         return
-    fn = unwrap(site["fn"])
     values = {latent: run.value(latent).detach() for latent in run.estimators}
-    index = to_index(fn, values[name])
-    moved = from_index(fn, (index + 1) % one_hot_logits(fn).shape[-1])
     for program in (call.guide, call.model):
         before = _scores(program, call, run, subsample, values)
-        after = _scores(program, call, run, subsample, {**values, name: moved})
-        for other in sorted(outside.keys() & before.keys()):
-            if not torch.equal(before[other].nan_to_num(), after[other].nan_to_num()):
-                plate = min(frame.name for frame in outside[other])
-                _refuse(name, repr(run.estimators[name]), other, plate)
+        names = sorted(outside.keys() & before.keys())
+        for moved in _other_values(unwrap(site["fn"]), values[name]) if names else ():
+            after = _scores(program, call, run, subsample, {**values, name: moved})
+            for other in names:
+                if not torch.equal(before[other].nan_to_num(), after[other].nan_to_num()):
+                    plate = min(frame.name for frame in outside[other])
+                    _refuse(name, repr(run.estimators[name]), other, plate)
+
+
+def _other_values(fn: Any, value: Tensor) -> Iterator[Tensor]:
+    """Values to try: all elements alike, which moves every sum, and any, which moves the rest."""
+    index = to_index(fn, value)
+    categories = one_hot_logits(fn).shape[-1]
+    for category in range(min(categories, _TRIED_CHANGES)):
+        yield from_index(fn, torch.full_like(index, category))
+    noise = torch.Generator().manual_seed(0)  # the programs' own is left alone
+    for _ in range(_TRIED_CHANGES):
+        other = torch.randint(categories, index.shape, generator=noise)
+        yield from_index(fn, other.to(index.device))
 
 
 def _scores(

@@ -295,5 +295,6 @@ def copy_gradients(
     parts = []
     for name in problem.params:
         grad = store[name].grad
-        parts.append((torch.zeros_like(store[name]) if grad is None else grad).flatten(1))
+        grad = torch.zeros_like(store[name]) if grad is None else grad
+        parts.append(grad.reshape(len(grad), -1))
     return torch.cat(parts, 1).double()
