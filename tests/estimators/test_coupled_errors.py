@@ -1,4 +1,4 @@
-"""What coupled estimators refuse: sites, plates and arguments, each named, with what would work."""
+"""What coupled estimators refuse: sites, plates, arguments; each named, with what would work."""
 
 from __future__ import annotations
 
