@@ -94,9 +94,9 @@ def mean_softmax_jacobian(
         mean += soft.sum(0)
         second += torch.einsum("k...i,k...j->...ij", soft, soft)
     jacobian = (torch.diag_embed(mean) - second) / num_samples
-    return jacobian / (
-        temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
-    )
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        temperature = temperature.unsqueeze(-1)
+    return jacobian / temperature
 
 
 def _chunks(total: int, size: int) -> list[int]:

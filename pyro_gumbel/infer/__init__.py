@@ -1,11 +1,13 @@
 """How an ELBO is built: who gets which estimator, on which particles, at what cost."""
 
+from pyro_gumbel.infer.capture import CapturedSVI
 from pyro_gumbel.infer.config import config_gradient, estimator_names
 from pyro_gumbel.infer.elbo import Estimator_ELBO
 from pyro_gumbel.infer.importance import ImportanceWeighted_ELBO
 from pyro_gumbel.infer.relax import RelaxReparam
 
 __all__ = [
+    "CapturedSVI",
     "Estimator_ELBO",
     "ImportanceWeighted_ELBO",
     "RelaxReparam",

@@ -146,6 +146,17 @@ class ParticleELBO(ELBO):
 
     def _step(self, call: Call) -> tuple[Tensor, Tensor]:
         """Return the detached loss and the surrogate loss, and count an optimisation step."""
+        loss, surrogate, estimators = self.estimate_step(call)
+        finish_step(estimators)
+        if is_validation_enabled():
+            warn_if_nan(loss, "loss")
+        return loss, surrogate
+
+    def estimate_step(self, call: Call) -> tuple[Tensor, Tensor, dict[str, Estimator]]:
+        """Return the detached loss, the surrogate loss and each site's estimator.
+
+        Baselines move on; to count the step is left to :func:`finish_step`.
+        """
         subsample = SharedSubsample()
         paths = self._run(call, subsample, evaluate=False)
         if is_validation_enabled():
@@ -154,11 +165,7 @@ class ParticleELBO(ELBO):
         if any(estimator.relaxed for estimator in paths.estimators.values()):
             with torch.no_grad():
                 value = self._value(self._run(call, subsample, evaluate=True))
-        finish_step(paths.estimators)
-        loss = -value.detach()
-        if is_validation_enabled():
-            warn_if_nan(loss, "loss")
-        return loss, -surrogate
+        return -value.detach(), -surrogate, paths.estimators
 
     def _check_costs(self, paths: Paths, call: Call, subsample: SharedSubsample) -> None:
         """Check once for each site of two programs that its cost is as its estimator needs it."""

@@ -1,0 +1,181 @@
+"""One step of one structure: how it is recorded, replayed and held against an eager one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.infer._cuda_graph import GraphedStep, hyper_parameters, make_capturable
+from pyro_gumbel.infer._record import NotRecordable, Recording, record
+from pyro_gumbel.infer._rng import preserved_rng
+from pyro_gumbel.infer._step_state import EstimatorState
+from pyro_gumbel.infer.particle_elbo import ParticleELBO
+
+__all__ = ["CapturedStep"]
+
+Outcome = tuple[Tensor, list[Tensor | None], list[Tensor]]
+
+
+class CapturedStep:
+    """A step of the programs with arguments of given shapes.
+
+    Args:
+        elbo: The objective.
+        optim: The optimiser, which has seen every parameter.
+        params: The parameters by name, unconstrained.
+        estimators: The estimators of the step's sites.
+        compile: Whether to compile the recording.
+    """
+
+    def __init__(
+        self,
+        elbo: ParticleELBO,
+        optim: PyroOptim,
+        params: Mapping[str, Tensor],
+        estimators: Mapping[str, Estimator],
+        *,
+        compile: bool,
+    ) -> None:
+        self.elbo = elbo
+        self.optim = optim
+        self.params = dict(params)
+        self.leaves = list(dict.fromkeys(params.values()))
+        device = self.leaves[0].device if self.leaves else torch.device("cpu")
+        self.state = EstimatorState(estimators.values(), device)
+        self.compile = compile
+        self.recording: Recording | None = None
+        self._graphed: GraphedStep | None = None
+        self._hyper_parameters: list[Any] = []
+        self._optim_in_graph = False
+
+    def holds_current_params(self) -> bool:
+        """Tell whether the parameter store still has the very parameters that were recorded."""
+        store = pyro.get_param_store()._params
+        return all(store.get(name) is param for name, param in self.params.items())
+
+    def record(self, call: Call) -> Tensor:
+        """Take a step, recording it, and return the loss."""
+        leaves = pytree.tree_leaves((call.args, call.kwargs))
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)] + self.state.inputs()
+        numbers, generators = self.state.numbers(), _python_generators()
+        # What checks arguments looks at their values, which no recording can repeat.
+        with pyro.validation_enabled(False), _undone_on_failure(self.state):
+            function = self._function(call)
+            outcome, self.recording = record(function, inputs, compile=self.compile)
+            if _python_generators() != generators:
+                raise NotRecordable(
+                    "the program draws from Python's or NumPy's generator; draw with torch."
+                )
+            if self.state.numbers() != numbers:
+                raise NotRecordable(
+                    "an estimator counts or keeps numbers in get_extra_state; keep tensors."
+                )
+        loss, gradients, states = outcome
+        self._finish(states)
+        self._apply(gradients)
+        return loss
+
+    def replay(self, tensors: list[Tensor]) -> Tensor:
+        """Take a step by the recording, given the tensors among the arguments."""
+        assert self.recording is not None
+        inputs = tensors + self.state.inputs()
+        if self.leaves[0].is_cuda:
+            loss, gradients, states = self._graph(inputs)(inputs)
+            if not self._optim_in_graph:
+                self._apply(gradients)
+        else:
+            loss, gradients, states = self.recording(inputs)
+            self._apply(gradients)
+        self._finish(states)
+        return loss
+
+    def eager(self, call: Call) -> tuple[Tensor, list[Tensor | None]]:
+        """Compute what an eager step would from here on, changing nothing."""
+        mutated = self.recording.mutated if self.recording is not None else []
+        kept = [tensor.clone() for tensor in mutated]
+        with preserved_rng(), self.state.preserved():
+            loss, gradients, _ = self._outcome(call)
+        with torch.no_grad():
+            for tensor, value in zip(mutated, kept, strict=True):
+                tensor.copy_(value)
+        return loss, gradients
+
+    def gradients(self) -> list[Tensor | None]:
+        """The gradients of the step that was last taken."""
+        return [leaf.grad for leaf in self.leaves]
+
+    def _function(self, call: Call) -> Any:
+        leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+        count = sum(isinstance(leaf, Tensor) for leaf in leaves)
+
+        def function(*inputs: Tensor) -> Outcome:
+            rest = iter(inputs[:count])
+            new = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            args, kwargs = pytree.tree_unflatten(new, spec)
+            with self.state.given(list(inputs[count:])):
+                return self._outcome(Call(call.model, call.guide, args, kwargs))
+
+        return function
+
+    def _outcome(self, call: Call) -> Outcome:
+        loss, surrogate, _ = self.elbo.estimate_step(call)
+        gradients: tuple[Tensor | None, ...] = (None,) * len(self.leaves)
+        if surrogate.requires_grad:
+            gradients = torch.autograd.grad(surrogate, self.leaves, allow_unused=True)
+        laid_out = [_like(p, g) for p, g in zip(self.leaves, gradients, strict=True)]
+        return loss, laid_out, [state.detach() for state in self.state.tensors()]
+
+    def _finish(self, states: list[Tensor]) -> None:
+        self.state.put(states)
+        self.state.advance()
+
+    def _apply(self, gradients: list[Tensor | None]) -> None:
+        for leaf, gradient in zip(self.leaves, gradients, strict=True):
+            leaf.grad = gradient
+        self.optim(self.leaves)
+
+    def _graph(self, inputs: list[Tensor]) -> GraphedStep:
+        """The CUDA graph, captured anew where a learning rate has changed."""
+        assert self.recording is not None
+        if self._graphed is None:
+            self._optim_in_graph = make_capturable(self.optim)
+        now = hyper_parameters(self.optim) if self._optim_in_graph else []
+        if self._graphed is None or now != self._hyper_parameters:
+            apply = self._apply if self._optim_in_graph else None
+            self._graphed = GraphedStep(self.recording, inputs, apply)
+            self._hyper_parameters = now
+        return self._graphed
+
+
+def _like(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """Lay a gradient out as its parameter, as optimisers expect it."""
+    if gradient is None or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
+def _python_generators() -> tuple[Any, ...]:
+    name, words, *rest = np.random.get_state()
+    return random.getstate(), (name, bytes(words), *rest)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _undone_on_failure(state: EstimatorState) -> Iterator[None]:
+    kept = state.tensors()
+    generators = pyro.util.get_rng_state()
+    try:
+        yield
+    except BaseException:
+        state.put(kept)
+        pyro.util.set_rng_state(generators)
+        raise

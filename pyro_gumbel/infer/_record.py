@@ -1,0 +1,125 @@
+"""Record a function of tensors as a flat list of operations, and play it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_gumbel.infer._simplify import as_function, is_view_of, simplify, writes_to
+
+__all__ = ["NotRecordable", "Recording", "record"]
+
+Function = Callable[..., Any]
+
+
+aten = torch.ops.aten
+_VIEWS = (
+    aten.view.default,
+    aten.detach.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.t.default,
+)
+
+
+class NotRecordable(RuntimeError):  # noqa: N818
+    """A program asks for the value of a tensor: what it does next depends on it."""
+
+
+class Recording:
+    """A recorded function, without Pyro, Python control flow or autograd.
+
+    Parameters, buffers and other tensors that the function did not take as inputs are held by
+    reference: changes in place are seen, other objects in their place are not.
+
+    Attributes:
+        play: The recorded operations as a function of the inputs.
+        mutated: The tensors among those held that the operations change in place.
+    """
+
+    def __init__(self, graph: fx.GraphModule, *, compile: bool) -> None:
+        simplify(graph)
+        self.mutated = _mutated(graph)
+        self.play: Function = _compiled(graph) if compile else as_function(graph)
+
+    @torch.no_grad()
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        return self.play(*inputs)
+
+
+def record(
+    function: Function, inputs: Sequence[Tensor], *, compile: bool = False
+) -> tuple[Any, Recording]:
+    """Run ``function`` once, on the values it is given, and record what it does.
+
+    Args:
+        function: Takes tensors and returns nested lists of tensors; may differentiate.
+        inputs: Its arguments.
+        compile: Whether to have the recording compiled by ``torch.compile``.
+
+    Returns:
+        What the function returned, and the recording.
+
+    Raises:
+        NotRecordable: If the function's course depends on the value of a tensor.
+    """
+    returned: list[Any] = []
+
+    def run(*inputs: Tensor) -> Any:
+        with _RefuseValues():
+            returned.append(function(*inputs))
+        return returned[0]
+
+    graph = make_fx(run)(*inputs)
+    return returned[0], Recording(graph, compile=compile)
+
+
+class _RefuseValues(TorchDispatchMode):
+    """Refuses operations whose outcome the recording could only repeat, not compute."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reads = torch.Tag.data_dependent_output in func.tags
+        sizes = torch.Tag.dynamic_output_shape in func.tags
+        if func is torch.ops.aten.index.Tensor:  # dynamic only where a mask selects
+            sizes = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        if reads or sizes:
+            what = "turns a tensor into a number" if reads else "selects by a tensor's values"
+            raise NotRecordable(
+                f"the program {what} ({func}): a recorded step would repeat this step's outcome "
+                "for ever."
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _mutated(graph: fx.GraphModule) -> list[Tensor]:
+    """Find the held tensors that an operation writes to, by a view of them included."""
+    held: dict[fx.Node, Tensor] = {}
+    written: dict[int, Tensor] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            held[node] = getattr(graph, node.target)
+        for source in is_view_of(node):
+            if source in held:
+                held[node] = held[source]
+        for target in writes_to(node):
+            if target in held:
+                written[id(held[target])] = held[target]
+    return list(written.values())
+
+
+def _compiled(graph: fx.GraphModule) -> Function:
+    from torch._inductor import config
+
+    compiled = torch.compile(graph, fullgraph=True, dynamic=False)
+
+    def play(*inputs: Tensor) -> Any:
+        # Eager kernels for the draws, so that the numbers are those of an eager step.
+        with config.patch(fallback_random=True):
+            return compiled(*inputs)
+
+    return play

@@ -1,0 +1,128 @@
+"""Make a recorded graph shorter without changing what it computes."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+__all__ = ["as_function", "is_view_of", "simplify", "writes_to"]
+
+aten = torch.ops.aten
+_VIEWS = (aten.detach.default, aten.expand.default, aten.view.default, aten.alias.default)
+_LITERALS = (aten.lift_fresh_copy.default, aten.lift_fresh.default)
+_FACTORIES = (
+    aten.arange.default,
+    aten.full.default,
+    aten.ones.default,
+    aten.scalar_tensor.default,
+    aten.zeros.default,
+)
+
+
+def simplify(graph: fx.GraphModule) -> None:
+    """Drop views that change nothing, compute what depends on literals alone, drop the unused."""
+    for node in list(graph.graph.nodes):
+        if node.target in _VIEWS and _layout(node) == _layout(node.args[0]):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    _fold(graph)
+    graph.graph.eliminate_dead_code()  # it keeps draws and changes in place
+    graph.graph.lint()
+    graph.recompile()
+
+
+def writes_to(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an operation changes in place."""
+    return [value for argument, value in _aliased(node) if argument.alias_info.is_write]
+
+
+def is_view_of(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose memory the result of an operation shares."""
+    return [value for _, value in _aliased(node)]
+
+
+def as_function(graph: fx.GraphModule) -> Callable[..., Any]:
+    """Turn a graph into a Python function that calls the operations without detours.
+
+    A graph module looks every operation and tensor up by name each time, which takes as long as
+    small operations themselves.
+    """
+    code = graph.graph.python_code("self")
+    names: dict[str, Any] = dict(code.globals)
+
+    def operation(match: re.Match[str]) -> str:
+        overload = operator.attrgetter(".".join(match.groups()))(torch.ops)
+        name = "_".join(match.groups())
+        names[name] = getattr(overload, "_op", overload)
+        return f"{name}("
+
+    def tensor(match: re.Match[str]) -> str:
+        name = f"held{match[1]}"
+        names[name] = getattr(graph, match[1])
+        return name
+
+    source = re.sub(r"torch\.ops\.(\w+)\.(\w+)\.(\w+)\(", operation, code.src)
+    source = re.sub(r"\bself\.(\w+)", tensor, source)
+    namespace: dict[str, Any] = {}
+    exec(compile(source, "<recorded step>", "exec"), names, namespace)
+    function = namespace["forward"]
+    return lambda *inputs: function(None, *inputs)
+
+
+def _fold(graph: fx.GraphModule) -> None:
+    """Replace operations on literals (``torch.tensor(0.3)``) by their results."""
+    known: dict[fx.Node, Tensor] = {}
+    written = {target for node in graph.graph.nodes for target in writes_to(node)}
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if not _is_foldable(node, known) or node in written or writes_to(node):
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _value(graph, n, known))
+        result = node.target(*args, **kwargs)
+        if isinstance(result, Tensor):
+            known[node] = result
+    for count, (node, value) in enumerate(known.items()):
+        if all(user in known for user in node.users):
+            continue
+        # An output belongs to the caller, who may change it in place.
+        if any(user.op == "output" for user in node.users):
+            continue
+        name = f"_literal{count}"
+        graph.register_buffer(name, value, persistent=False)
+        with graph.graph.inserting_before(node):
+            node.replace_all_uses_with(graph.graph.get_attr(name))
+
+
+def _is_foldable(node: fx.Node, known: dict[fx.Node, Tensor]) -> bool:
+    if torch.Tag.nondeterministic_seeded in node.target.tags:  # type: ignore[union-attr]
+        return False
+    if node.target in _LITERALS or node.target in _FACTORIES:
+        return True
+    inputs = node.all_input_nodes
+    return bool(inputs) and all(source in known for source in inputs)
+
+
+def _value(graph: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Tensor]) -> Tensor:
+    return known[node] if node in known else getattr(graph, str(node.target))
+
+
+def _aliased(node: fx.Node) -> list[tuple[Any, fx.Node]]:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    arguments = zip(node.target._schema.arguments, node.args, strict=False)
+    return [
+        (argument, value)
+        for argument, value in arguments
+        if argument.alias_info is not None and isinstance(value, fx.Node)
+    ]
+
+
+def _layout(node: fx.Node) -> Any:
+    meta = node.meta.get("tensor_meta")
+    return object() if meta is None else (meta.shape, meta.stride, meta.dtype)

@@ -1,0 +1,259 @@
+"""SVI whose step is recorded once and replayed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import SVI
+from pyro.infer.util import is_validation_enabled
+from pyro.optim import PyroOptim
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.infer._captured_step import CapturedStep
+from pyro_gumbel.infer._record import NotRecordable
+from pyro_gumbel.infer.particle_elbo import ParticleELBO, finish_step
+
+__all__ = ["CapturedSVI"]
+
+_MANY_KINDS = 32
+# Largest relative difference from an eager step: rounding, and with another compiler's rounding
+# now and then another draw.
+_TOLERANCE = {False: 1e-4, True: 0.1}
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+
+
+class CapturedSVI(SVI):
+    r"""Pyro's ``SVI`` with a step that runs without Pyro, once it is recorded.
+
+    The first step with arguments of given shapes runs as usual, with every check; the second is
+    recorded; from the third on the recorded operations (forward and backward) and the optimiser
+    run alone, on a GPU as one CUDA graph. The random number stream is that of eager steps.
+
+    Tensors among the arguments, parameters, schedules of estimators, baselines and learnable
+    estimators are read anew at every step. Other arguments are part of what is recorded: another
+    value is another recording. What else Python computes is frozen as it was:
+
+    * a program that turns a tensor into a number, selects by a mask, or draws from Python's or
+      NumPy's generator is refused when it is recorded;
+    * a number kept in an attribute, a global or a closure (an annealing factor, say), and
+      structure that depends on one, is noticed when the recorded step is held against an eager
+      one of the same random numbers: at the first replay, and every ``check_every`` steps. Pass
+      such a number as an argument, as a tensor: ``svi.step(x, torch.tensor(beta))``.
+
+    Optimisers that have a fused form use it on a CPU, unless ``fused`` or ``foreach`` was set; on
+    a GPU those that can be captured become part of the graph, which is captured again when a
+    learning rate changes.
+
+    Args:
+        model: The model.
+        guide: The guide, :func:`~pyro_gumbel.infer.config_gradient` included.
+        optim: A Pyro optimiser.
+        loss: :class:`~pyro_gumbel.infer.Estimator_ELBO` or
+            :class:`~pyro_gumbel.infer.ImportanceWeighted_ELBO`.
+        compile: Also have ``torch.compile`` fuse the recorded operations: minutes once, less time
+            a step. Needs a C++ compiler.
+        check_every: Number of replays from one comparison with an eager step to the next.
+
+    Raises:
+        TypeError: If ``loss`` is another ELBO, or an argument of a step can be neither a tensor
+            nor part of a key.
+        ValueError: If ``check_every`` is below 1.
+        RuntimeError: At a step, if it cannot be recorded, or the recorded step differs from an
+            eager one.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_gumbel.infer import Estimator_ELBO
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Bernoulli(0.3))
+        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.0))))
+        >>> pyro.clear_param_store()
+        >>> svi = CapturedSVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Estimator_ELBO())
+        >>> losses = [svi.step(torch.tensor(1.0)) for _ in range(10)]
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optim: PyroOptim,
+        loss: ParticleELBO,
+        *,
+        compile: bool = False,
+        check_every: int = 100,
+    ) -> None:
+        if not isinstance(loss, ParticleELBO):
+            raise TypeError(
+                "CapturedSVI: loss must be an Estimator_ELBO or ImportanceWeighted_ELBO; got "
+                f"{type(loss).__name__}. For another loss write pyro.infer.SVI(...)."
+            )
+        if check_every < 1:
+            raise ValueError(f"CapturedSVI: check_every must be at least 1; got {check_every!r}.")
+        super().__init__(model, guide, optim, loss=loss)
+        self.elbo = loss
+        self.compile = compile
+        self.check_every = check_every
+        self._steps: dict[Any, CapturedStep] = {}
+        self._replays: dict[Any, int] = {}
+
+    def reset(self) -> None:
+        """Forget every recording; the next step of each kind runs as usual."""
+        self._steps.clear()
+        self._replays.clear()
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """Take a gradient step and return the loss."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        key = self._key(leaves, spec)
+        call = Call(self.model, self.guide, args, kwargs)
+        step = self._steps.get(key)
+        if step is not None and not step.holds_current_params():
+            self.reset()  # the parameter store was cleared or loaded
+            step = None
+        if step is None:
+            return self._first_step(key, call)
+        if step.recording is None:
+            return self._record(step, call)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return self._replay(key, step, call, tensors)
+
+    def _first_step(self, key: Any, call: Call) -> float:
+        if len(self._steps) == _MANY_KINDS:
+            warnings.warn(
+                f"CapturedSVI: {_MANY_KINDS} kinds of arguments so far, each with steps of its "
+                "own to record. Pass numbers that change from step to step as tensors, and "
+                "batches of one size.",
+                stacklevel=3,
+            )
+        loss, params, estimators = self._eager_step(call)
+        _prefer_fused(self.optim)
+        self._steps[key] = CapturedStep(
+            self.elbo, self.optim, params, estimators, compile=self.compile
+        )
+        self._replays[key] = 0
+        return loss.item()
+
+    def _eager_step(self, call: Call) -> tuple[Tensor, dict[str, Tensor], dict[str, Estimator]]:
+        with poutine.trace(param_only=True) as traced:
+            loss, surrogate, estimators = self.elbo.estimate_step(call)
+            finish_step(estimators)
+        params = {
+            name: site["value"].unconstrained()
+            for name, site in traced.trace.nodes.items()
+            if site["type"] == "param"
+        }
+        if not params:
+            raise ValueError(
+                "CapturedSVI: neither model nor guide has a parameter; write pyro.param(...) or "
+                "pyro.module(...)."
+            )
+        for param in params.values():
+            param.grad = None
+        if surrogate.requires_grad:
+            surrogate.backward()
+        self.optim(dict.fromkeys(params.values()))
+        return loss, params, estimators
+
+    def _record(self, step: CapturedStep, call: Call) -> float:
+        try:
+            return step.record(call).item()
+        except NotRecordable as error:
+            raise RuntimeError(
+                f"CapturedSVI cannot record this step: {error} Use pyro.infer.SVI instead."
+            ) from error
+
+    def _replay(self, key: Any, step: CapturedStep, call: Call, tensors: list[Tensor]) -> float:
+        due = self._replays[key] % self.check_every == 0
+        expected = step.eager(call) if due else None
+        loss = step.replay(tensors)
+        self._replays[key] += 1
+        if expected is not None:
+            self._compare(step, loss, expected)
+        number = loss.item()
+        if number != number and is_validation_enabled():
+            step.eager(call)  # with its checks, which name what became NaN
+            warnings.warn("Encountered NaN: loss", stacklevel=3)
+        return number
+
+    def _compare(
+        self, step: CapturedStep, loss: Tensor, expected: tuple[Tensor, list[Tensor | None]]
+    ) -> None:
+        """Hold a replay against the eager step of the same random numbers."""
+        tolerance = _TOLERANCE[self.compile]
+        should, did = expected[0].item(), loss.item()
+        error, size = _distance(step.gradients(), expected[1])
+        same_loss = did == should or abs(did - should) <= tolerance * (1 + abs(should))
+        same_gradient = error <= tolerance * (size + tolerance)
+        if should != should or (same_loss and same_gradient):
+            return
+        self.reset()
+        raise RuntimeError(
+            f"CapturedSVI: the recorded step gives the loss {did:g} and an eager one with the "
+            f"same random numbers {should:g}; their gradients, of norm {size:g}, differ by "
+            f"{error:g}. Something that the program reads has changed since it was recorded. "
+            "Pass what changes as an argument, as a tensor: svi.step(x, torch.tensor(beta)); or "
+            "call svi.reset() when you change it; or use pyro.infer.SVI."
+        )
+
+    def _key(self, leaves: list[Any], spec: pytree.TreeSpec) -> Any:
+        """What a recording is good for: shapes, other arguments, modes, handlers."""
+        key = (
+            spec,
+            tuple(_leaf_key(leaf) for leaf in leaves),
+            *(m.training for m in (self.model, self.guide) if isinstance(m, nn.Module)),
+            tuple(id(handler) for handler in _PYRO_STACK),
+            torch.get_default_dtype(),
+            torch.is_autocast_enabled(),
+        )
+        try:
+            hash(key)
+        except TypeError as error:
+            raise TypeError(
+                f"CapturedSVI.step: every argument must be a tensor or hashable; {error}. Pass "
+                "tensors, or use pyro.infer.SVI."
+            ) from error
+        return key
+
+
+def _leaf_key(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+    return type(leaf), leaf
+
+
+def _distance(one: Iterable[Tensor | None], other: Iterable[Tensor | None]) -> tuple[float, float]:
+    """The norm of the difference of two lists of gradients, and that of the second."""
+    difference, size = [], []
+    for a, b in zip(one, other, strict=True):
+        present = a if a is not None else b
+        if present is None:
+            continue
+        a = torch.zeros_like(present) if a is None else a
+        b = torch.zeros_like(present) if b is None else b
+        difference.append((a - b).norm())
+        size.append(b.norm())
+    if not size:
+        return 0.0, 0.0
+    return torch.stack(difference).norm().item(), torch.stack(size).norm().item()
+
+
+def _prefer_fused(optim: PyroOptim) -> None:
+    """Let torch's optimisers on a CPU take their fused form, unless the user chose one."""
+    for optimizer in optim.optim_objs.values():
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if type(optimizer) not in _FUSED:
+            continue
+        for group in optimizer.param_groups:
+            chosen = any(group.get(name) for name in ("foreach", "differentiable", "capturable"))
+            on_cpu = all(p.is_cpu and p.is_floating_point() for p in group["params"])
+            if group["fused"] is None and group.get("foreach") is None and on_cpu and not chosen:
+                group["fused"] = True
