@@ -14,7 +14,18 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-__all__ = ["ARVIZ_1", "folded_rhat", "group", "pareto_khat", "plot_forest", "psislw", "tree"]
+__all__ = [
+    "ARVIZ_1",
+    "folded_rhat",
+    "group",
+    "pareto_khat",
+    "plot_forest",
+    "psislw",
+    "tail_khat",
+    "tree",
+]
+
+_FEWEST = 25  # draws that have a tail
 
 # ArviZ 1.2 and later answers hasattr(az, "InferenceData") with yes, so the version has to tell.
 ARVIZ_1 = int(version("arviz").split(".", 1)[0]) >= 1
@@ -63,23 +74,36 @@ def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return az.psislw(log_weights)
 
 
-def pareto_khat(values: np.ndarray) -> np.ndarray:
-    """Estimate the shape of the upper tail of non-negative values along the last axis.
-
-    A shape above 1/2 means that the variance is infinite, above 1 the mean.
+def tail_khat(log_values: np.ndarray) -> float:
+    """Estimate the Pareto shape of the upper tail of positive values, given their logarithms.
 
     Args:
-        values: Of shape ``(..., draws)``.
+        log_values: Of shape ``(draws,)``.
 
     Returns:
-        The shape, ``(...)``; ``nan`` where the largest values are ties, as they are if only a few
-        different ones occur, and where there are too few draws to say.
+        The shape; ``nan`` where the tail has none: the largest values are equal, as they are if
+        only a few different ones occur, or there are fewer than 25 draws.
+    """
+    number = len(log_values)
+    tail = int(np.ceil(min(number / 5, 3 * number**0.5)))
+    if number < _FEWEST or np.isnan(log_values).any():
+        return float("nan")
+    largest = np.partition(log_values, number - tail)[number - tail :]
+    if not largest.max() - largest.min() > 1e-12:
+        return float("nan")
+    with np.errstate(all="ignore"):
+        khat = float(psislw(np.ascontiguousarray(log_values))[1])
+    return khat if np.isfinite(khat) else float("nan")
+
+
+def pareto_khat(values: np.ndarray) -> float:
+    """Estimate the Pareto shape of the upper tail of non-negative values.
+
+    A shape above 1/2 means that the variance is infinite, above 1 the mean. See :func:`tail_khat`
+    for where it is ``nan``.
     """
     # A draw of zero is in the lower tail, whatever its logarithm is set to.
-    log_values = np.log(np.maximum(values, np.finfo(np.float64).tiny))
-    with np.errstate(all="ignore"):
-        khat = np.asarray(psislw(np.ascontiguousarray(log_values))[1], dtype=float)
-    return np.where(np.isfinite(khat), khat, np.nan)
+    return tail_khat(np.log(np.maximum(values, np.finfo(np.float64).tiny)))
 
 
 def folded_rhat(values: np.ndarray) -> float:

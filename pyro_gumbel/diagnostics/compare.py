@@ -152,7 +152,7 @@ def _row(block: Block, dataset: xr.Dataset) -> dict[str, Any]:
     length = float(np.linalg.norm(block.mean))
     row["relative_std"] = math.sqrt(spread.trace) / length if length else math.nan
     row["snr"], row["snr_mcse"] = snr_of(block.mean, spread)
-    row["khat"] = float(pareto_khat(block.norms))
+    row["khat"] = pareto_khat(block.norms)
     for name in ("seconds", "seconds_mcse", "evaluations"):
         row[name] = float(dataset.attrs.get(name, math.nan))
     return row | _efficiency(row)

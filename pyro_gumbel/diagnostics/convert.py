@@ -93,8 +93,8 @@ def _constants(first: xr.Dataset, names: list[str], reference: xr.Dataset | None
     variables: dict[str, Any] = {}
     for name in names:
         if f"{name}.value" in first.coords:
-            value = first.coords[f"{name}.value"]
-            variables[name] = (value.dims, value.values)
+            dims, shape = _own(first, name)
+            variables[name] = (dims, first.coords[f"{name}.value"].values.reshape(shape))
     if reference is not None:
         blocks = reference_blocks(reference, first, names)
         for name in names:

@@ -22,7 +22,7 @@ from pyro_gumbel.diagnostics._parameters import (
     find_parameters,
     read_gradients,
 )
-from pyro_gumbel.diagnostics._recorder import RESERVED, AllDraws, Projections, Recorder, dims_of
+from pyro_gumbel.diagnostics._recorder import RESERVED, AllDraws, Projections, Recorder
 from pyro_gumbel.diagnostics._replicas import Replica, split_choice
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
 from pyro_gumbel.diagnostics.sites import site_effects
@@ -96,9 +96,9 @@ def gradient_draws(
     Returns:
         A Dataset for each label with one variable a parameter, of dims ``chain, draw`` and the
         parameter's own (with ``project`` instead ``direction``). Coordinates hold each draw's
-        ``loss`` and ``grad_norm``, and the parameter's value ``<name>.value``; attributes the
-        label, configuration, particles, seed, device, ``seconds`` a draw (the median) and
-        ``evaluations`` of the model a draw.
+        ``loss`` and ``grad_norm``, and the parameter's unconstrained value, flattened,
+        ``<name>.value``; attributes the label, configuration, particles, seed, device, ``seconds``
+        a draw (the median) and ``evaluations`` of the model a draw.
 
     Raises:
         TypeError: If an argument is of another kind.
@@ -221,14 +221,12 @@ class _Session:
         return Projections(*arguments, directions=self.project)
 
     def _fixed(self, losses: np.ndarray) -> dict[str, Any]:
+        # Of a dimension of their own: a coordinate that only some of the variables have stands in
+        # the way of stacking them, which ArviZ does.
         values = {
             f"{name}.value": (
-                dims_of(name, leaf.dim(), self.dims),
-                leaf.detach()
-                .cpu()
-                .to(torch.promote_types(leaf.dtype, torch.float32))
-                .numpy()
-                .copy(),
+                [f"{name}.index"],
+                leaf.detach().double().flatten().cpu().clone().numpy(),
             )
             for name, leaf in self.leaves.items()
         }

@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_gumbel._arviz import psislw
+from pyro_gumbel._arviz import tail_khat
 from pyro_gumbel.diagnostics._programs import Evaluation, evaluate
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
 from pyro_gumbel.estimators import Call
@@ -83,12 +83,11 @@ def guide_khat(
 
 
 def _khat(log_weights: np.ndarray) -> float:
-    if not np.isfinite(log_weights).any() or np.ptp(log_weights) < 1e-9:
+    finite = np.isfinite(log_weights)
+    if not finite.any() or np.ptp(log_weights[finite]) < 1e-6:
         return math.nan  # all weights are equal: the guide is the posterior
-    finite = np.maximum(log_weights, log_weights[np.isfinite(log_weights)].min() - 100)
-    with np.errstate(all="ignore"):
-        khat = float(psislw(finite)[1])
-    return khat if math.isfinite(khat) else math.nan
+    # A weight of zero is in the lower tail, whatever its logarithm is set to.
+    return tail_khat(np.maximum(log_weights, log_weights[finite].min() - 100))
 
 
 def _log_weights(run: Evaluation, plate: str | None) -> Tensor:

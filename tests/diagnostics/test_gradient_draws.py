@@ -60,7 +60,9 @@ def test_labels_and_provenance() -> None:
     assert drawn["b_logits"].dims == ("chain", "draw", "row", "category")
     assert drawn["a_logits"].dims == ("chain", "draw", "a_logits_dim_0")
     assert list(drawn.category.values) == ["x", "y", "z"]
-    np.testing.assert_array_equal(drawn.coords["b_logits.value"], problem.params["b_logits"])
+    np.testing.assert_array_equal(
+        drawn.coords["b_logits.value"], problem.params["b_logits"].flatten()
+    )
     expected = {"estimator": "reinmax", "num_particles": 3, "seed": 0, "device": "cpu"}
     assert {key: drawn.attrs[key] for key in expected} == expected
     assert drawn.attrs["seconds"] > 0

@@ -74,6 +74,7 @@ def test_statistics_of_arviz() -> None:
     draws, _ = drawn()
     summary = az.summary(draws["score"], kind="diagnostics")
     assert "b_logits[0, x]" in summary.index
+    assert len(az.summary(draws["score"])) == 3 + 6 + 1 + 1
     error = az.mcse(draws["score"])["w"]
     values = draws["score"]["w"].values
     assert float(error) == pytest.approx(values.std(ddof=1) / 80**0.5, rel=0.5)

@@ -1,0 +1,119 @@
+"""What differs between ArviZ 0.x and 1.x, without torch, Pyro or the package.
+
+Runs by itself in an environment that has arviz, h5netcdf, matplotlib and pytest:
+``python -m pytest --noconftest tests/test_arviz.py``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import xarray as xr
+
+FILE = Path(__file__).parents[1] / "pyro_gumbel" / "_arviz.py"
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_arviz_by_path", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+shim = load()
+
+
+def draws(scale: float = 1.0, seed: int = 0) -> xr.Dataset:
+    rng = np.random.default_rng(seed)
+    values = scale * rng.normal(size=(4, 100, 2))
+    coords = {"chain": np.arange(4), "draw": np.arange(100), "category": ["x", "y"]}
+    return xr.Dataset({"net$$$0.weight": (("chain", "draw", "category"), values)}, coords)
+
+
+def test_import_is_silent_and_light() -> None:
+    """Neither torch nor a plotting library comes along."""
+    program = (
+        "import importlib.util, sys, warnings\n"
+        "warnings.simplefilter('error')\n"
+        f"spec = importlib.util.spec_from_file_location('a', {str(FILE)!r})\n"
+        "spec.loader.exec_module(importlib.util.module_from_spec(spec))\n"
+        "found = {'torch', 'pyro', 'matplotlib', 'arviz'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {found}' if found else 0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_version() -> None:
+    import arviz as az
+
+    assert az.__version__.startswith("1.") == shim.ARVIZ_1
+
+
+def test_tree_and_group(tmp_path: Path) -> None:
+    import arviz as az
+
+    data = shim.tree({"gradients": draws(), "sample_stats": draws(2.0)})
+    xr.testing.assert_equal(shim.group(data, "gradients"), draws())
+    data.to_netcdf(str(tmp_path / "draws.nc"))
+    read = az.from_netcdf(str(tmp_path / "draws.nc"))
+    xr.testing.assert_allclose(shim.group(read, "sample_stats"), draws(2.0))
+
+
+@pytest.mark.parametrize(("freedom", "shape"), [(1.2, 0.83), (3.0, 0.33), (30.0, 0.03)])
+def test_pareto_khat_of_student_t(freedom: float, shape: float) -> None:
+    rng = np.random.default_rng(0)
+    values = np.abs(rng.standard_t(freedom, size=(20, 4000)))
+    khats = np.array([float(shim.pareto_khat(row)) for row in values])
+    # Twenty estimates of 4,000 draws; the tail of 190 draws leaves a bias of the size of 0.05.
+    assert abs(khats.mean() - shape) < 5 * khats.std() / 20**0.5 + 0.06
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.ones(500), np.repeat([0.0, 1.0], 250), np.zeros(500), np.arange(4.0)],
+    ids=["equal", "ties", "zero", "few"],
+)
+def test_no_tail_to_speak_of(values: np.ndarray) -> None:
+    assert np.isnan(shim.pareto_khat(values))
+
+
+def test_khat_takes_exact_zeros() -> None:
+    values = np.abs(np.random.default_rng(0).standard_t(1.2, size=4000))
+    values[:1000] = 0
+    assert shim.pareto_khat(values) > 0.6
+
+
+def test_smoothed_weights() -> None:
+    log_weights = np.random.default_rng(0).normal(size=1000)
+    smoothed, khat = shim.psislw(log_weights)
+    assert np.exp(smoothed).sum() == pytest.approx(1.0)
+    assert np.corrcoef(smoothed, log_weights)[0, 1] > 0.99
+    assert float(khat) < 0.7
+
+
+def test_folded_rhat() -> None:
+    rng = np.random.default_rng(0)
+    steady = rng.normal(size=(4, 500))
+    assert shim.folded_rhat(steady) < 1.01
+    assert shim.folded_rhat(steady * np.array([[1.0], [1.2], [1.5], [2.0]])) > 1.01
+
+
+# matplotlib 3.11 deprecates an interface that ArviZ 0.23 draws with.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:arviz")
+def test_plot_forest(tmp_path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    picture = shim.plot_forest({"one": draws(), "two": draws(2.0, 1)})
+    figure = picture if shim.ARVIZ_1 else np.ravel(picture)[0].figure
+    figure.savefig(str(tmp_path / "forest.png"))
+    assert (tmp_path / "forest.png").stat().st_size > 5000
+    plt.close("all")
