@@ -196,6 +196,7 @@ class ParticleELBO(ELBO):
             return self._run_loop(call, layout, subsample, evaluate=evaluate)
         except PlateNestingNeeded:
             pyro.util.set_rng_state(state)
+            subsample.forget()  # as if the run that was broken off had not been
             layout = Layout(plate_nesting=self._trial(call).plate_nesting)
             return self._run_loop(call, layout, subsample, evaluate=evaluate)
 

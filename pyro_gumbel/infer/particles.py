@@ -230,6 +230,10 @@ class SharedSubsample(Messenger):
         super().__init__()
         self._indices: dict[tuple[Any, ...], Tensor] = {}
 
+    def forget(self) -> None:
+        """Let the next run draw a minibatch of its own."""
+        self._indices.clear()
+
     def _pyro_sample(self, msg: Message) -> None:
         if site_is_subsample(msg) and msg["value"] is None:
             msg["value"] = self._indices.get(_plate_key(msg))

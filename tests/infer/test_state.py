@@ -353,3 +353,26 @@ def test_an_infinite_cost_leaves_the_moving_average_usable():
         site.cost = cost
         values.append(baseline(site)[0])
     assert float(values[2]) == pytest.approx(1.0)
+
+
+def test_the_first_step_of_an_enumerated_loop_draws_as_rows_do():
+    """Finding out the number of plates breaks a run off; nothing of it may remain."""
+    data = torch.randn(8)
+
+    def model():
+        with pyro.plate("data", 8, subsample_size=3) as index:
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=data[index])
+
+    def guide():
+        q = pyro.param("q", torch.tensor(0.2))
+        with pyro.plate("data", 8, subsample_size=3):
+            pyro.sample("z", dist.Bernoulli(logits=q))
+
+    losses = []
+    for vectorize in (True, False):
+        pyro.set_rng_seed(11)
+        elbo = Estimator_ELBO(vectorize_particles=vectorize)
+        configured = config_gradient(guide, "enumerate")
+        losses.append([float(elbo.loss_and_grads(model, configured)) for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
