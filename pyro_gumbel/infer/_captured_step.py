@@ -101,18 +101,26 @@ class CapturedStep:
 
     def eager(self, call: Call) -> tuple[Tensor, list[Tensor | None]]:
         """Compute what an eager step would from here on, changing nothing."""
+        with self._preserved():
+            loss, gradients, _ = self._outcome(call)
+        return loss, gradients
+
+    def recorded(self, tensors: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        """Compute what a replay would from here on, changing nothing."""
+        assert self.recording is not None
+        with self._preserved():
+            loss, gradients, _ = self.recording(tensors + self.state.inputs())
+        return loss, gradients
+
+    @contextmanager
+    def _preserved(self) -> Iterator[None]:
         mutated = self.recording.mutated if self.recording is not None else []
         kept = [tensor.clone() for tensor in mutated]
         with preserved_rng(), self.state.preserved():
-            loss, gradients, _ = self._outcome(call)
+            yield
         with torch.no_grad():
             for tensor, value in zip(mutated, kept, strict=True):
                 tensor.copy_(value)
-        return loss, gradients
-
-    def gradients(self) -> list[Tensor | None]:
-        """The gradients of the step that was last taken."""
-        return [leaf.grad for leaf in self.leaves]
 
     def _function(self, call: Call) -> Any:
         leaves, spec = pytree.tree_flatten((call.args, call.kwargs))

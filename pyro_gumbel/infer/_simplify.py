@@ -15,6 +15,11 @@ __all__ = ["as_function", "is_view_of", "simplify", "writes_to"]
 aten = torch.ops.aten
 _VIEWS = (aten.detach.default, aten.expand.default, aten.view.default, aten.alias.default)
 _LITERALS = (aten.lift_fresh_copy.default, aten.lift_fresh.default)
+_BATCH_NORMS = (
+    aten.native_batch_norm.default,
+    aten.cudnn_batch_norm.default,
+    aten.miopen_batch_norm.default,
+)
 _FACTORIES = (
     aten.arange.default,
     aten.full.default,
@@ -38,6 +43,8 @@ def simplify(graph: fx.GraphModule) -> None:
 
 def writes_to(node: fx.Node) -> list[fx.Node]:
     """The arguments that an operation changes in place."""
+    if node.target in _BATCH_NORMS:  # running mean and variance: their schemas do not say so
+        return [value for value in node.args[3:5] if isinstance(value, fx.Node)]
     return [value for argument, value in _aliased(node) if argument.alias_info.is_write]
 
 

@@ -29,6 +29,9 @@ _TOLERANCE = {False: 1e-4, True: 0.1}
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 
 
+Gradients = tuple[Tensor, list[Tensor | None]]  # a loss, and the gradient of each parameter
+
+
 class CapturedSVI(SVI):
     r"""Pyro's ``SVI`` with a step that runs without Pyro, once it is recorded.
 
@@ -172,25 +175,21 @@ class CapturedSVI(SVI):
             ) from error
 
     def _replay(self, key: Any, step: CapturedStep, call: Call, tensors: list[Tensor]) -> float:
-        due = self._replays[key] % self.check_every == 0
-        expected = step.eager(call) if due else None
-        loss = step.replay(tensors)
+        if self._replays[key] % self.check_every == 0:
+            self._compare(step.recorded(tensors), step.eager(call))
         self._replays[key] += 1
-        if expected is not None:
-            self._compare(step, loss, expected)
+        loss = step.replay(tensors)
         number = loss.item()
         if number != number and is_validation_enabled():
             step.eager(call)  # with its checks, which name what became NaN
             warnings.warn("Encountered NaN: loss", stacklevel=3)
         return number
 
-    def _compare(
-        self, step: CapturedStep, loss: Tensor, expected: tuple[Tensor, list[Tensor | None]]
-    ) -> None:
-        """Hold a replay against the eager step of the same random numbers."""
+    def _compare(self, recorded: Gradients, eager: Gradients) -> None:
+        """Hold what a replay gives against the eager step of the same random numbers."""
         tolerance = _TOLERANCE[self.compile]
-        should, did = expected[0].item(), loss.item()
-        error, size = _distance(step.gradients(), expected[1])
+        did, should = recorded[0].item(), eager[0].item()
+        error, size = _distance(recorded[1], eager[1])
         same_loss = did == should or abs(did - should) <= tolerance * (1 + abs(should))
         same_gradient = error <= tolerance * (size + tolerance)
         if should != should or (same_loss and same_gradient):
