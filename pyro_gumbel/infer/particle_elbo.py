@@ -265,7 +265,7 @@ class ParticleELBO(ELBO):
         branches = [
             Path(name, value)
             for name, size in coupled_sites(draw)
-            if draw.estimators[name].branches_have_graph
+            if _belongs_to_main_pass(name, draw)
             for value in range(1, size)
         ]
         repetitions = self.num_particles if self.vectorize_particles else 1
@@ -278,6 +278,16 @@ class ParticleELBO(ELBO):
 def coupled_sites(run: Run | DrawMessenger) -> list[tuple[str, int]]:
     """List the sites that own branches, each with its number of coupled values."""
     return [(name, size) for name, size in run.sizes.items() if size > 1]
+
+
+def _belongs_to_main_pass(name: str, draw: DrawMessenger) -> bool:
+    """Tell whether a site's branches are rows of the main path's pass, or have one of their own.
+
+    Values that are no draws enter no average: apart, the last backward pass need not go through
+    them. But sites drawn later can share noise with the main path only within its pass.
+    """
+    estimator, last = draw.estimators[name], next(reversed(draw.estimators)) == name
+    return estimator.branches_have_graph and (estimator.branches_are_draws or not last)
 
 
 def _check_paths(run: Run) -> None:

@@ -239,8 +239,14 @@ def test_local_expectation_of_many_variables_fits_in_memory(joined):
     assert kilobytes < 4_000_000, kilobytes
 
 
-def test_rows_of_a_plate_of_particles_are_one_call():
-    """Vectorised, coupled values with gradient are rows of a single run."""
+def test_branches_that_are_draws_are_rows_of_one_call():
     program = Counted()
-    program.evaluations({"y": ARMS(4), "z": Rebar()}, num_particles=5)
+    program.evaluations({"y": ARMS(4), "z": DoubleControlVariate(3)}, num_particles=5)
     assert program.rows == [5 * (1 + 3 + 2)]
+
+
+def test_relaxed_values_of_the_last_site_have_a_call_of_their_own():
+    """So that the main path's backward pass does not go through them."""
+    program = Counted()
+    program.evaluations({"y": Rebar(), "z": Rebar()}, num_particles=5)
+    assert program.rows == [5 * (1 + 2), 5 * 2]

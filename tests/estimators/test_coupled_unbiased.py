@@ -174,7 +174,7 @@ LEARNING = {
     "double_control_variate_one_hot": ("one_hot", lambda: DoubleControlVariate(2)),
     "rodeo": ("bits", lambda: Rodeo(2, hidden=16)),
     "rebar": ("bits", lambda: Rebar(0.1)),
-    "rebar_one_hot": ("one_hot", lambda: Rebar(0.1)),
+    "rebar_one_hot": ("one_hot", lambda: Rebar(0.25)),
     "relax": ("one_hot", lambda: {"y": Relax(critic(3)), "z": Relax(critic(4))}),
 }
 
