@@ -3,6 +3,7 @@
     python examples/vae.py --gradient reinmax
     python examples/vae.py --data DIR --latents 30 --categories 10 --gradient score:4
     python examples/vae.py --compare reinmax,straight_through,score:4 --seeds 3
+    torchrun --nproc-per-node 2 examples/vae.py --gradient reinmax
 
 ``NAME:K`` stands for the estimator NAME with K particles. See examples/README.md.
 """
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 import checkpoint
 import gradients
+import parallel
 from evaluation import held_out_bounds
 from image_data import Images, load_images
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
@@ -104,7 +106,9 @@ def make_svi(args: argparse.Namespace, gradient: str, images: Images) -> tuple[V
     )
     guide = config_gradient(vae.guide, {"z": estimator})
     optimizer = {"adam": pyro.optim.Adam, "radam": pyro.optim.RAdam}[args.optimizer]
-    return vae, estimator, SVI(vae.model, guide, optimizer({"lr": args.lr}), loss=elbo)
+    everything = nn.ModuleList([vae, estimator])
+    svi = parallel.make_svi(elbo, vae.model, guide, optimizer({"lr": args.lr}), everything)
+    return vae, estimator, svi
 
 
 def train(
@@ -124,11 +128,15 @@ def train(
         initial=num_batches * len(epochs),
         desc=f"{gradient}, seed {seed}",
         mininterval=0.5,
+        disable=parallel.rank() > 0,
     )
     while len(epochs) < args.epochs:
         start, total, seen = time.perf_counter(), 0.0, 0
-        for number, batch in enumerate(images.batches(args.batch_size)):
-            total, seen = total + svi.step(batch), seen + len(batch)
+        with parallel.same_everywhere(seed, len(epochs)):
+            batches = images.batches(args.batch_size)
+        parallel.seed_share(seed, len(epochs))
+        for number, batch in enumerate(batches):
+            total, seen = total + svi.step(parallel.share(batch)), seen + len(batch)
             if number % 20 == 0:
                 bar.set_postfix(elbo=f"{-total / seen:.2f}", refresh=False)
             bar.update()
@@ -137,7 +145,7 @@ def train(
         epochs.append(
             {"train_loss": total / seen, "held_out_loss": -bounds.elbo, "seconds": seconds}
         )
-        if args.checkpoint:
+        if args.checkpoint and parallel.rank() == 0:
             checkpoint.save(args.checkpoint, svi, everything, settings, epochs)
     bar.close()
     return vae, epochs
@@ -147,7 +155,8 @@ def find_device(name: str) -> torch.device:
     """Take the GPU where there is one, unless told otherwise."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device; write --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    on_gpu = name != "cpu" and torch.cuda.is_available()
+    return parallel.local_device(torch.device("cuda" if on_gpu else "cpu"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -162,23 +171,33 @@ def main(argv: list[str] | None = None) -> None:
             "--checkpoint is for one run: name one --gradient, and no --compare or --seeds"
         )
     try:
-        images = load_images(args.data, args.binarize).to(find_device(args.device))
-        for name in names:  # what cannot work says so before the first run, not after it
-            make_svi(args, name, images)[2].evaluate_loss(images.train[:1])
+        device = find_device(args.device)
+        images = load_images(args.data, args.binarize).to(device)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if args.smoke:
-        args.epochs, images = min(args.epochs, 2), images.head(200, 50)
+    with parallel.processes(device):
+        try:
+            for name in names:  # what cannot work says so before the first run, not after it
+                make_svi(args, name, images)[2].evaluate_loss(images.train[:1])
+        except ValueError as error:
+            parser.error(str(error))
+        if args.smoke:
+            args.epochs, images = min(args.epochs, 2), images.head(200, 50)
+        try:
+            train_all(args, names, seeds, images)
+        except checkpoint.CheckpointError as error:
+            parser.error(str(error))
 
+
+def train_all(args: argparse.Namespace, names: list[str], seeds: range, images: Images) -> None:
+    """Train each estimator with each seed, and report."""
     trained: dict[str, dict[int, VAE]] = {name: {} for name in names}
     runs: dict[str, dict[int, list[dict[str, float]]]] = {name: {} for name in names}
     for name in names:
         for seed in seeds:
-            try:
-                trained[name][seed], runs[name][seed] = train(args, name, seed, images)
-            except checkpoint.CheckpointError as error:
-                parser.error(str(error))
-    report(args, images, trained, runs)
+            trained[name][seed], runs[name][seed] = train(args, name, seed, images)
+    if parallel.rank() == 0:
+        report(args, images, trained, runs)
 
 
 if __name__ == "__main__":

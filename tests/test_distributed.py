@@ -1,0 +1,100 @@
+"""Two processes train as one does on their images together."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import image_data
+import parallel
+import vae
+from vae_options import make_parser
+
+ROOT = Path(__file__).parents[1]
+EXACT = ["--gradient", "enumerate", "--latents", "1", "--categories", "3", "--hidden", "8"]
+FLAGS = [*EXACT, "--smoke", "--num-samples", "5", "--optimizer", "adam", "--batch-size", "50"]
+
+
+def gradients(estimator: str, batch: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """The loss and its gradient from fixed initial parameters, without a step."""
+    args = make_parser("").parse_args([*EXACT, "--num-particles", "1"])
+    images = image_data.load_images(None, "threshold")
+    pyro.set_rng_seed(3)
+    fitted, chosen, svi = vae.make_svi(args, estimator, images)
+    loss = svi.loss_and_grads(fitted.model, svi.guide, batch)
+    parameters = [p for p in nn.ModuleList([fitted, chosen]).parameters() if p.grad is not None]
+    return float(loss), torch.cat([p.grad.flatten() for p in parameters])
+
+
+def worker(rank: int, folder: str, port: int, estimator: str) -> None:
+    torch.set_num_threads(1)
+    environment = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, str(value))
+        with parallel.processes(torch.device("cpu")):
+            torch.manual_seed(0)
+            batch = parallel.share(image_data.load_images(None, "threshold").train[:31])
+            torch.save(gradients(estimator, batch), Path(folder) / f"{rank}.pt")
+            dist.barrier()
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_gradients_are_those_of_one_process(tmp_path: Path) -> None:
+    """Exact gradients (no draws), on 31 images: 16 in one process and 15 in the other."""
+    images = image_data.load_images(None, "threshold")
+    loss, expected = gradients("enumerate", images.train[:31])
+    mp.spawn(worker, (str(tmp_path), free_port(), "enumerate"), nprocs=2)
+    for rank in range(2):
+        found_loss, found = torch.load(tmp_path / f"{rank}.pt")
+        assert found_loss == pytest.approx(loss, rel=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert expected.norm() > 1
+
+
+def run(folder: Path, *launcher: str, flags: list[str] = FLAGS) -> dict:
+    command = [sys.executable, *launcher, "examples/vae.py", *flags]
+    command += ["--checkpoint", str(folder / "run.pt"), "--out", str(folder / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out -ELBO") == 1  # one process reports
+    return torch.load(folder / "run.pt")
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    one = run(tmp_path / "one")
+    two = run(tmp_path / "two", *torchrun, str(free_port()))
+    assert one["module"].keys() == two["module"].keys()
+    for name, value in one["module"].items():
+        torch.testing.assert_close(two["module"][name], value, rtol=1e-3, atol=1e-4)
+    for mine, theirs in zip(one["epochs"], two["epochs"], strict=True):
+        assert theirs["train_loss"] == pytest.approx(mine["train_loss"], rel=1e-4)
+
+
+def test_without_torchrun_nothing_changes() -> None:
+    batch = torch.rand(5, 3)
+    assert parallel.world_size() == 1
+    assert parallel.share(batch) is batch
+    state = torch.get_rng_state()
+    parallel.seed_share(0, 0)
+    with parallel.same_everywhere(0, 0):
+        first = torch.rand(3)
+    with parallel.same_everywhere(0, 1):
+        assert not torch.equal(first, torch.rand(3))
+    assert torch.equal(state, torch.get_rng_state())
