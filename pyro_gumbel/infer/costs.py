@@ -73,21 +73,22 @@ class Costs:
 
     def totals(self) -> Tensor:
         """The ELBO of each row, ``(rows,)``, with the gradient that passes through its terms."""
-        rows = []
+        total: Tensor | None = None
         for term in self.terms:
             value = term.value
             sites = self._closure(site for site in self.enumerated if site.indexes(value))
             if sites:
                 _check_plates(term, sites)
                 value = _expect(value, sites, sites)
-            rows.append(self._sum_rows(value))
-        return torch.stack(rows).sum(0)
+            rows = self._sum_rows(value)
+            total = rows if total is None else total + rows
+        return torch.zeros(self.layout.num_rows) if total is None else total
 
     def downstream(self, frames: Frames, like: Tensor, *, live: bool = False) -> Tensor:
         """The cost of a site in plates ``frames``, of the shape of its score ``like``."""
         own = self._closure(site for site in self.enumerated if site.indexes(like))
         upstream = [site for site in own if not site.indexes(like)]
-        total = like.new_zeros(())
+        total: Tensor | None = None
         for (term_frames, _), value in self._group(live).items():
             closure = self._closure(site for site in self.enumerated if site.indexes(value))
             others = [site for site in closure if site not in own]
@@ -96,7 +97,10 @@ class Costs:
             # Plates are summed before the own weights come in: these are in other plates, maybe
             # of the same dimension.
             value = _sum_plates(value, term_frames - frames)
-            total = total + (_expect(value, own, upstream) if own else value)
+            value = _expect(value, own, upstream) if own else value
+            total = value if total is None else total + value
+        if total is None:
+            return torch.zeros_like(like)
         while total.dim() > like.dim():  # what was summed out left of the site's own dimensions
             total = total.squeeze(0)
         return (total if live else total.detach()).expand(like.shape)

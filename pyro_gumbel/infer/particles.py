@@ -96,7 +96,7 @@ class Layout:
     def split(self, tensor: Tensor, event_dim: int = 0) -> Tensor:
         """Bring particles to the front: ``(paths, repetitions, ...)`` of ``(..., rows, ...)``."""
         if not self.vectorized:
-            return tensor[None, None]
+            return tensor.reshape(1, 1, *tensor.shape)
         # A single row has no plate; further passes of the same particle may have one.
         dim = -(cast(int, self.plate_nesting) + 1) - event_dim
         rows = _left_filled(tensor, -dim).movedim(dim, 0)

@@ -43,8 +43,8 @@ class Paths:
                 for path, totals in zip(run.layout.paths, run.totals, strict=True)
                 if path.owner is None or self.estimators[path.owner].branches_are_draws
             ]
-            means.append(torch.stack(draws).mean())
-        return torch.stack(means).mean()
+            means.append((draws[0] if len(draws) == 1 else torch.stack(draws)).mean())
+        return means[0] if len(means) == 1 else torch.stack(means).mean()
 
     def gather(self, name: str, read: Callable[[Run], Tensor], event_dim: int = 0) -> Tensor:
         """Read a tensor of a site off its main path and its own branches: ``(K, R, ...)``."""
