@@ -47,6 +47,9 @@ def conditional_scores(
     return -torch.where(hard > 0, top, waits + top).log()
 
 
+_AT_ONCE = 8
+
+
 class _MeanSoftmaxJacobian(torch.autograd.Function):
     r"""Forward the hard draw; backward a mean softmax Jacobian.
 
@@ -68,6 +71,32 @@ class _MeanSoftmaxJacobian(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (jacobian,) = ctx.saved_tensors
         return (jacobian @ grad.unsqueeze(-1)).squeeze(-1), None, None
+
+
+class _SampledSoftmaxJacobian(torch.autograd.Function):
+    r"""The same with the draws ``y_k`` themselves, ``(K,) + batch_shape + (C,)``.
+
+    They are smaller than the matrices where there are fewer draws than categories.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, hard: Tensor, draws: Tensor, scale: Tensor) -> Tensor:
+        return hard.view_as(hard)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        draws, scale = ctx.saved_tensors
+        inner = torch.einsum("k...c,...c->k...", draws, grad)
+        product = grad * draws.mean(0) - torch.einsum("k...,k...c->...c", inner, draws) / len(
+            draws
+        )
+        return product * scale, None, None, None
 
 
 @torch.no_grad()
@@ -99,6 +128,22 @@ def mean_softmax_jacobian(
     return jacobian / temperature
 
 
+@torch.no_grad()
+def conditional_softmaxes(
+    log_probs: Tensor, hard: Tensor, temperature: float | Tensor, num_samples: int
+) -> Tensor:
+    r"""Draw :math:`\mathrm{softmax}(z / \tau)` of scores ``z`` given ``hard``.
+
+    Returns:
+        Shape ``(num_samples,) + batch_shape + (C,)``.
+    """
+    draws = log_probs.new_empty((num_samples, *log_probs.shape))
+    for chunk in draws.split(_AT_ONCE):  # what is needed on the way stays small
+        scores = conditional_scores(log_probs, hard, (len(chunk),))
+        chunk.copy_((scores / temperature).softmax(-1))
+    return draws
+
+
 def _chunks(total: int, size: int) -> list[int]:
     whole, rest = divmod(total, size)
     return [size] * whole + [rest] * (rest > 0)
@@ -118,9 +163,15 @@ class _Rao(OneHotEstimator):
         self.temperature = temperature
         self.num_samples = num_samples
 
-    def _mean_jacobian(self, log_probs: Tensor, hard: Tensor) -> Tensor:
+    def _average(self, logits: Tensor, log_probs: Tensor, hard: Tensor) -> Tensor:
+        """Return ``hard`` with the mean Jacobian over scores given it, by the smaller record."""
         temperature = current_temperature(self.temperature, log_probs, type(self).__name__)
-        return mean_softmax_jacobian(log_probs, hard, temperature, self.num_samples)
+        if self.num_samples < log_probs.shape[-1]:
+            draws = conditional_softmaxes(log_probs, hard, temperature, self.num_samples)
+            scale = torch.as_tensor(1 / temperature, dtype=logits.dtype, device=logits.device)
+            return _SampledSoftmaxJacobian.apply(logits, hard, draws, scale)
+        jacobian = mean_softmax_jacobian(log_probs, hard, temperature, self.num_samples)
+        return _MeanSoftmaxJacobian.apply(logits, hard, jacobian)
 
 
 class GumbelRao(_Rao):
@@ -132,7 +183,8 @@ class GumbelRao(_Rao):
 
     *Unbiased*: no; its mean is that of :class:`GumbelStraightThrough`, its variance never larger.
     *Requires*: a cost differentiable at one-hot values. *Costs*: one evaluation, and
-    ``num_samples`` softmaxes at the site. Memory does not grow with ``num_samples``.
+    ``num_samples`` softmaxes at the site; kept of them are ``min(num_samples, C)`` vectors a
+    variable.
 
     Args:
         temperature: Positive number, tensor or schedule.
@@ -157,8 +209,7 @@ class GumbelRao(_Rao):
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:
         hard = draw_one_hot(logits)
-        jacobian = self._mean_jacobian(logits.detach().log_softmax(-1), hard)
-        return _MeanSoftmaxJacobian.apply(logits, hard, jacobian)
+        return self._average(logits, logits.detach().log_softmax(-1), hard)
 
 
 class ReinMaxRao(_Rao):
@@ -202,6 +253,5 @@ class ReinMaxRao(_Rao):
     def draw_one_hot(self, logits: Tensor) -> Tensor:
         hard = draw_one_hot(logits)
         midpoint = reinmax_midpoint(logits.detach(), hard)
-        jacobian = self._mean_jacobian(midpoint.log(), hard)
-        averaged = _MeanSoftmaxJacobian.apply(logits, hard, jacobian)
+        averaged = self._average(logits, midpoint.log(), hard)
         return straight_through(hard, 2 * averaged - 0.5 * logits.softmax(-1))
