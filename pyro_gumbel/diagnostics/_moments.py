@@ -47,28 +47,32 @@ class Moments:
         self._shift: Tensor | None = None
 
     def update(self, draws: Tensor) -> Tensor:
-        """Take in a batch of shape ``(B, n)``; return cosines with the others' mean."""
-        draws = draws.double()
+        """Take in a batch of shape ``(B, n)``; return cosines with the others' mean.
+
+        What is done to each draw is done in its own precision, sums over batches in double.
+        """
         shift = self._start(draws) if self._shift is None else self._shift
         x = draws - shift
         batch, total = len(x), self.count + len(x)
         mean = x.mean(0)
-        step = mean - self.offset
-        self.squares += ((x - mean) ** 2).sum(0) + step**2 * (self.count * batch / total)
+        deviations = x - mean
+        step = mean.double() - self.offset
+        self.squares += torch.einsum("bn,bn->n", deviations, deviations)
+        self.squares += step**2 * (self.count * batch / total)
         self.offset += step * (batch / total)
         self.count = total
-        self._scatter(x - self.offset)
-        return self._cosines(draws, x)
+        self._scatter(deviations.add_((mean.double() - self.offset).to(x.dtype)))
+        return self._cosines(draws)
 
     def _start(self, draws: Tensor) -> Tensor:
         self._shift = draws[0].clone()
-        self.offset = torch.zeros_like(self._shift)
-        self.squares = torch.zeros_like(self._shift)
+        self.offset = torch.zeros_like(self._shift, dtype=torch.float64)
+        self.squares = torch.zeros_like(self.offset)
         blocks = len(self.sizes) + 1
         # Sums over draws, for each block and last for all of them together.
-        self._deviations = draws.new_zeros(blocks)
-        self._deviations_squared = draws.new_zeros(blocks)
-        self._square_traces = draws.new_zeros(blocks)
+        self._deviations = self.offset.new_zeros(blocks)
+        self._deviations_squared = self.offset.new_zeros(blocks)
+        self._square_traces = self.offset.new_zeros(blocks)
         return self._shift
 
     @property
@@ -98,7 +102,7 @@ class Moments:
 
     def _scatter(self, x: Tensor) -> None:
         """Add up squared deviations, and what tells the trace of the squared covariance."""
-        grams = [piece @ piece.T for piece in x.split(self.sizes, 1)]
+        grams = [(piece @ piece.T).double() for piece in x.split(self.sizes, 1)]
         stacked = torch.stack([*grams, torch.stack(grams).sum(0)])  # (blocks, B, B)
         deviations = stacked.diagonal(dim1=1, dim2=2)
         self._deviations += deviations.sum(1)
@@ -114,9 +118,12 @@ class Moments:
         self._square_traces += both.sum((1, 2)) - both.diagonal(dim1=1, dim2=2).sum(1)
         self._pairs += batch * (batch - 1)
 
-    def _cosines(self, draws: Tensor, x: Tensor) -> Tensor:
+    def _cosines(self, draws: Tensor) -> Tensor:
         if self.count < 2:
             return draws.new_full((len(draws),), torch.nan)
-        assert self._shift is not None
-        others = self._shift + (self.offset * self.count - x) / (self.count - 1)
-        return torch.nn.functional.cosine_similarity(draws, others, dim=1, eps=1e-300)
+        total = self.mean * self.count
+        along = (draws @ total.to(draws.dtype)).double()
+        lengths = torch.einsum("bn,bn->b", draws, draws).double()
+        # With t the sum of all draws, the others' mean points along t - g.
+        others = (total @ total - 2 * along + lengths).clamp(min=0)
+        return (along - lengths) / (lengths * others).sqrt()

@@ -168,7 +168,7 @@ class Projections(Recorder):
         at = tuple(np.array(self.places).T)
         for name, row, directions in zip(self.leaves, rows, self.directions, strict=True):
             self.projected[name][at] = (row @ directions).double().cpu().numpy()
-        self.norms[at] = torch.stack([row.double().norm(dim=1) for row in rows], 1).cpu().numpy()
+        self.norms[at] = torch.stack([row.norm(dim=1) for row in rows], 1).cpu().numpy()
         self.cosines[at] = self.moments.update(torch.cat(rows, 1)).cpu().numpy()
         self.places.clear()
 

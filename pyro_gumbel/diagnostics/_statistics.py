@@ -82,7 +82,7 @@ def two_sided_z(log_tails: list[float]) -> float:
     It is corrected for their number (Bonferroni): one of many is small by chance.
     """
     log_tail = min(min(log_tails) + math.log(len(log_tails)), 0.0)
-    return max(-float(special.ndtri_exp(log_tail - math.log(2))), 0.0)
+    return max(0.0, -float(special.ndtri_exp(log_tail - math.log(2))))
 
 
 def snr_of(mean: np.ndarray, spread: Spread) -> tuple[float, float]:

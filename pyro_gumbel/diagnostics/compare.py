@@ -44,7 +44,8 @@ def compare_gradients(
       number. Above 5 the estimator is biased; it grows with ``N`` if there is bias.
     * ``relative_bias``: ``bias`` over :math:`\|g^*\|`.
     * ``variance``: :math:`\mathrm{tr}\,\Sigma`, the sum of the coordinates' sample variances.
-    * ``relative_std``: its root over :math:`\|\bar g\|`.
+    * ``relative_std``: its root over :math:`\|g^*\|`, or :math:`\|\bar g\|` without a reference;
+      over the mean in any case it is the reciprocal of ``snr``.
     * ``mse``: of one draw, variance plus squared bias, the latter less what noise adds to it.
     * ``snr``: :math:`\|E g\| / \sqrt{\mathrm{tr}\,\Sigma}`, likewise corrected.
     * ``cosine``: of :math:`\bar g` with :math:`g^*`.
@@ -183,6 +184,7 @@ def _against(block: Block, reference: Block, biases: dict[str, Bias]) -> dict[st
         "bias_mcse": bias.mcse,
         "bias_z": two_sided_z([bias.log_tail for bias in biases.values()]),
         "relative_bias": bias.norm / length if length else math.nan,
+        "relative_std": math.sqrt(spread.trace) / length if length else math.nan,
         "mse": spread.trace + max(bias.squared, 0.0),
         "mse_mcse": math.hypot(math.sqrt(spread.trace_variance), bias.squared_mcse),
         "cosine": cosine,

@@ -52,7 +52,10 @@ def test_figures_are_as_defined() -> None:
     assert row.bias == pytest.approx(difference)
     assert row.relative_bias == pytest.approx(difference / np.linalg.norm(exact))
     assert row.variance == pytest.approx(variance)
-    assert row.relative_std == pytest.approx(np.sqrt(variance) / np.linalg.norm(mean))
+    assert row.relative_std == pytest.approx(np.sqrt(variance) / np.linalg.norm(exact))
+    alone = compare_gradients({"mine": draws}).loc["mine"]
+    assert alone.relative_std == pytest.approx(np.sqrt(variance) / np.linalg.norm(mean))
+    assert np.isnan(alone[["bias", "bias_z", "mse", "cosine"]].astype(float)).all()
     squared_bias = max(difference**2 - variance / 400, 0.0)
     assert row.mse == pytest.approx(variance + squared_bias)
     assert row.snr == pytest.approx(np.sqrt((mean @ mean - variance / 400) / variance))
