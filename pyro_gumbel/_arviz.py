@@ -130,4 +130,8 @@ def plot_forest(draws: Mapping[str, xr.Dataset], **kwargs: Any) -> Any:
         collection = az.plot_forest(dict(draws), combined=True, **kwargs)
         collection.add_legend("model")
         return collection
-    return az.plot_forest(list(draws.values()), model_names=list(draws), combined=True, **kwargs)
+    axes = az.plot_forest(list(draws.values()), model_names=list(draws), combined=True, **kwargs)
+    legend = np.ravel(axes)[0].get_legend()
+    legend.set_loc("upper left")
+    legend.set_bbox_to_anchor((1.02, 1.0))  # beside the intervals, not on them
+    return axes

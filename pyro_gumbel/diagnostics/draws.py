@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import datetime
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import pyro
-import torch
 import xarray as xr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_gumbel.diagnostics._evaluations import EvaluationCounter
-from pyro_gumbel.diagnostics._parameters import (
-    Params,
-    check_complete,
-    find_parameters,
-    read_gradients,
-)
-from pyro_gumbel.diagnostics._recorder import RESERVED, AllDraws, Projections, Recorder
+from pyro_gumbel.diagnostics._drawing import Drawer, Plan
+from pyro_gumbel.diagnostics._parameters import Params, check_complete, find_parameters
+from pyro_gumbel.diagnostics._recorder import RESERVED
 from pyro_gumbel.diagnostics._replicas import Replica, split_choice
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
-from pyro_gumbel.diagnostics.sites import site_effects
 from pyro_gumbel.estimators import Call, Estimator
 
 __all__ = ["gradient_draws"]
-
-# What the draws that tell sites apart may add to the cost of the others.
-_SITE_SHARE = 0.08
 
 
 def gradient_draws(
@@ -129,145 +115,58 @@ def gradient_draws(
         if value is not None and (not isinstance(value, int) or value < least):
             raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
     first, *chain_seeds = seeds(seed, num_chains + 1)
-    with (
-        preserved() as keep,
-        tqdm(
-            total=len(estimators) * num_chains * num_draws, disable=not progress, unit="draw"
-        ) as bar,
-    ):
+    total = len(estimators) * num_chains * num_draws
+    with preserved() as keep, tqdm(total=total, disable=not progress, unit="draw") as bar:
         seed_everything(first)
         leaves = find_parameters(call, keep, params)
         _check_names(leaves)
-        session = _Session(call, leaves, chain_seeds, num_draws, num_warmup, bar)
-        session.dims, session.project, session.site_draws = dims, project, site_draws
+        plan = Plan(call, leaves, chain_seeds, num_draws, num_warmup, dims, project, site_draws)
+        makers = {
+            label: _maker(choice, num_particles, vectorize_particles)
+            for label, choice in estimators.items()
+        }
+        drawers = {}
+        for label, make in makers.items():
+            with _named(label):
+                make(call)  # a wrong configuration shows before the first run
+                drawers[label] = Drawer(plan, make, first)
+        for chain in range(num_chains):  # in turns: what slows the machine slows all alike
+            for label, drawer in drawers.items():
+                bar.set_description(label)
+                with _named(label):
+                    drawer.draw_chain(chain, bar)
+                    check_complete(leaves, params)
         datasets = {}
-        for label, choice in estimators.items():
-            bar.set_description(label)
-            make = _maker(choice, call, num_particles, vectorize_particles)
-            try:
-                dataset = session.draw(make, first)
-            except Exception as error:
-                error.add_note(f"This was met with estimators[{label!r}].")
-                raise
-            check_complete(leaves, params)
-            dataset.attrs |= {
+        for label, drawer in drawers.items():
+            with _named(label):
+                datasets[label] = drawer.dataset().assign_coords(dict(coords or {}))
+            datasets[label].attrs |= {
                 "estimator": label,
-                "config": repr(choice),
-                "num_particles": _particles(choice, num_particles),
+                "config": repr(estimators[label]),
+                "num_particles": _particles(estimators[label], num_particles),
                 "seed": int(seed),
             }
-            datasets[label] = dataset.assign_coords(dict(coords or {}))
     return datasets
 
 
-@dataclass
-class _Session:
-    """What all estimators of one call share."""
-
-    call: Call
-    leaves: dict[str, Tensor]
-    chain_seeds: list[int]
-    num_draws: int
-    num_warmup: int
-    bar: Any
-    dims: dict[str, list[str]] | None = None
-    project: int | None = None
-    site_draws: int | None = None
-
-    def draw(self, make: Callable[[Call], Replica], seed: int) -> xr.Dataset:
-        """Draw with one estimator."""
-        seed_everything(seed)
-        evaluations, sites = count_evaluations(make, self.call)
-        recorder = self._recorder()
-        shape = (len(self.chain_seeds), self.num_draws)
-        losses, seconds = np.empty(shape), np.empty(shape)
-        for chain, chain_seed in enumerate(self.chain_seeds):
-            seed_everything(chain_seed)
-            replica = make(self.call)
-            for _ in range(self.num_warmup):
-                replica.step()
-            read_gradients(self.leaves)  # what earlier steps left
-            for draw in range(self.num_draws):
-                loss, seconds[chain, draw] = timed_step(replica, self.leaves)
-                recorder.add(chain, draw, read_gradients(self.leaves))
-                losses[chain, draw] = float(loss)
-                self.bar.update()
-        data, coords, attrs = recorder.variables()
-        coords |= self._fixed(losses)
-        number = self.site_draws
-        if number is None:
-            number = round(_SITE_SHARE * losses.size / (len(sites) + 1))
-        if number:
-            coords |= site_effects(make(self.call), self.leaves, sites, number, seed)
-        device = next(iter(self.leaves.values())).device
-        attrs |= {
-            "gradient_of": "loss (negative ELBO), by unconstrained parameters",
-            "device": str(device),
-            "dtype": str(next(iter(self.leaves.values())).dtype).removeprefix("torch."),
-            "seconds": float(np.median(seconds)),
-            # 1.2533 = sqrt(pi / 2), the median's loss of efficiency against the mean's
-            "seconds_mcse": float(1.2533 * seconds.std() / np.sqrt(seconds.size)),
-            "evaluations": evaluations,
-            "inference_library": "pyro",
-            "inference_library_version": pyro.__version__,
-            "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
-        }
-        return xr.Dataset(data, coords, attrs)
-
-    def _recorder(self) -> Recorder:
-        arguments = (self.leaves, len(self.chain_seeds), self.num_draws, self.dims)
-        if self.project is None:
-            return AllDraws(*arguments)
-        return Projections(*arguments, directions=self.project)
-
-    def _fixed(self, losses: np.ndarray) -> dict[str, Any]:
-        # Of a dimension of their own: a coordinate that only some of the variables have stands in
-        # the way of stacking them, which ArviZ does.
-        values = {
-            f"{name}.value": (
-                [f"{name}.index"],
-                leaf.detach().double().flatten().cpu().clone().numpy(),
-            )
-            for name, leaf in self.leaves.items()
-        }
-        return {
-            "chain": np.arange(losses.shape[0]),
-            "draw": np.arange(losses.shape[1]),
-            "loss": (["chain", "draw"], losses),
-            **values,
-        }
-
-
-def timed_step(replica: Replica, leaves: dict[str, Tensor]) -> tuple[Any, float]:
-    """Take one gradient; return the loss and the seconds that it took."""
-    cuda = next(iter(leaves.values())).is_cuda
-    start = time.perf_counter()
-    loss = replica.step()
-    if cuda:
-        torch.cuda.synchronize()
-    return loss, time.perf_counter() - start
-
-
-def count_evaluations(make: Callable[[Call], Replica], call: Call) -> tuple[int, list[str]]:
-    """Count the model evaluations of one gradient, and list the sites that it met."""
-    counter = EvaluationCounter()
-    with counter.watch(call.model) as model:
-        replica = make(Call(model, call.guide, call.args, call.kwargs))
-        replica.step()  # may need a trial run to find the programs' structure
-        counter.total = 0
-        replica.step()
-    return counter.total, list(replica.sites)
+@contextmanager
+def _named(label: str) -> Iterator[None]:
+    """Say which estimator an error was met with."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"This was met with estimators[{label!r}].")
+        raise
 
 
 def _maker(
-    choice: Any, call: Call, num_particles: int, vectorize_particles: bool
+    choice: Any, num_particles: int, vectorize_particles: bool
 ) -> Callable[[Call], Replica]:
     def make(call: Call) -> Replica:
         return Replica(
             choice, call, num_particles=num_particles, vectorize_particles=vectorize_particles
         )
 
-    make(call)  # a wrong configuration shows before the first run
     return make
 
 

@@ -173,11 +173,10 @@ def test_long_run_as_reference() -> None:
 
 def test_step_seconds_decide_between_bias_and_noise() -> None:
     """Much time a step averages noise away, but not bias."""
-    candidates: dict[str, Estimator] = {"score": Score(LeaveOneOut()), "st": StraightThrough()}
+    candidates: dict[str, Estimator] = {"score": Score(), "st": StraightThrough()}
     options = {"candidates": candidates, "budget_seconds": 4.0, "make": bits_program}
     patient = quick(step_seconds=1000.0, **options)
     assert isinstance(patient.config["z"], Score)
-    assert patient.num_particles == 2
     hasty = quick(step_seconds=1e-4, **options)
     assert isinstance(hasty.config["z"], StraightThrough)
 

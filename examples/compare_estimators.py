@@ -1,0 +1,200 @@
+"""Bias, noise and price of gradient estimators, on an auto-encoder that can be summed exactly.
+
+    python examples/compare_estimators.py
+    python examples/compare_estimators.py --estimators reinmax,straight_through,score:4
+    python examples/compare_estimators.py --checkpoint FILE --num-draws 500
+
+Four latents of eight categories have 4,096 states: few enough for the exact gradient. The model
+is trained by ReinMax; at some epochs every estimator draws the gradient of the encoder, many times
+at the same parameters. With --checkpoint the model is one that vae.py trained. See
+examples/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyro
+import torch
+import xarray as xr
+from pyro.infer import SVI
+from tqdm import tqdm
+
+import gradients
+from compare_report import show, write_draws, write_tables
+from image_data import Images, load_images
+from pyro_gumbel.diagnostics import compare_gradients, exact_gradient, gradient_draws
+from pyro_gumbel.infer import Estimator_ELBO, config_gradient
+from vae import VAE, find_device
+from vae_options import make_parser
+
+ESTIMATORS = (
+    "straight_through,gumbel_straight_through,gumbel_rao@0.5,reinmax,reinmax_rao@1.0,"
+    "disarm_tree,score:4"
+)
+
+
+def make_vae(args: argparse.Namespace, images: Images) -> VAE:
+    """Make an untrained model from this example's few settings, or from a checkpoint's."""
+    command = ["--latents", str(args.latents), "--categories", str(args.categories)]
+    settings = make_parser("").parse_args([*command, "--hidden", str(args.hidden)])
+    return VAE(settings, images.num_pixels).to(images.train.device)
+
+
+def load_vae(path: Path, images: Images) -> VAE:
+    """Read a model that ``vae.py --checkpoint`` left."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    vae = VAE(argparse.Namespace(**state["settings"]), images.num_pixels)
+    weights = {k[2:]: v for k, v in state["module"].items() if k.startswith("0.")}
+    vae.load_state_dict(weights)  # the estimator's state, under "1.", is not needed
+    return vae.to(images.train.device)
+
+
+def choices(names: str) -> dict[str, Any]:
+    """Read the estimators: each with an ELBO of as many particles as it is given."""
+    parsed = {name: gradients.parse(name) for name in names.split(",")}
+    return {
+        name: ({"z": estimator}, elbo(particles))
+        for name, (estimator, particles) in parsed.items()
+    }
+
+
+def elbo(num_particles: int) -> Estimator_ELBO:
+    return Estimator_ELBO(num_particles, vectorize_particles=True, max_plate_nesting=1)
+
+
+def measure(
+    vae: VAE, x: torch.Tensor, args: argparse.Namespace
+) -> tuple[pd.DataFrame, xr.Dataset | None]:
+    """Compare the estimators' gradients of the encoder; without an exact one, with a long run."""
+    try:
+        exact = exact_gradient(vae.model, vae.guide, x, params="encoder*", max_states=20_000)
+    except ValueError as error:
+        print(f"no exact gradient: {error}")
+        exact = None
+    draws = gradient_draws(
+        vae.model,
+        vae.guide,
+        x,
+        estimators=choices(args.estimators),
+        num_draws=args.num_draws // 4,
+        params="encoder*",
+        project=8,
+        seed=args.seed,
+    )
+    reference = exact
+    if reference is None:
+        reference = gradient_draws(
+            vae.model,
+            vae.guide,
+            x,
+            estimators=choices("score:8"),
+            num_draws=args.num_draws,
+            params="encoder*",
+            project=8,
+            seed=args.seed + 1,
+        )["score:8"]
+    return compare_gradients(draws, reference), exact
+
+
+def train(
+    vae: VAE, images: Images, args: argparse.Namespace
+) -> tuple[dict[int, pd.DataFrame], xr.Dataset | None]:
+    """Train by ReinMax, and measure at each of the epochs asked for."""
+    svi = SVI(
+        vae.model,
+        config_gradient(vae.guide, {"z": "reinmax"}),
+        pyro.optim.Adam({"lr": 1e-3}),
+        elbo(1),
+    )
+    tables, exact = {}, None
+    for epoch in tqdm(range(1, max(args.epochs) + 1), desc="training", unit="epoch"):
+        for batch in images.batches(100):
+            svi.step(batch)
+        if epoch in args.epochs:
+            tables[epoch], exact = measure(vae, images.train[: args.images], args)
+            show(tables[epoch], f"after epoch {epoch}")
+    return tables, exact
+
+
+def write(
+    vae: VAE,
+    x: torch.Tensor,
+    tables: dict[Any, pd.DataFrame],
+    exact: xr.Dataset | None,
+    args: argparse.Namespace,
+) -> list[Path]:
+    """Write tables, pictures and a file of draws; return their paths."""
+    write_tables(tables, args.out)
+    biases = [name for name, _ in vae.encoder.named_parameters() if name.endswith("bias")]
+    name = f"encoder$$${biases[-1]}"  # the last layer's: the gradient by all images' logits
+    draws = gradient_draws(
+        vae.model,
+        vae.guide,
+        x,
+        estimators=choices(args.estimators),
+        num_draws=max(args.num_draws // 8, 20),
+        params=[name],
+        dims={name: ["logit"]},
+        seed=args.seed,
+    )
+    if exact is not None:
+        exact = exact[[name]].rename({f"{name}_dim_0": "logit"})
+    write_draws(draws, exact, args.out)
+    return sorted(args.out.glob("*"))
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data", metavar="DIR", help="IDX files such as MNIST's (default: scikit-learn's digits)")
+    add("--checkpoint", type=Path, metavar="FILE", help="a model that vae.py trained")
+    add("--estimators", default=ESTIMATORS, metavar="A,B,C", help="NAME, NAME@T or NAME:K each")
+    add("--num-draws", type=int, default=1000, help="draws of each estimator")
+    add("--images", type=int, default=100, help="images that a gradient is of")
+    add("--epochs", type=epochs, default=[1, 5, 10, 20], metavar="A,B,C", help="when to measure")
+    add("--latents", type=int, default=4)
+    add("--categories", type=int, default=8)
+    add("--hidden", type=int, default=128)
+    add("--seed", type=int, default=0)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--out", type=Path, default=Path("out/estimators"), metavar="DIR")
+    add("--smoke", action="store_true", help="few draws of few images: does it run at all?")
+    return parser, parser.parse_args(argv)
+
+
+def epochs(text: str) -> list[int]:
+    return sorted(int(epoch) for epoch in text.split(","))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print the tables, write pictures and draws."""
+    parser, args = parse(argv)
+    torch.set_num_threads(1)
+    try:
+        choices(args.estimators)
+        images = load_images(args.data, "threshold").to(find_device(args.device))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if args.smoke:
+        args.num_draws, args.images, args.epochs = 40, 10, [1, 2]
+        args.latents, args.hidden, images = 3, 16, images.head(200, 50)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(args.seed)
+    if args.checkpoint is None:
+        vae = make_vae(args, images)
+        tables, exact = train(vae, images, args)
+    else:
+        vae = load_vae(args.checkpoint, images)
+        table, exact = measure(vae, images.train[: args.images], args)
+        show(table, f"at {args.checkpoint}")
+        tables = {0: table}
+    paths = write(vae, images.train[: args.images], tables, exact, args)
+    print("\nwritten:", *paths, sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The comparison of estimators runs as the examples' README writes it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import arviz as az
+import numpy as np
+import pandas as pd
+import pytest
+
+import compare_estimators
+import vae
+from pyro_gumbel._arviz import group
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "examples/README.md").read_text()
+
+
+def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    names = "reinmax,straight_through,gumbel_softmax@0.5,score:2"
+    compare_estimators.main(["--smoke", "--estimators", names, "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "after epoch 1" in printed
+    assert "after epoch 2" in printed
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert len(table) == 2 * 4
+    assert np.isfinite(table[["relative_bias", "relative_std", "seconds"]]).all(axis=None)
+    for picture in ("forest", "efficiency", "epochs"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 5000
+    data = az.from_netcdf(str(tmp_path / "gradients.nc"))
+    draws = group(data, "gradients")["encoder$$$2.bias"]
+    assert draws.dims == ("chain", "draw", "estimator", "logit")
+    assert list(draws.coords["estimator"].values) == names.split(",")
+    exact = group(data, "constant_data")["encoder$$$2.bias.gradient"].values
+    unbiased = draws.sel(estimator="score:2")
+    error = unbiased.std(("chain", "draw")) / np.sqrt(unbiased[..., 0].size) + 1e-6
+    assert float((abs(unbiased.mean(("chain", "draw")) - exact) / error).max()) < 5
+
+
+def test_trained_model_without_exact_gradient(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "vae.pt"
+    size = ["--latents", "12", "--categories", "4", "--hidden", "16", "--num-samples", "5"]
+    vae.main(["--smoke", *size, "--checkpoint", str(file), "--out", str(tmp_path / "vae")])
+    options = ["--num-draws", "40", "--images", "5", "--estimators", "reinmax,score:2"]
+    compare_estimators.main(
+        [*options, "--checkpoint", str(file), "--out", str(tmp_path / "compared")]
+    )
+    assert "no exact gradient: exact_gradient: 16,777,216 joint states" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "compared/table.csv")
+    assert table.bias.notna().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--estimators", "reinmx"], "Did you mean 'reinmax'"),
+        (["--data", "nowhere"], "no folder nowhere"),
+    ],
+)
+def test_errors(options: list[str], match: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        compare_estimators.main(options)
+    assert match in capsys.readouterr().err
+
+
+def test_commands_of_the_readme_parse() -> None:
+    commands = re.findall(r"python examples/compare_estimators\.py([^\n`]*)", README)
+    assert commands
+    for command in commands:
+        _, args = compare_estimators.parse(shlex.split(command))
+        compare_estimators.choices(args.estimators)
