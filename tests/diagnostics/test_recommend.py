@@ -154,7 +154,7 @@ def bits_program():
     return problem.model, problem.guide, ()
 
 
-@pytest.mark.slow  # its verdict rests on draws that the clock cuts off: one in many runs may differ
+@pytest.mark.slow  # the clock decides how many draws its verdict rests on
 def test_equal_candidates_are_within_noise() -> None:
     found = quick(
         candidates={"one": Score(MovingAverage(0.9)), "other": Score(MovingAverage(0.91))},
@@ -171,6 +171,7 @@ def test_long_run_as_reference() -> None:
     assert "long run of" in found.message
 
 
+@pytest.mark.slow  # it rests on seconds, which a busy machine stretches
 def test_step_seconds_decide_between_bias_and_noise() -> None:
     """Much time a step averages noise away, but not bias."""
     candidates: dict[str, Estimator] = {"score": Score(), "st": StraightThrough()}
