@@ -42,8 +42,8 @@ class Recording:
         mutated: The tensors among those held that the operations change in place.
     """
 
-    def __init__(self, graph: fx.GraphModule, *, compile: bool) -> None:
-        simplify(graph)
+    def __init__(self, graph: fx.GraphModule, inputs: Sequence[Tensor], *, compile: bool) -> None:
+        simplify(graph, inputs)
         self.mutated = _mutated(graph)
         self.play: Function = _compiled(graph) if compile else as_function(graph)
 
@@ -76,7 +76,7 @@ def record(
         return returned[0]
 
     graph = make_fx(run)(*inputs)
-    return returned[0], Recording(graph, compile=compile)
+    return returned[0], Recording(graph, inputs, compile=compile)
 
 
 class _RefuseValues(TorchDispatchMode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,15 @@ _BATCH_NORMS = (
     aten.cudnn_batch_norm.default,
     aten.miopen_batch_norm.default,
 )
+_SHAPED_LIKE = (  # of their first argument only the shape, the dtype and the device matter
+    aten.full_like.default,
+    aten.new_full.default,
+    aten.new_ones.default,
+    aten.new_zeros.default,
+    aten.ones_like.default,
+    aten.zeros_like.default,
+)
+_LARGEST = 1 << 16  # elements of a result that is kept
 _FACTORIES = (
     aten.arange.default,
     aten.full.default,
@@ -29,13 +38,16 @@ _FACTORIES = (
 )
 
 
-def simplify(graph: fx.GraphModule) -> None:
-    """Drop views that change nothing, compute what depends on literals alone, drop the unused."""
+def simplify(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    """Drop views that change nothing, compute what depends on literals alone, drop the unused.
+
+    The value of a surrogate is of the latter: its gradient starts from a one.
+    """
     for node in list(graph.graph.nodes):
         if node.target in _VIEWS and _layout(node) == _layout(node.args[0]):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
-    _fold(graph)
+    _fold(graph, _common_device(graph, inputs))
     graph.graph.eliminate_dead_code()  # it keeps draws and changes in place
     graph.graph.lint()
     graph.recompile()
@@ -81,29 +93,59 @@ def as_function(graph: fx.GraphModule) -> Callable[..., Any]:
     return lambda *inputs: function(None, *inputs)
 
 
-def _fold(graph: fx.GraphModule) -> None:
+def _common_device(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> torch.device | None:
+    """The device of all tensors that go into a graph, if it is one."""
+    held = [getattr(graph, n.target) for n in graph.graph.nodes if n.op == "get_attr"]
+    devices = {tensor.device for tensor in [*held, *inputs]}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def _fold(graph: fx.GraphModule, device: torch.device | None) -> None:
     """Replace operations on literals (``torch.tensor(0.3)``) by their results."""
     known: dict[fx.Node, Tensor] = {}
-    written = {target for node in graph.graph.nodes for target in writes_to(node)}
+    changing = _changing(graph)
     for node in list(graph.graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
-        if not _is_foldable(node, known) or node in written or writes_to(node):
+        stand_in = _stand_in(node, device)
+        if stand_in is None and not _is_foldable(node, known):
             continue
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _value(graph, n, known))
+        if node in changing or writes_to(node):
+            continue
+        args, kwargs = fx.map_arg(
+            (node.args, node.kwargs),
+            lambda n: _value(graph, n, known) if stand_in is None else stand_in,  # noqa: B023
+        )
         result = node.target(*args, **kwargs)
-        if isinstance(result, Tensor):
+        if isinstance(result, Tensor) and result.numel() <= _LARGEST:
             known[node] = result
     for count, (node, value) in enumerate(known.items()):
         if all(user in known for user in node.users):
-            continue
-        # An output belongs to the caller, who may change it in place.
-        if any(user.op == "output" for user in node.users):
             continue
         name = f"_literal{count}"
         graph.register_buffer(name, value, persistent=False)
         with graph.graph.inserting_before(node):
             node.replace_all_uses_with(graph.graph.get_attr(name))
+
+
+def _changing(graph: fx.GraphModule) -> set[fx.Node]:
+    """What is changed in place, by a view of it too, or returned to a caller who may do that."""
+    changing = {target for node in graph.graph.nodes for target in writes_to(node)}
+    changing.update(graph.graph.output_node().all_input_nodes)
+    for node in reversed(graph.graph.nodes):
+        if node in changing:
+            changing.update(is_view_of(node))
+    return changing
+
+
+def _stand_in(node: fx.Node, device: torch.device | None) -> Tensor | None:
+    """A tensor without values in place of one that lends its shape alone."""
+    if node.target not in _SHAPED_LIKE or device is None:
+        return None
+    meta = node.args[0].meta.get("tensor_meta") if isinstance(node.args[0], fx.Node) else None
+    if meta is None:
+        return None
+    return torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=device)
 
 
 def _is_foldable(node: fx.Node, known: dict[fx.Node, Tensor]) -> bool:
