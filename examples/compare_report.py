@@ -42,6 +42,8 @@ def plot_epochs(tables: Mapping[Any, pd.DataFrame]) -> mpl.figure.Figure:
             axis.plot(list(tables), values, marker="o", label=name)
         axis.set(xlabel="epoch", ylabel=column.replace("_", " "), yscale="log")
         axis.set_xticks(list(tables))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3)
     axes[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0))
     return figure
