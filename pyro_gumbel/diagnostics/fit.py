@@ -98,8 +98,8 @@ def _log_weights(run: Evaluation, plate: str | None) -> Tensor:
     if not inside:
         plates = sorted({frame.name for term in run.terms for frame in term.plates})
         raise ValueError(f"guide_khat: no plate is called {plate!r}; there are {plates}.")
-    total = torch.zeros(inside[0][1].size)
+    rows = []
     for term, frame in inside:
         value = term.value.reshape((1,) * (-frame.dim - term.value.dim()) + term.value.shape)
-        total = total + value.movedim(frame.dim, 0).reshape(frame.size, -1).sum(1)
-    return total
+        rows.append(value.movedim(frame.dim, 0).reshape(frame.size, -1).sum(1))
+    return torch.stack(rows).sum(0)

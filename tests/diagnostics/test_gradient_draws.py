@@ -15,7 +15,12 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.nn import PyroModule, PyroParam
 from toys import bits, chain
 
-from pyro_gumbel.diagnostics import exact_gradient, gradient_draws
+from pyro_gumbel.diagnostics import (
+    compare_gradients,
+    exact_gradient,
+    gradient_draws,
+    guide_khat,
+)
 from pyro_gumbel.diagnostics._state import seeds
 from pyro_gumbel.estimators import ReinMax, Score, StraightThrough
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
@@ -349,3 +354,30 @@ def test_error_names_the_estimator() -> None:
     with pytest.raises(ValueError, match="Enumerate") as caught:
         draw(problem, {"mine": "enumerate"})
     assert any("estimators['mine']" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("project", [None, 2])
+def test_on_a_gpu(project: int | None) -> None:
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor([0.3, 0.6]).to(x)).to_event(1))
+            pyro.sample("x", dist.Normal(z.prod(-1) + z.sum(-1), 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        logits = pyro.param("l", torch.tensor([0.2, -0.5]).to(x))
+        with pyro.plate("n", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=logits).expand([len(x), 2]).to_event(1))
+
+    x = torch.tensor([0.3, 1.2, -0.4], device="cuda")
+    state = torch.cuda.get_rng_state_all()
+    drawn = gradient_draws(
+        model, guide, x, estimators={"s": "score", "r": "rebar"}, num_draws=200, project=project,
+        site_draws=5, progress=False,
+    )  # fmt: skip
+    exact = exact_gradient(model, guide, x)
+    table = compare_gradients(drawn, exact)
+    assert table.bias_z.max() < 5
+    assert drawn["s"].attrs["device"] == "cuda:0"
+    assert guide_khat(model, guide, x, plate="n", num_samples=30).shape == (3,)
+    assert all(map(torch.equal, state, torch.cuda.get_rng_state_all()))
