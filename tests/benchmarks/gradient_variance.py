@@ -7,7 +7,7 @@ own learnable parts trained first. The literature (Titsias and Shi 2022, arXiv 2
 al. 2022, arXiv 2202.09497) orders two evaluations as Rodeo < Double CV < DisARM ~ leave-one-out,
 and puts ARMS with four below all of them. DisARM's weight cuts the variance of a bit's factor by
 ``1 - p``, with ``p`` the rarer value's probability: by half where the posterior leaves most bits
-undecided, by nothing where it has decided them. The mean of ``p`` is printed with the table, for the
+undecided, by nothing where it has decided them. The mean of ``p`` is printed too, for the
 order depends on it. Step times are medians of ratios of steps taken in turn.
 """
 
