@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -223,14 +224,16 @@ def mixed_guide() -> None:
     pyro.sample("y", dist.Normal(where, spread))
 
 
-def mixed_exact() -> tuple[float, Tensor]:
-    """Two particles: Gauss-Hermite quadrature over both continuous draws, sums over both bits."""
-    nodes, masses = np.polynomial.hermite_e.hermegauss(60)
-    noise = torch.as_tensor(nodes)
-    masses = torch.as_tensor(masses / masses.sum())
+def mixed_exact(num_particles: int, num_nodes: int) -> tuple[float, Tensor]:
+    """Sums over bits and Gauss-Hermite nodes: a particle is in one of ``2 * num_nodes`` states.
+
+    As particles are exchangeable, tuples with the same counts of states are summed once.
+    """
+    nodes, masses = np.polynomial.hermite_e.hermegauss(num_nodes)
+    noise, log_masses = torch.as_tensor(nodes), torch.as_tensor(masses / masses.sum()).log()
     params = {name: value.clone().requires_grad_() for name, value in MIXED.items()}
     scales = params["log_scale"].exp()
-    log_q, log_w = [], []
+    log_chance, log_w = [], []
     for bit in (0, 1):
         b = torch.tensor(float(bit), dtype=torch.float64)
         y = params["loc"][bit] + scales[bit] * noise
@@ -241,26 +244,41 @@ def mixed_exact() -> tuple[float, Tensor]:
         p = p + dist.Normal(params["theta"] * y + b, 0.7).log_prob(
             torch.tensor(0.9, dtype=torch.float64)
         )
-        log_q.append(q_bit)
+        log_chance.append(q_bit + log_masses)
         log_w.append(p - q)
-    bound = torch.zeros((), dtype=torch.float64)
-    for one, other in itertools.product((0, 1), repeat=2):
-        mean = torch.logaddexp(log_w[one][:, None], log_w[other][None]) - np.log(2)
-        weight = (log_q[one] + log_q[other]).exp() * masses[:, None] * masses[None]
-        bound = bound + (weight * mean).sum()
+    chances, weights = torch.cat(log_chance), torch.cat(log_w)
+    drawn = torch.combinations(torch.arange(2 * num_nodes), num_particles, with_replacement=True)
+    counts = torch.zeros(len(drawn), 2 * num_nodes, dtype=torch.float64)
+    counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    orders = math.lgamma(num_particles + 1) - torch.lgamma(counts + 1).sum(-1)
+    chance = (orders + chances[drawn].sum(-1)).exp()
+    bound = (chance * (weights[drawn].logsumexp(-1) - math.log(num_particles))).sum()
     grads = torch.autograd.grad(-bound, list(params.values()))
     return bound.item(), torch.cat([grad.flatten() for grad in grads])
 
 
+MIXED_NODES = {2: 60, 5: 12}
+
+
+def test_quadrature_has_converged() -> None:
+    coarse, fine = mixed_exact(5, 10), mixed_exact(5, MIXED_NODES[5])
+    assert coarse[0] == pytest.approx(fine[0], abs=1e-3)
+    assert (coarse[1] - fine[1]).norm() < 2e-3 * fine[1].norm()
+
+
+@pytest.mark.parametrize("num_particles", [2, 5])
 @pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
 @pytest.mark.parametrize("doubly", [False, True], ids=["plain", "doubly"])
-def test_mixed_sites_are_unbiased(doubly: bool, vectorize: bool) -> None:
-    value, gradient = mixed_exact()
+def test_mixed_sites_are_unbiased(doubly: bool, vectorize: bool, num_particles: int) -> None:
+    value, gradient = mixed_exact(num_particles, MIXED_NODES[num_particles])
     pyro.clear_param_store()
     for name, start in MIXED.items():
         pyro.param(name, start.clone())
     elbo = ImportanceWeighted_ELBO(
-        2, doubly_reparameterized=doubly, vectorize_particles=vectorize, max_plate_nesting=1
+        num_particles,
+        doubly_reparameterized=doubly,
+        vectorize_particles=vectorize,
+        max_plate_nesting=1,
     )
     grads, losses = [], []
     for _ in range(150):
