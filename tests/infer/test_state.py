@@ -163,16 +163,22 @@ def run_and_count(num_steps, checkpoints):
     return counts
 
 
+def assert_no_growth(early, late):
+    """Tensors may become fewer: what earlier tests of the process left is freed in its own time."""
+    assert late[0] <= early[0]
+    assert late[1:] == early[1:]
+
+
 def test_3000_steps_leave_nothing_behind():
     counts = run_and_count(3000, {300, 3000})
-    assert counts[0] == counts[1]
+    assert_no_growth(*counts)
     assert counts[0][1:] == (4, 4, 4)
 
 
 @pytest.mark.slow
 def test_10000_steps_leave_nothing_behind():
     counts = run_and_count(10_000, {1000, 10_000})
-    assert counts[0] == counts[1]
+    assert_no_growth(*counts)
 
 
 @pytest.mark.parametrize("vectorize", [False, True])
