@@ -164,7 +164,7 @@ def run_and_count(num_steps, checkpoints):
 
 
 def assert_no_growth(early, late):
-    """Tensors may become fewer: what earlier tests of the process left is freed in its own time."""
+    """Tensors may become fewer: what other tests left is freed in its own time."""
     assert late[0] <= early[0]
     assert late[1:] == early[1:]
 
