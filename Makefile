@@ -11,15 +11,22 @@ STAMP := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND ?= Agg
 
+# ArviZ 1.x wants Python 3.12 or later, and neither torch nor this package. Name one by
+#   make test-arviz ARVIZ_PYTHON=python3.13
+ARVIZ_PYTHON = python3.14 python3.13 python3.12 python3 \
+  $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.1[2-9]*/bin/python)
+ARVIZ_VENV ?= .venv-arviz
+
 PYTEST_ARGS ?= -n 2
 DEMO_OUT ?= out/demo
 
-.PHONY: help demo test test-slow lint format benchmark clean
+.PHONY: help demo test test-slow test-arviz lint format benchmark clean
 
 help:
 	@echo 'make demo       train and compare estimators on scikit-learn digits (minutes)'
 	@echo 'make test       the test suite (minutes)'
 	@echo 'make test-slow  the long statistical tests and the long examples'
+	@echo 'make test-arviz the part that differs between ArviZ 0.x and 1.x, on 1.x'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make format     rewrite the sources in the one format'
 	@echo 'make benchmark  time what the package does against plain PyTorch and Pyro'
@@ -33,6 +40,19 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
+
+# A Python that is on PATH may refuse to run, as shims of version managers do: each is tried.
+test-arviz:
+	@[ -e $(ARVIZ_VENV)/.ready ] || for python in $(ARVIZ_PYTHON); do \
+	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || continue; \
+	  echo "making $(ARVIZ_VENV), once, by $$($$python --version)"; \
+	  $$python -m venv $(ARVIZ_VENV) && $(ARVIZ_VENV)/bin/python -m pip install --quiet \
+	    'arviz[matplotlib,h5netcdf]>=1' pytest && touch $(ARVIZ_VENV)/.ready || exit 1; \
+	  break; \
+	done
+	@if [ -e $(ARVIZ_VENV)/.ready ]; then \
+	  $(ARVIZ_VENV)/bin/python -m pytest --noconftest -p no:cacheprovider tests/test_arviz.py; \
+	else echo 'notice: no Python 3.12 or later is found, so ArviZ 1.x is left untested'; fi
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
@@ -50,7 +70,7 @@ benchmark: $(STAMP)
 	done; [ -n "$$found" ] || echo 'no script in tests/benchmarks/ yet: nothing to time'
 
 clean:
-	rm -rf $(VENV) out build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ARVIZ_VENV) out build dist .mypy_cache .pytest_cache .ruff_cache
 
 # The torch of a machine without an NVIDIA GPU is pinned on the Python that the tests run on, so
 # that pip can take the CPU build; with a GPU pip takes its default build, which brings CUDA.
