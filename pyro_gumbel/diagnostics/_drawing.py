@@ -126,6 +126,7 @@ class Drawer:
             "chain": np.arange(self.losses.shape[0]),
             "draw": np.arange(self.losses.shape[1]),
             "loss": (["chain", "draw"], self.losses),
+            "seconds": (["chain", "draw"], self.seconds),
             **values,
         }
 

@@ -27,6 +27,7 @@ RESERVED = frozenset(
         "parameter",
         "parameter_norm",
         "repeat",
+        "seconds",
         "site",
         "site_effect",
         "square_trace",

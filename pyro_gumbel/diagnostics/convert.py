@@ -12,7 +12,7 @@ from pyro_gumbel.diagnostics._tables import check_draws, is_drawn, parameters_of
 
 __all__ = ["to_arviz"]
 
-_STATISTICS = ("loss", "grad_norm", "cosine")
+_STATISTICS = ("loss", "grad_norm", "seconds", "cosine")
 
 
 def to_arviz(draws: Any, reference: xr.Dataset | None = None) -> Any:
@@ -21,8 +21,8 @@ def to_arviz(draws: Any, reference: xr.Dataset | None = None) -> Any:
     Groups:
 
     * ``gradients``: the draws, dims ``chain, draw, estimator`` and the parameter's own;
-    * ``sample_stats``: ``elbo``, ``loss``, ``grad_norm`` (``cosine`` with projections) of each
-      draw, and ``seconds``, ``evaluations`` and ``num_particles`` of each estimator;
+    * ``sample_stats``: ``elbo``, ``loss``, ``grad_norm`` and ``seconds`` of each draw (and
+      ``cosine`` with projections), ``evaluations`` and ``num_particles`` of each estimator;
     * ``constant_data``: the parameters' values, and ``<name>.gradient``, the reference.
 
     Slashes in names, which netCDF cannot hold, become dots.
@@ -81,7 +81,7 @@ def _statistics(draws: dict[str, xr.Dataset], labels: list[str]) -> xr.Dataset:
             variables[name] = (("chain", "draw", "estimator"), stacked)
     if "loss" in variables:
         variables["elbo"] = (variables["loss"][0], -variables["loss"][1])
-    for name in ("seconds", "evaluations", "num_particles"):
+    for name in ("evaluations", "num_particles"):
         values = [float(dataset.attrs.get(name, np.nan)) for dataset in draws.values()]
         variables[name] = (("estimator",), np.array(values))
     coords: dict[str, Any] = {"estimator": labels}

@@ -75,16 +75,17 @@ def gradient_draws(
             many as add 8 % to the cost.
         coords: Coordinates of named dimensions.
         dims: For each parameter the names of its dimensions; else ``<name>_dim_0``, ...
-        seed: Seed of everything; on a CPU the same seed gives the same draws bit for bit.
+        seed: Seed of everything; on a CPU the same seed gives the same draws bit for bit (in
+            other ``seconds``).
         progress: Show a progress bar.
         **kwargs: Keyword arguments of model and guide.
 
     Returns:
         A Dataset for each label with one variable a parameter, of dims ``chain, draw`` and the
         parameter's own (with ``project`` instead ``direction``). Coordinates hold each draw's
-        ``loss`` and ``grad_norm``, and the parameter's unconstrained value, flattened,
-        ``<name>.value``; attributes the label, configuration, particles, seed, device, ``seconds``
-        a draw (the median) and ``evaluations`` of the model a draw.
+        ``loss``, ``grad_norm`` and ``seconds``, and the parameter's unconstrained value,
+        flattened, ``<name>.value``; attributes the label, configuration, particles, seed, device,
+        the median of ``seconds`` and the ``evaluations`` of the model a draw.
 
     Raises:
         TypeError: If an argument is of another kind.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from pyro_gumbel.diagnostics import (
     gradient_draws,
     guide_khat,
 )
+from pyro_gumbel.diagnostics._recorder import RESERVED
 from pyro_gumbel.diagnostics._state import seeds
 from pyro_gumbel.estimators import ReinMax, Score, StraightThrough
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
@@ -74,6 +76,21 @@ def test_labels_and_provenance() -> None:
     assert drawn.attrs["dtype"] == "float32"
 
 
+def test_seconds_of_each_draw() -> None:
+    problem = chain()
+    problem.reset(torch.float32)
+    for project in (None, 2):
+        drawn = draw(problem, {"r": "reinmax"}, project=project)["r"]
+        assert drawn.coords["seconds"].dims == ("chain", "draw")
+        assert float(drawn.coords["seconds"].min()) > 0
+        assert drawn.attrs["seconds"] == float(drawn.coords["seconds"].median())
+
+
+def untimed(dataset: xr.Dataset) -> xr.Dataset:
+    """Leave out what the clock decides."""
+    return dataset.drop_vars("seconds")
+
+
 def test_same_seed_same_draws() -> None:
     problem = chain()
     problem.reset(torch.float32)
@@ -83,8 +100,8 @@ def test_same_seed_same_draws() -> None:
     second = draw(problem, estimators, seed=5, site_draws=4)
     other = draw(problem, estimators, seed=6, site_draws=4)
     for label in estimators:
-        xr.testing.assert_equal(first[label], second[label])
-        assert not first[label].equals(other[label])
+        xr.testing.assert_equal(untimed(first[label]), untimed(second[label]))
+        assert not untimed(first[label]).equals(untimed(other[label]))
     assert not np.array_equal(first["score"]["w"][0], first["score"]["w"][1])  # chains differ
 
 
@@ -98,7 +115,7 @@ def test_parameters_not_made_yet_are_made_under_the_seed() -> None:
     options = {"estimators": {"e": "enumerate"}, "num_draws": 2, "progress": False}
     one = gradient_draws(model, guide, **options)["e"]
     two = gradient_draws(model, guide, **options)["e"]
-    xr.testing.assert_equal(one, two)
+    xr.testing.assert_equal(untimed(one), untimed(two))
     np.testing.assert_allclose(one["l"], float(exact_gradient(model, guide)["l"]), rtol=1e-5)
     assert len(pyro.get_param_store()) == 0
 
@@ -302,8 +319,11 @@ def test_parameter_that_is_met_late() -> None:
     assert float(abs(drawn["late"]).max()) > 0
 
 
-def taken_name() -> None:
-    pyro.sample("z", dist.Bernoulli(logits=pyro.param("site", torch.tensor(0.0))))
+def taken(name: str) -> Callable[[], None]:
+    def program() -> None:
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param(name, torch.tensor(0.0))))
+
+    return program
 
 
 def big_guide() -> None:
@@ -336,10 +356,23 @@ def test_errors(options: dict[str, Any], error: type[Exception], match: str) -> 
         draw(problem, **({"estimators": {"s": Score()}} | options))
 
 
+@pytest.mark.parametrize("project", [None, 1])
+def test_names_beside_the_draws_are_reserved(project: int | None) -> None:
+    problem = bits()
+    problem.reset(torch.float32)
+    drawn = draw(problem, {"s": "score"}, site_draws=2, project=project)["s"]
+    own = {name for name in [*drawn.coords, *drawn.dims] if name.split(".")[0] in RESERVED}
+    others = {name for name in [*drawn.coords, *drawn.dims] if name.startswith(("w", "logits"))}
+    assert own | others == {*drawn.coords, *drawn.dims}
+    assert "seconds" in own
+
+
 def test_reserved_name() -> None:
     options = {"estimators": {"s": "score"}, "num_draws": 2, "progress": False}
-    with pytest.raises(ValueError, match="'site' has the name of a dimension or a statistic"):
-        gradient_draws(taken_name, taken_name, **options)
+    for name in ("site", "seconds"):
+        program = taken(name)
+        with pytest.raises(ValueError, match=f"'{name}' has the name of a dimension or a stat"):
+            gradient_draws(program, program, **options)
 
 
 def test_too_much_to_keep() -> None:

@@ -55,7 +55,12 @@ def test_groups(tmp_path: Path) -> None:
     )
     assert gradients.attrs["inference_library"] == "pyro"
     statistics = group(data, "sample_stats")
-    assert {"elbo", "loss", "grad_norm", "seconds", "evaluations"} <= set(statistics.data_vars)
+    each, every = ("elbo", "loss", "grad_norm", "seconds"), ("evaluations", "num_particles")
+    assert all(statistics[name].dims == ("chain", "draw", "estimator") for name in each)
+    assert all(statistics[name].dims == ("estimator",) for name in every)
+    np.testing.assert_array_equal(
+        statistics["seconds"].sel(estimator="score"), draws["score"].coords["seconds"]
+    )
     np.testing.assert_array_equal(
         statistics["elbo"].sel(estimator="score"), -draws["score"].coords["loss"]
     )
