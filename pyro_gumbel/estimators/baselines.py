@@ -94,11 +94,11 @@ class MovingAverage(Baseline):
             baseline: Tensor | float = 0.0
             past, weight = torch.zeros_like(mean), torch.zeros_like(mean)
         else:
-            past, weight = past.to(mean.device), self._weights[site.name].to(mean.device)
+            past, weight = past.to(mean), self._weights[site.name].to(mean)
             baseline = past / weight
-        # One infinite cost must not stay in the average for good.
-        mean = torch.where(mean.isfinite(), mean, baseline)
-        self._sums[site.name] = self.decay * past + (1 - self.decay) * mean
+        # One infinite cost must not stay in the average for good (inf - inf is not zero).
+        mean = torch.where(mean - mean == 0, mean, baseline)
+        self._sums[site.name] = torch.lerp(past, mean, 1 - self.decay)
         self._weights[site.name] = self.decay * weight + (1 - self.decay)
         return baseline, None
 

@@ -35,6 +35,10 @@ class CapturedStep:
         params: The parameters by name, unconstrained.
         estimators: The estimators of the step's sites.
         compile: Whether to compile the recording.
+
+    Attributes:
+        recording: What was recorded, once it was.
+        replays: How often it was replayed.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class CapturedStep:
         self.state = EstimatorState(estimators.values(), device)
         self.compile = compile
         self.recording: Recording | None = None
+        self.replays = 0
         self._graphed: GraphedStep | None = None
         self._hyper_parameters: list[Any] = []
         self._optim_in_graph = False
@@ -97,6 +102,7 @@ class CapturedStep:
             loss, gradients, states = self.recording(inputs)
             self._apply(gradients)
         self._finish(states)
+        self.replays += 1
         return loss
 
     def eager(self, call: Call) -> tuple[Tensor, list[Tensor | None]]:

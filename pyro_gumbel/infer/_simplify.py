@@ -41,13 +41,15 @@ _FACTORIES = (
 def simplify(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
     """Drop views that change nothing, compute what depends on literals alone, drop the unused.
 
-    The value of a surrogate is of the latter: its gradient starts from a one.
+    The value of a surrogate is of the latter: its gradient starts from a one. What is computed
+    twice, once with a gradient and once without, is computed once.
     """
     for node in list(graph.graph.nodes):
         if node.target in _VIEWS and _layout(node) == _layout(node.args[0]):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     _fold(graph, _common_device(graph, inputs))
+    _share(graph)
     graph.graph.eliminate_dead_code()  # it keeps draws and changes in place
     graph.graph.lint()
     graph.recompile()
@@ -105,7 +107,7 @@ def _fold(graph: fx.GraphModule, device: torch.device | None) -> None:
     known: dict[fx.Node, Tensor] = {}
     changing = _changing(graph)
     for node in list(graph.graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if not _is_deterministic(node):
             continue
         stand_in = _stand_in(node, device)
         if stand_in is None and not _is_foldable(node, known):
@@ -128,6 +130,21 @@ def _fold(graph: fx.GraphModule, device: torch.device | None) -> None:
             node.replace_all_uses_with(graph.graph.get_attr(name))
 
 
+def _share(graph: fx.GraphModule) -> None:
+    """Replace an operation by an earlier one that is the same, of the same arguments."""
+    earlier: dict[tuple[Any, ...], fx.Node] = {}
+    changing = _changing(graph)
+    for node in list(graph.graph.nodes):
+        if not _is_deterministic(node) or changing.intersection([node, *node.all_input_nodes]):
+            continue
+        key = (node.target, repr(node.args), repr(node.kwargs))  # nodes by their names
+        if key in earlier:
+            node.replace_all_uses_with(earlier[key])
+            graph.graph.erase_node(node)
+        else:
+            earlier[key] = node
+
+
 def _changing(graph: fx.GraphModule) -> set[fx.Node]:
     """What is changed in place, by a view of it too, or returned to a caller who may do that."""
     changing = {target for node in graph.graph.nodes for target in writes_to(node)}
@@ -135,6 +152,9 @@ def _changing(graph: fx.GraphModule) -> set[fx.Node]:
     for node in reversed(graph.graph.nodes):
         if node in changing:
             changing.update(is_view_of(node))
+    for node in graph.graph.nodes:
+        if changing.intersection(is_view_of(node)):
+            changing.add(node)
     return changing
 
 
@@ -148,9 +168,13 @@ def _stand_in(node: fx.Node, device: torch.device | None) -> Tensor | None:
     return torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=device)
 
 
-def _is_foldable(node: fx.Node, known: dict[fx.Node, Tensor]) -> bool:
-    if torch.Tag.nondeterministic_seeded in node.target.tags:  # type: ignore[union-attr]
+def _is_deterministic(node: fx.Node) -> bool:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
+    return torch.Tag.nondeterministic_seeded not in node.target.tags
+
+
+def _is_foldable(node: fx.Node, known: dict[fx.Node, Tensor]) -> bool:
     if node.target in _LITERALS or node.target in _FACTORIES:
         return True
     inputs = node.all_input_nodes

@@ -106,12 +106,10 @@ class CapturedSVI(SVI):
         self.compile = compile
         self.check_every = check_every
         self._steps: dict[Any, CapturedStep] = {}
-        self._replays: dict[Any, int] = {}
 
     def reset(self) -> None:
         """Forget every recording; the next step of each kind runs as usual."""
         self._steps.clear()
-        self._replays.clear()
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take a gradient step and return the loss."""
@@ -127,7 +125,7 @@ class CapturedSVI(SVI):
         if step.recording is None:
             return self._record(step, call)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        return self._replay(key, step, call, tensors)
+        return self._replay(step, call, tensors)
 
     def _first_step(self, key: Any, call: Call) -> float:
         if len(self._steps) == _MANY_KINDS:
@@ -142,7 +140,6 @@ class CapturedSVI(SVI):
         self._steps[key] = CapturedStep(
             self.elbo, self.optim, params, estimators, compile=self.compile
         )
-        self._replays[key] = 0
         return loss.item()
 
     def _eager_step(self, call: Call) -> tuple[Tensor, dict[str, Tensor], dict[str, Estimator]]:
@@ -174,10 +171,9 @@ class CapturedSVI(SVI):
                 f"CapturedSVI cannot record this step: {error} Use pyro.infer.SVI instead."
             ) from error
 
-    def _replay(self, key: Any, step: CapturedStep, call: Call, tensors: list[Tensor]) -> float:
-        if self._replays[key] % self.check_every == 0:
+    def _replay(self, step: CapturedStep, call: Call, tensors: list[Tensor]) -> float:
+        if step.replays % self.check_every == 0:
             self._compare(step.recorded(tensors), step.eager(call))
-        self._replays[key] += 1
         loss = step.replay(tensors)
         number = loss.item()
         if number != number and is_validation_enabled():

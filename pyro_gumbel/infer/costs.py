@@ -73,16 +73,17 @@ class Costs:
 
     def totals(self) -> Tensor:
         """The ELBO of each row, ``(rows,)``, with the gradient that passes through its terms."""
-        total: Tensor | None = None
+        by_shape: dict[torch.Size, Tensor] = {}  # to sum the rows of a few tensors, not of each
         for term in self.terms:
             value = term.value
             sites = self._closure(site for site in self.enumerated if site.indexes(value))
             if sites:
                 _check_plates(term, sites)
                 value = _expect(value, sites, sites)
-            rows = self._sum_rows(value)
-            total = rows if total is None else total + rows
-        return torch.zeros(self.layout.num_rows) if total is None else total
+            shape = value.shape
+            by_shape[shape] = by_shape[shape] + value if shape in by_shape else value
+        rows = [self._sum_rows(value) for value in by_shape.values()]
+        return sum(rows[1:], rows[0]) if rows else torch.zeros(self.layout.num_rows)
 
     def downstream(self, frames: Frames, like: Tensor, *, live: bool = False) -> Tensor:
         """The cost of a site in plates ``frames``, of the shape of its score ``like``."""

@@ -37,14 +37,17 @@ class Paths:
         """Average the ELBO over repetitions and over their paths that are draws of the guide."""
         means = []
         for group in self.groups:
-            draws = [
-                totals
-                for run in group
-                for path, totals in zip(run.layout.paths, run.totals, strict=True)
-                if path.owner is None or self.estimators[path.owner].branches_are_draws
-            ]
-            means.append((draws[0] if len(draws) == 1 else torch.stack(draws)).mean())
+            draws = [rows for run in group for rows in self._draws(run)]
+            means.append((draws[0] if len(draws) == 1 else torch.cat(draws)).mean())
         return means[0] if len(means) == 1 else torch.stack(means).mean()
+
+    def _draws(self, run: Run) -> list[Tensor]:
+        """The totals of a pass's paths that are draws of the guide, ``(paths, repetitions)``."""
+        owners = [path.owner for path in run.layout.paths]
+        drawn = [o is None or self.estimators[o].branches_are_draws for o in owners]
+        if all(drawn):
+            return [run.totals]
+        return [run.totals[i : i + 1] for i, is_draw in enumerate(drawn) if is_draw]
 
     def gather(self, name: str, read: Callable[[Run], Tensor], event_dim: int = 0) -> Tensor:
         """Read a tensor of a site off its main path and its own branches: ``(K, R, ...)``."""

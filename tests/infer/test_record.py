@@ -52,6 +52,52 @@ def test_what_is_returned_is_the_callers():
     torch.testing.assert_close(recording([torch.ones(2)])[1], torch.tensor(0.5).exp().expand(3))
 
 
+def operations(recording, inputs):
+    """Name the operations of one play."""
+    with torch.profiler.profile() as profiled:
+        recording(inputs)
+    return [event.name for event in profiled.events() if event.name.startswith("aten::")]
+
+
+def test_what_is_computed_twice_is_computed_once():
+    def function(x):
+        return [x.exp() + x.detach().exp(), (x.exp() * 2).sum(0)]
+
+    recording = both(function, torch.tensor([0.1, 0.3]))
+    assert operations(recording, [torch.ones(2)]).count("aten::exp") == 1
+
+
+def test_same_operation_on_what_has_changed_is_another():
+    held = torch.zeros(3)
+
+    def function(x):
+        base = x * 2
+        whole, part, untouched = base.exp(), base[1:].sin(), held.cos()
+        base[0].add_(1.0)
+        base.view(3, 1)[2:].mul_(3.0)
+        held.add_(0.0)
+        return [whole + base.exp(), part + base[1:].sin(), untouched + held.cos()]
+
+    both(function, torch.tensor([0.1, 0.3, 0.2]))
+
+
+def test_results_that_are_equal_are_not_shared():
+    """Who gets them may change one in place."""
+    _, recording = record(lambda x: [x.exp(), x.exp()], [torch.ones(2)])
+    one, other = recording([torch.ones(2)])
+    one.zero_()
+    torch.testing.assert_close(other, torch.ones(2).exp())
+
+
+def test_equal_draws_are_two_draws():
+    def function(x):
+        return torch.rand(3) + x, torch.rand(3) + x
+
+    _, recording = record(function, [torch.zeros(3)])
+    one, other = recording([torch.zeros(3)])
+    assert not torch.equal(one, other)
+
+
 def test_draws_are_new_and_of_the_same_stream():
     def function(x):
         unused = torch.rand(2)  # moves the stream on
