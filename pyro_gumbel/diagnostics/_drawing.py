@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from pyro_gumbel.diagnostics._state import seed_everything
 from pyro_gumbel.diagnostics.sites import site_effects
 from pyro_gumbel.estimators import Call
 
-__all__ = ["Drawer", "Plan"]
+__all__ = ["Drawer", "Plan", "Survey", "price_of", "survey", "timed_step"]
 
 # What the draws that tell sites apart may add to the cost of the others.
 _SITE_SHARE = 0.08
@@ -49,27 +49,50 @@ class Plan:
         return Projections(*arguments, directions=self.project)
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What a first gradient tells of an estimator: its evaluations of the model, sites, price."""
+
+    evaluations: int
+    sites: list[str]
+    seconds: float
+
+
+def survey(make: Callable[[Call], Replica], call: Call, seed: int) -> Survey:
+    """Take two gradients; the second is looked at, for the first may need trial runs."""
+    seed_everything(seed)
+    counter = EvaluationCounter()
+    with counter.watch(call.model) as model:
+        replica = make(Call(model, call.guide, call.args, call.kwargs))
+        replica.step()
+        counter.total = 0
+        _, seconds = timed_step(replica)
+    return Survey(counter.total, list(replica.sites), seconds)
+
+
 class Drawer:
     """Draws with one estimator, chain by chain.
 
     Args:
         plan: What is to be drawn.
         make: Makes an independent copy of the estimator.
+        found: What a survey found.
         seed: Seed of what is done besides the chains.
     """
 
-    def __init__(self, plan: Plan, make: Callable[[Call], Replica], seed: int) -> None:
+    def __init__(
+        self, plan: Plan, make: Callable[[Call], Replica], found: Survey, seed: int
+    ) -> None:
         self.plan = plan
         self.make = make
+        self.found = found
         self.seed = seed
-        seed_everything(seed)
-        self.evaluations, self.sites = count_evaluations(make, plan.call)
         self.recorder = plan.recorder()
         shape = (len(plan.chain_seeds), plan.num_draws)
-        self.losses, self.seconds = np.empty(shape), np.empty(shape)
+        self.losses, self.seconds = np.zeros(shape), np.zeros(shape)
 
-    def draw_chain(self, chain: int, bar: Any) -> None:
-        """Draw one chain, with a copy of the estimator of its own."""
+    def draw_chain(self, chain: int) -> Iterator[int]:
+        """Draw one chain, with a copy of the estimator of its own; yield the draws so far."""
         leaves = self.plan.leaves
         seed_everything(self.plan.chain_seeds[chain])
         replica = self.make(self.plan.call)
@@ -77,36 +100,36 @@ class Drawer:
             replica.step()
         read_gradients(leaves)  # what earlier steps left
         for draw in range(self.plan.num_draws):
-            loss, self.seconds[chain, draw] = timed_step(replica, leaves)
+            loss, self.seconds[chain, draw] = timed_step(replica)
             self.recorder.add(chain, draw, read_gradients(leaves))
             self.losses[chain, draw] = float(loss)
-            bar.update()
+            yield draw + 1
 
-    def dataset(self) -> xr.Dataset:
-        """Put the draws, and what was noted beside them, together."""
+    def dataset(self, num_draws: int | None = None) -> xr.Dataset:
+        """Put the draws, and what was noted beside them, together.
+
+        Args:
+            num_draws: The draws of a single chain that was left early.
+        """
         data, coords, attrs = self.recorder.variables()
         coords |= self._coordinates()
         number = self.plan.site_draws
         if number is None:
-            number = round(_SITE_SHARE * self.losses.size / (len(self.sites) + 1))
+            number = round(_SITE_SHARE * self.losses.size / (len(self.found.sites) + 1))
         if number:
             replica = self.make(self.plan.call)
-            coords |= site_effects(replica, self.plan.leaves, self.sites, number, self.seed)
-        return xr.Dataset(data, coords, attrs | self._attributes())
+            coords |= site_effects(replica, self.plan.leaves, self.found.sites, number, self.seed)
+        attrs |= self._attributes(self.seconds[:, :num_draws])
+        return xr.Dataset(data, coords, attrs).isel(draw=slice(num_draws))
 
-    def _attributes(self) -> dict[str, Any]:
+    def _attributes(self, seconds: np.ndarray) -> dict[str, Any]:
         first = next(iter(self.plan.leaves.values()))
-        median = np.median(self.seconds)
-        # The median's standard deviation, from the median absolute deviation of normal draws: the
-        # machine's pauses count for nothing.
-        deviation = 1.4826 * np.median(np.abs(self.seconds - median))
         return {
             "gradient_of": "loss (negative ELBO), by unconstrained parameters",
             "device": str(first.device),
             "dtype": str(first.dtype).removeprefix("torch."),
-            "seconds": float(median),
-            "seconds_mcse": float(1.2533 * deviation / np.sqrt(self.seconds.size)),
-            "evaluations": self.evaluations,
+            **price_of(seconds),
+            "evaluations": self.found.evaluations,
             "inference_library": "pyro",
             "inference_library_version": pyro.__version__,
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
@@ -131,22 +154,20 @@ class Drawer:
         }
 
 
-def timed_step(replica: Replica, leaves: dict[str, Tensor]) -> tuple[Any, float]:
+def timed_step(replica: Replica) -> tuple[Any, float]:
     """Take one gradient; return the loss and the seconds that it took."""
-    cuda = next(iter(leaves.values())).is_cuda
     start = time.perf_counter()
     loss = replica.step()
-    if cuda:
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return loss, time.perf_counter() - start
 
 
-def count_evaluations(make: Callable[[Call], Replica], call: Call) -> tuple[int, list[str]]:
-    """Count the model evaluations of one gradient, and list the sites that it met."""
-    counter = EvaluationCounter()
-    with counter.watch(call.model) as model:
-        replica = make(Call(model, call.guide, call.args, call.kwargs))
-        replica.step()  # may need a trial run to find the programs' structure
-        counter.total = 0
-        replica.step()
-    return counter.total, list(replica.sites)
+def price_of(seconds: np.ndarray) -> dict[str, float]:
+    """Sum up the seconds of gradients: the median and its standard error."""
+    median = np.median(seconds)
+    # The median's standard deviation, from the median absolute deviation of normal draws: the
+    # machine's pauses count for nothing.
+    deviation = 1.4826 * np.median(np.abs(seconds - median))
+    error = 1.2533 * deviation / np.sqrt(seconds.size)
+    return {"seconds": float(median), "seconds_mcse": float(error)}

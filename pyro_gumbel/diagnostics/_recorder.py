@@ -151,7 +151,7 @@ class Projections(Recorder):
         self.moments = Moments(self.sizes)
         self.buffer = [leaf.new_empty(BATCH, leaf.numel()) for leaf in leaves]
         self.projected = {name: np.empty((*self.shape, directions)) for name in self.leaves}
-        self.norms = np.empty((*self.shape, len(leaves)))
+        self.norms = np.zeros((*self.shape, len(leaves)))
         self.cosines = np.empty(self.shape)
         self.places: list[tuple[int, int]] = []
 

@@ -138,19 +138,17 @@ def _batches(dataset: xr.Dataset, names: list[str]) -> Iterator[torch.Tensor]:
 def _stored_blocks(dataset: xr.Dataset, names: list[str]) -> dict[str, Block]:
     count = dataset.sizes["chain"] * dataset.sizes["draw"]
     means = {name: dataset.coords[f"{name}.mean"].values.reshape(-1) for name in names}
-    norms = dataset.coords["parameter_norm"]
-
-    def spread(block: str) -> Spread:
-        values = [float(dataset.coords[name].sel(block=block)) for name in _SPREAD]
-        return Spread(count, *values)
-
-    blocks = {
-        name: Block(means[name], spread(name), norms.sel(parameter=name).values.reshape(-1))
-        for name in names
+    norms = dataset.coords["parameter_norm"].values.reshape(count, -1)
+    columns = {name: norms[:, i] for i, name in enumerate(dataset.coords["parameter"].values)}
+    statistics = zip(*(dataset.coords[name].values for name in _SPREAD), strict=True)
+    spreads = {
+        block: Spread(count, *map(float, values))
+        for block, values in zip(dataset.coords["block"].values, statistics, strict=True)
     }
+    blocks = {name: Block(means[name], spreads[name], columns[name]) for name in names}
     whole = np.concatenate([means[name] for name in names])
     return blocks | {
-        "all": Block(whole, spread("all"), dataset.coords["grad_norm"].values.reshape(-1))
+        "all": Block(whole, spreads["all"], dataset.coords["grad_norm"].values.reshape(-1))
     }
 
 

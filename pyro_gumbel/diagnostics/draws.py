@@ -10,7 +10,7 @@ import xarray as xr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_gumbel.diagnostics._drawing import Drawer, Plan
+from pyro_gumbel.diagnostics._drawing import Drawer, Plan, survey
 from pyro_gumbel.diagnostics._parameters import Params, check_complete, find_parameters
 from pyro_gumbel.diagnostics._recorder import RESERVED
 from pyro_gumbel.diagnostics._replicas import Replica, split_choice
@@ -129,13 +129,13 @@ def gradient_draws(
         drawers = {}
         for label, make in makers.items():
             with _named(label):
-                make(call)  # a wrong configuration shows before the first run
-                drawers[label] = Drawer(plan, make, first)
+                drawers[label] = Drawer(plan, make, survey(make, call, first), first)
         for chain in range(num_chains):  # in turns: what slows the machine slows all alike
             for label, drawer in drawers.items():
                 bar.set_description(label)
                 with _named(label):
-                    drawer.draw_chain(chain, bar)
+                    for _ in drawer.draw_chain(chain):
+                        bar.update()
                     check_complete(leaves, params)
         datasets = {}
         for label, drawer in drawers.items():

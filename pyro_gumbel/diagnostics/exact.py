@@ -106,10 +106,8 @@ def sum_states(
         loss, count = 0.0, 0
         batches = list(_minibatches(call))
         for subsamples in batches:
-            parts, count = _parts(call, subsamples, max_states)
+            parts, count = _parts(call, subsamples, max_states, deadline)
             for part in parts:
-                if time.perf_counter() > deadline:
-                    raise TimeoutError(f"{count:,} joint states take too long")
                 loss -= part.item() / len(batches)
                 if part.requires_grad:
                     (-part / len(batches)).backward()
@@ -122,12 +120,12 @@ def sum_states(
 
 
 def _parts(
-    call: Call, subsamples: Mapping[str, Tensor], max_states: int
+    call: Call, subsamples: Mapping[str, Tensor], max_states: int, deadline: float
 ) -> tuple[Iterable[Tensor], int]:
     with torch.no_grad():
         states, smallest = find_states(call, subsamples, max_states)
     if states is not None:
-        return expectations(call, subsamples, states), states.count
+        return _until(deadline, expectations(call, subsamples, states)), states.count
     if smallest.count > max_states:
         raise ValueError(
             f"exact_gradient: {smallest.count:,} joint states of the sites "
@@ -136,8 +134,16 @@ def _parts(
             "gradient_draws(..., estimators={'reference': 'auto'}, num_draws=100_000, project=8, "
             "seed=1)['reference']."
         )
-    parts = list(walk(call, subsamples, max_states))  # their number is known when all are visited
+    # Their number is known when all are visited.
+    parts = list(_until(deadline, walk(call, subsamples, max_states)))
     return parts, len(parts)
+
+
+def _until(deadline: float, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    for part in parts:
+        if time.perf_counter() > deadline:
+            raise TimeoutError("the joint states take too long")
+        yield part
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pyro_gumbel.diagnostics._candidates import (
 )
 from pyro_gumbel.diagnostics._parameters import Params, find_parameters
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
-from pyro_gumbel.diagnostics._trial import FAILURES, Trial, table_of, time_together
+from pyro_gumbel.diagnostics._trial import FAILURES, Problem, Trial, table_of, time_together
 from pyro_gumbel.diagnostics.exact import sum_states
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.infer import Estimator_ELBO
@@ -28,8 +29,9 @@ __all__ = ["Recommendation", "recommend"]
 
 _FINALISTS = 3
 _TIMED = 6
-_FEWEST = 64  # draws behind a reference
-_SCREENING = 0.4  # of the time
+_SCREENING = 0.5  # of the time
+_PATIENCE = 3.0  # how many times its share of the time a mixture may take
+_DESPERATE = 4  # draws, where there is no time for more
 _HORIZON = 100  # draws of the cheapest candidate that noise is averaged over, by default
 
 
@@ -137,11 +139,11 @@ def recommend(
     with preserved() as keep:
         # Made once, so that every candidate is measured at the same parameters.
         seed_everything(seeds(seed, 1)[0])
-        find_parameters(call, keep, params)
+        leaves = find_parameters(call, keep, params)
         sites = latent_distributions(call)
-        options = {"params": _names(params), "vectorize_particles": vectorize_particles}
-        search = _Search(call, options, seed, start, budget_seconds, step_seconds)
-        search.reference = _exact(call, options["params"], max_states, seed, search.quarter)
+        problem = Problem(call, _names(params), leaves, vectorize_particles)
+        search = _Search(problem, seed, start + budget_seconds, step_seconds)
+        search.reference = _exact(call, problem.params, max_states, seed, search.moment(0.25))
         rivals = candidates_for(sites, candidates, num_particles)
         with tqdm(total=4, disable=not progress, unit="round") as bar:
             for name, work in search.rounds(rivals, list(sites)):
@@ -173,26 +175,14 @@ class _Search:
     """The trials so far, the reference, and the time that is left."""
 
     def __init__(
-        self,
-        call: Call,
-        options: dict[str, Any],
-        seed: int,
-        start: float,
-        budget: float,
-        step_seconds: float | None,
+        self, problem: Problem, seed: int, end: float, step_seconds: float | None
     ) -> None:
-        self.call = call
-        self.options = options
-        self.seed = seed
-        self.end = start + budget
+        self.problem = problem
+        self.seeds = seeds(seed + 1, 4)
+        self.end = end
         self.step_seconds = step_seconds
         self.reference: xr.Dataset | None = None
         self.trials: dict[str, Trial] = {}
-
-    @property
-    def quarter(self) -> float:
-        """The time at which a quarter of the budget is spent."""
-        return time.perf_counter() + self.left() / 4
 
     def rounds(
         self, rivals: list[Candidate], sites: list[str]
@@ -209,22 +199,38 @@ class _Search:
         """The seconds that are left."""
         return max(self.end - time.perf_counter(), 0.0)
 
-    def try_out(self, candidate: Candidate, seconds: float, round_number: int) -> Trial:
-        """Measure a candidate for some seconds."""
-        trial = self.trials.get(candidate.key) or Trial(candidate)
-        trial.measure(self.call, seconds, seeds(self.seed + 1, 4)[round_number], self.options)
-        self.trials[candidate.key] = trial
-        return trial
+    def moment(self, share: float) -> float:
+        """The time at which that share of what is left will be over."""
+        return time.perf_counter() + share * self.left()
+
+    def enter(self, candidate: Candidate) -> Trial:
+        """Take up a candidate."""
+        return self.trials.setdefault(candidate.key, Trial(self.problem, candidate))
 
     def screen(self, rivals: list[Candidate]) -> None:
-        """Measure every candidate a little."""
-        # Shares are fixed beforehand, so that none depends on how long the earlier ones took.
-        share = _SCREENING * self.left() / len(rivals)
-        for candidate in rivals:
-            self.try_out(candidate, share, 0)
-        if all(trial.draws is None for trial in self.trials.values()):
-            for trial in self.trials.values():  # none is cheap enough: a few draws of each
-                trial.measure(self.call, float("inf"), self.seed, self.options, most=8)
+        """Look at every candidate's price, then measure each a little, the cheapest first.
+
+        Time may run out on the dear ones, for each is given what the fewest draws take.
+        """
+        end = self.moment(_SCREENING)
+        for trial in map(self.enter, rivals):
+            nothing = all(other.found is None for other in self.trials.values())
+            if nothing or time.perf_counter() < end:
+                trial.look(self.seeds[0])
+            else:
+                trial.skip("not tried: the budget was too short")
+        priced = sorted(
+            (trial for trial in self.trials.values() if trial.found is not None),
+            key=lambda trial: trial.seconds,
+        )
+        end = self.moment(_SCREENING)
+        for number, trial in enumerate(priced):
+            time_left = max(end - time.perf_counter(), 0.0)
+            trial.measure(time_left / (len(priced) - number), time_left, self.seeds[0])
+        if all(trial.draws is None for trial in priced):
+            for trial in priced[:_FINALISTS]:
+                share = self.left() / _FINALISTS
+                trial.measure(share, math.inf, self.seeds[0], fewest=_DESPERATE)
 
     def find_reference(self) -> None:
         """Run the most efficient unbiased candidate for long, where no exact gradient is known."""
@@ -233,11 +239,11 @@ class _Search:
         honest = [trial for trial in self.running() if trial.candidate.unbiased]
         if honest:
             best = min(honest, key=lambda trial: trial.variance * trial.seconds)
-            run = Trial(best.candidate)
-            seconds = max(0.4 * self.left(), _FEWEST * best.seconds)
-            self.reference = run.measure(
-                self.call, seconds, seeds(self.seed + 1, 4)[3], self.options
-            )
+            run = Trial(self.problem, best.candidate)
+            run.found = best.found
+            if not best.candidate.exact:  # of that all draws are alike
+                run.measure(0.4 * self.left(), self.left(), self.seeds[3])
+            self.reference = best.draws if run.draws is None else run.draws
 
     def mix(self, sites: list[str]) -> None:
         """Give single sites of the best candidate to the estimators that came next."""
@@ -250,19 +256,19 @@ class _Search:
             for other in others[:_FINALISTS]:
                 mixed = swap(best, site, other)
                 if mixed.key not in self.trials and self.left() > 0:
-                    self.try_out(mixed, 0.1 * self.left(), 1)
+                    share = 0.1 * self.left()
+                    self.enter(mixed).measure(share, _PATIENCE * share, self.seeds[1])
 
     def measure_finalists(self) -> None:
         """Spend what time is left on the best few, and time them side by side."""
-        time_together(
-            [trial for trial in self.order()[:_TIMED]], self.call, self.options, 0.15 * self.left()
-        )
+        time_together(self.order()[:_TIMED], 0.15 * self.left())
         for number in (2 * _FINALISTS, _FINALISTS):
             finalists = self.order()[:number]
-            seconds = self.left() / (2 if number > _FINALISTS else 1) / len(finalists)
-            for trial in finalists:
-                if seconds > 1.5 * trial.spent and self.left() > 0:
-                    self.try_out(trial.candidate, seconds, 2)
+            end = self.moment(0.5 if number > _FINALISTS else 1.0)
+            for rank, trial in enumerate(finalists):
+                seconds = max(end - time.perf_counter(), 0.0) / (len(finalists) - rank)
+                if seconds > 1.5 * trial.spent:
+                    trial.measure(seconds, seconds, self.seeds[2])
 
     def running(self) -> list[Trial]:
         """The trials of candidates that can do it.
@@ -323,6 +329,10 @@ class _Search:
                 f" Its bias is visible: {best.row['relative_bias']:.1%} of the gradient's norm "
                 f"(z {best.row['bias_z']:.1f})."
             )
+        trials = self.trials.values()
+        skipped = [trial for trial in trials if trial.draws is None and trial.skipped]
+        if skipped:
+            text += f" The budget was too short for {len(skipped)} of {len(trials)} candidates."
         if close:
             text += f" Within noise: {', '.join(close)} may be as good."
         return text

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,13 +12,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch import nn
-from toys import bits, chain
+from programs import bits_program, black_box, continuous, decoder, small
 
 from pyro_gumbel.diagnostics import Recommendation, gradient_draws, recommend
 from pyro_gumbel.estimators import (
     ARMS,
     DisARM,
+    DoubleControlVariate,
     Enumerate,
     Estimator,
     LeaveOneOut,
@@ -26,68 +29,6 @@ from pyro_gumbel.estimators import (
 )
 from pyro_gumbel.estimators.straight_through import OneHotEstimator
 from pyro_gumbel.infer import config_gradient
-
-
-def small():
-    """Few states, in a plate: all of them can be summed."""
-    problem = chain()
-    problem.reset(torch.float32)
-    return problem.model, problem.guide, ()
-
-
-def black_box():
-    """A table of costs, read by an index: no gradient passes."""
-    table = 2 * torch.randn(2**5, generator=torch.Generator().manual_seed(1))
-
-    def model() -> None:
-        z = pyro.sample("z", dist.Bernoulli(torch.full((5,), 0.4)).to_event(1))
-        pyro.factor("f", table[(z.detach().long() * 2 ** torch.arange(5)).sum(-1)])
-
-    def guide() -> None:
-        logits = pyro.param("l", torch.tensor([0.3, -0.2, 0.5, 0.0, 0.1]))
-        pyro.sample("z", dist.Bernoulli(logits=logits).to_event(1))
-
-    return model, guide, ()
-
-
-def decoder():
-    """Sixteen latents of eight categories for each of fifty images, through networks."""
-    latents, categories, pixels = 16, 8, 64
-    encoder = nn.Sequential(nn.Linear(pixels, 64), nn.ReLU(), nn.Linear(64, latents * categories))
-    network = nn.Sequential(nn.Linear(latents * categories, 64), nn.ReLU(), nn.Linear(64, pixels))
-    x = (torch.rand(50, pixels) < torch.rand(pixels)).float()
-
-    def model(x: torch.Tensor) -> None:
-        pyro.module("decoder", network)
-        with pyro.plate("n", len(x)):
-            prior = dist.OneHotCategorical(logits=torch.zeros(latents, categories))
-            z = pyro.sample("z", prior.to_event(1))
-            pixel = dist.Bernoulli(logits=network(z.flatten(-2)))
-            pyro.sample("x", pixel.to_event(1), obs=x)
-
-    def guide(x: torch.Tensor) -> None:
-        pyro.module("encoder", encoder)
-        with pyro.plate("n", len(x)):
-            logits = encoder(x).unflatten(-1, (latents, categories))
-            pyro.sample("z", dist.OneHotCategorical(logits=logits).to_event(1))
-
-    return model, guide, (x,)
-
-
-def continuous():
-    """Reparameterised latents."""
-
-    def model() -> None:
-        z = pyro.sample("z", dist.Normal(torch.zeros(5), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal((z**2).sum(-1), 1.0), obs=torch.tensor(2.0))
-
-    def guide() -> None:
-        loc = pyro.param("m", torch.full((5,), 0.3))
-        scale = pyro.param("s", torch.ones(5), constraint=dist.constraints.positive)
-        pyro.sample("z", dist.Normal(loc, scale).to_event(1))
-
-    return model, guide, ()
-
 
 KNOWN = {
     "small": (small, 15, (Enumerate,)),
@@ -148,18 +89,44 @@ def test_twins_are_measured_once() -> None:
     assert list(twin.table.index) == ["one"]
 
 
-def bits_program():
-    problem = bits()
-    problem.reset(torch.float32)
-    return problem.model, problem.guide, ()
+class Clock:
+    """Time that passes only while a model runs, so that verdicts do not rest on the machine."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def on(self, make: Callable[[], Any], seconds: float = 1e-3) -> Callable[[], Any]:
+        """Let each run of the model take so long."""
+
+        def timed() -> Any:
+            model, guide, args = make()
+
+            @functools.wraps(model)
+            def slow(*args: Any) -> None:
+                self.now += seconds
+                model(*args)
+
+            return slow, guide, args
+
+        return timed
 
 
-@pytest.mark.slow  # the clock decides how many draws its verdict rests on
-def test_equal_candidates_are_within_noise() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
+
+
+def test_equal_candidates_are_within_noise(clock: Clock) -> None:
     found = quick(
         candidates={"one": Score(MovingAverage(0.9)), "other": Score(MovingAverage(0.91))},
-        make=bits_program,
+        make=clock.on(bits_program),
     )
+    assert list(found.table.seconds) == pytest.approx([1e-3, 1e-3])
     assert found.within_noise
     assert "Within noise" in found.message
 
@@ -171,15 +138,57 @@ def test_long_run_as_reference() -> None:
     assert "long run of" in found.message
 
 
-@pytest.mark.slow  # it rests on seconds, which a busy machine stretches
-def test_step_seconds_decide_between_bias_and_noise() -> None:
+def test_step_seconds_decide_between_bias_and_noise(clock: Clock) -> None:
     """Much time a step averages noise away, but not bias."""
     candidates: dict[str, Estimator] = {"score": Score(), "st": StraightThrough()}
-    options = {"candidates": candidates, "budget_seconds": 4.0, "make": bits_program}
+    options = {"candidates": candidates, "make": clock.on(bits_program, 2e-3)}
     patient = quick(step_seconds=1000.0, **options)
     assert isinstance(patient.config["z"], Score)
     hasty = quick(step_seconds=1e-4, **options)
     assert isinstance(hasty.config["z"], StraightThrough)
+
+
+@pytest.mark.parametrize("max_states", [20_000, 2], ids=["exact", "drawn"])
+def test_budget_is_kept(clock: Clock, max_states: int) -> None:
+    found = quick(clock.on(small, 2e-3), max_states=max_states)
+    assert 1.5 < clock.now < 2.1
+    assert found.table.draws.max() > 20
+    # The price of a gradient is known, and so is what a second buys.
+    row = found.table.iloc[-10]
+    assert row.seconds == pytest.approx(2e-3 * row.evaluations)
+    assert row.efficiency == pytest.approx(1 / (row.variance * row.seconds))
+
+
+def test_dear_candidates_are_left_out(clock: Clock) -> None:
+    found = quick(
+        clock.on(black_box, 0.01),
+        candidates={"score": Score(), "sixteen": DoubleControlVariate(16)},
+    )
+    assert isinstance(found.config["z"], Score)
+    assert "The budget was too short for 1 of 2 candidates" in found.message
+    assert "too slow for the budget: 0.16 seconds" in found.table.loc["sixteen", "warning"]
+    assert clock.now < 2.2
+
+
+def test_much_too_short_a_budget_still_gives_an_answer(clock: Clock) -> None:
+    found = quick(clock.on(black_box, 1.0))
+    assert set(found.config) == {"z"}
+    assert "The budget was too short for" in found.message
+    assert "not tried: the budget was too short" in set(found.table.warning)
+    assert clock.now < 60
+
+
+def test_states_visited_one_by_one_keep_to_the_time(clock: Clock) -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Bernoulli(torch.full((12,), 0.4)).to_event(1))
+        pyro.factor("f", z.sum() if z[0] > 0 else -z.prod())
+
+    def guide() -> None:
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.zeros(12))).to_event(1))
+
+    found = quick(clock.on(lambda: (model, guide, ())), candidates={"s": Score()})
+    assert "against a long run of" in found.message
+    assert clock.now < 2.1
 
 
 def test_sites_may_differ() -> None:
