@@ -47,7 +47,7 @@ def conditional_scores(
     return -torch.where(hard > 0, top, waits + top).log()
 
 
-_AT_ONCE = 8
+_AT_ONCE = 1 << 17  # numbers of which a few copies are held while draws are made
 
 
 class _MeanSoftmaxJacobian(torch.autograd.Function):
@@ -138,7 +138,7 @@ def conditional_softmaxes(
         Shape ``(num_samples,) + batch_shape + (C,)``.
     """
     draws = log_probs.new_empty((num_samples, *log_probs.shape))
-    for chunk in draws.split(_AT_ONCE):  # what is needed on the way stays small
+    for chunk in draws.split(max(1, _AT_ONCE // max(1, log_probs.numel()))):
         scores = conditional_scores(log_probs, hard, (len(chunk),))
         chunk.copy_((scores / temperature).softmax(-1))
     return draws

@@ -113,7 +113,7 @@ class CapturedSVI(SVI):
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take a gradient step and return the loss."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = _flatten(args, kwargs)
         key = self._key(leaves, spec)
         call = Call(self.model, self.guide, args, kwargs)
         step = self._steps.get(key)
@@ -199,7 +199,7 @@ class CapturedSVI(SVI):
             "call svi.reset() when you change it; or use pyro.infer.SVI."
         )
 
-    def _key(self, leaves: list[Any], spec: pytree.TreeSpec) -> Any:
+    def _key(self, leaves: list[Any], spec: Any) -> Any:
         """What a recording is good for: shapes, other arguments, modes, handlers."""
         key = (
             spec,
@@ -217,6 +217,13 @@ class CapturedSVI(SVI):
                 "tensors, or use pyro.infer.SVI."
             ) from error
         return key
+
+
+def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """Flatten arguments; tensors alone at once, for pytree takes as long as some operations."""
+    if not kwargs and all(isinstance(arg, Tensor) for arg in args):
+        return list(args), len(args)
+    return pytree.tree_flatten((args, kwargs))
 
 
 def _leaf_key(leaf: Any) -> Any:

@@ -72,7 +72,10 @@ class Costs:
         self._grouped: dict[bool, dict[tuple[Frames, tuple[int, ...]], Tensor]] = {}
 
     def totals(self) -> Tensor:
-        """The ELBO of each row, ``(rows,)``, with the gradient that passes through its terms."""
+        """The ELBO of each row, ``(rows,)``, with the gradient that passes through its terms.
+
+        Of a run without rows it is a scalar.
+        """
         by_shape: dict[torch.Size, Tensor] = {}  # to sum the rows of a few tensors, not of each
         for term in self.terms:
             value = term.value
@@ -130,7 +133,7 @@ class Costs:
     def _sum_rows(self, value: Tensor) -> Tensor:
         particle_dim = self.layout.particle_dim
         if particle_dim is None:
-            return value.sum().reshape(1)
+            return value.sum()
         dims = [dim for dim in range(-value.dim(), 0) if dim != particle_dim]
         rows = value.sum(dims) if dims else value
         return rows.expand(self.layout.num_rows)

@@ -37,6 +37,7 @@ def steps(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]
         "ours, SVI fused, checks": lambda: ours(x, validate=True, optimizer="pyro fused"),
         "ours, captured": lambda: ours(x, validate=False, optimizer="pyro", captured=True),
         "Pyro, SVI": lambda: pyro_trace_elbo(x, validate=False),
+        "ours, captured, checks": lambda: ours(x, validate=True, optimizer="pyro", captured=True),
         theirs: lambda: pyro_trace_elbo(x, validate=True),
         "Pyro, torch Adam, checks": lambda: pyro_trace_elbo(x, validate=True, optimizer="torch"),
     }
@@ -51,6 +52,7 @@ def steps(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]
         ("ours, SVI, checks", theirs, 0.7),
         ("ours, SVI fused, checks", theirs, None),
         (f"{ours_torch}, checks", "Pyro, torch Adam, checks", None),
+        ("ours, captured, checks", theirs, None),
         (hand, theirs, None),
         ("Pyro, SVI", hand, None),
         ("ours, captured", hand, 0.4 if on_gpu else 0.95),
