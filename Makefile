@@ -64,10 +64,9 @@ format: $(STAMP)
 	$(BIN)/python -m ruff format .
 
 benchmark: $(STAMP)
-	@found=; for script in tests/benchmarks/[a-z]*.py; do \
-	  [ -e "$$script" ] || continue; found=1; \
-	  echo "== $$script"; $(BIN)/python "$$script" || exit 1; \
-	done; [ -n "$$found" ] || echo 'no script in tests/benchmarks/ yet: nothing to time'
+	@for script in tests/benchmarks/[a-z]*.py; do \
+	  echo "== $$script"; $(BIN)/python "$$script" $(BENCHMARK_FLAGS) || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) $(ARVIZ_VENV) out build dist .mypy_cache .pytest_cache .ruff_cache

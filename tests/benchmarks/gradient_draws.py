@@ -2,14 +2,15 @@
 
     python tests/benchmarks/gradient_draws.py
 
-Printed are the seconds of 1,000 draws of each of five estimators, and the overhead of
-``gradient_draws`` over a bare loop of ``loss_and_grads`` that clears gradients, the two in turns
-and both in seconds of the processor, which other programs do not lengthen; and the size of the
-draws with and without projections.
+Printed are the overhead of ``gradient_draws`` over a bare loop of ``loss_and_grads`` that clears
+gradients, the two in turns and both in seconds of the processor, which other programs do not
+lengthen; the seconds of 1,000 draws of each of five estimators; and the size of the draws with and
+without projections.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from _report import Report, make_parser
 from pyro.infer.util import zero_grads
 from torch import nn
 
@@ -26,7 +28,11 @@ from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
 LATENTS, CATEGORIES, HIDDEN, PIXELS, BATCH = 4, 8, 256, 64, 100
 ESTIMATORS = ("straight_through", "gumbel_straight_through", "reinmax", "reinmax_rao", "score")
-ROUNDS, DRAWS = 5, 200
+FORMS: dict[str, dict[str, Any]] = {
+    "all draws": {"site_draws": 0},
+    "all draws, and by site": {},
+    "projections": {"site_draws": 0, "project": 8},
+}
 
 
 def programs() -> tuple[Callable[..., Any], Callable[..., Any], torch.Tensor]:
@@ -52,64 +58,81 @@ def programs() -> tuple[Callable[..., Any], Callable[..., Any], torch.Tensor]:
     return model, guide, (torch.rand(BATCH, PIXELS) < 0.4).float()
 
 
-def bare(model: Any, guide: Any, x: torch.Tensor) -> float:
+def bare(model: Any, guide: Any, x: torch.Tensor, draws: int) -> float:
     """Processor seconds of the gradients alone."""
     elbo, configured = Estimator_ELBO(), config_gradient(guide, "reinmax")
     elbo.loss_and_grads(model, configured, x)
     leaves = list(pyro.get_param_store()._params.values())
     start = time.process_time()
-    for _ in range(DRAWS):
+    for _ in range(draws):
         zero_grads(leaves)
         elbo.loss_and_grads(model, configured, x)
     return time.process_time() - start
 
 
-def drawn(model: Any, guide: Any, x: torch.Tensor, **options: Any) -> float:
+def drawn(model: Any, guide: Any, x: torch.Tensor, draws: int, **options: Any) -> float:
     """Processor seconds of as many draws, setting up included."""
     start = time.process_time()
     gradient_draws(
-        model, guide, x, estimators={"r": "reinmax"}, num_draws=DRAWS, num_chains=1,
+        model, guide, x, estimators={"r": "reinmax"}, num_draws=draws, num_chains=1,
         progress=False, **options,
     )  # fmt: skip
     return time.process_time() - start
 
 
-def main() -> None:
-    """Print the figures."""
-    torch.set_num_threads(1)
-    pyro.set_rng_seed(0)
-    model, guide, x = programs()
-    forms: dict[str, dict[str, Any]] = {
-        "all draws": {"site_draws": 0},
-        "all draws, and by site": {},
-        "projections": {"site_draws": 0, "project": 8},
-    }
-    ratios: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(ROUNDS):
-        for name, options in forms.items():
-            price = bare(model, guide, x)
-            ratios[name].append(drawn(model, guide, x, **options) / price)
-    print(f"{DRAWS} draws against bare loss_and_grads, median of {ROUNDS} rounds")
-    for name, found in ratios.items():
-        print(f"  {name:26}{statistics.median(found):6.2f}x")
+def overhead(args: argparse.Namespace, *programs: Any) -> list[dict[str, Any]]:
+    """Drawing against bare calls."""
+    seconds: dict[str, list[float]] = {"loss_and_grads": []} | {name: [] for name in FORMS}
+    for _ in range(2 if args.smoke else 5):
+        for name, options in FORMS.items():
+            price = bare(*programs, args.draws)
+            seconds[name].append(drawn(*programs, args.draws, **options) / price)
+            seconds["loss_and_grads"].append(price)
+    price = 1e3 * statistics.median(seconds.pop("loss_and_grads")) / args.draws
+    return [
+        {"what": name, "ms of loss_and_grads": price, "ratio": statistics.median(found)}
+        for name, found in seconds.items()
+    ]
 
+
+def five_estimators(args: argparse.Namespace, *programs: Any) -> list[dict[str, Any]]:
+    """The clock's seconds of five estimators' draws."""
     start = time.perf_counter()
     estimators = {name: name for name in ESTIMATORS}
+    number = args.draws * 5
     gradient_draws(
-        model, guide, x, estimators=estimators, num_draws=250, project=8, progress=False
+        *programs, estimators=estimators, num_draws=number // 4, project=8, progress=False
     )
-    print(f"1,000 draws by each of {len(estimators)}: {time.perf_counter() - start:.0f} s")
+    taken = time.perf_counter() - start
+    return [{"estimators": len(estimators), "draws of each": number, "seconds": taken}]
 
-    print("size of the results")
-    for name in ("all draws", "projections"):
-        sizes = []
-        for number in (50, 200):
-            draws = gradient_draws(
-                model, guide, x, estimators={"r": "reinmax"}, num_draws=number, num_chains=1,
-                progress=False, **forms[name],
-            )["r"]  # fmt: skip
-            sizes.append(f"{number} draws {draws.nbytes / 2**20:.1f} MB")
-        print(f"  {name:26}{', '.join(sizes)}")
+
+def sizes(args: argparse.Namespace, *programs: Any) -> list[dict[str, Any]]:
+    """What the results take."""
+    return [
+        {"what": name, "draws": number, "MB": _size(number, FORMS[name], *programs)}
+        for name in ("all draws", "projections")
+        for number in (args.draws // 4, args.draws)
+    ]
+
+
+def _size(number: int, options: dict[str, Any], *programs: Any) -> float:
+    options = {**options, "num_draws": number, "num_chains": 1, "progress": False}
+    return gradient_draws(*programs, estimators={"r": "reinmax"}, **options)["r"].nbytes / 2**20
+
+
+def main() -> None:
+    """Print the figures."""
+    args = make_parser(__doc__.splitlines()[0]).parse_args()
+    args.draws = 20 if args.smoke else 200
+    torch.set_num_threads(1)
+    pyro.set_rng_seed(args.seed)
+    found = programs()
+    report = Report("gradient_draws")
+    report.table(f"{args.draws} draws against bare calls", overhead(args, *found))
+    report.table("draws of an auto-encoder's gradient", five_estimators(args, *found))
+    report.table("size of the results", sizes(args, *found))
+    report.write(args.out)
 
 
 if __name__ == "__main__":
