@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 _FEWEST = 25  # draws that have a tail
+_SIZES = 10  # of which it consists at least: a fit to steps depends on where they are cut
 
 # ArviZ 1.2 and later answers hasattr(az, "InferenceData") with yes, so the version has to tell.
 ARVIZ_1 = int(version("arviz").split(".", 1)[0]) >= 1
@@ -81,15 +82,17 @@ def tail_khat(log_values: np.ndarray) -> float:
         log_values: Of shape ``(draws,)``.
 
     Returns:
-        The shape; ``nan`` where the tail has none: the largest values are equal, as they are if
-        only a few different ones occur, or there are fewer than 25 draws.
+        The shape; ``nan`` where the tail has none: the largest values are of fewer than ten
+        different sizes (or some of them equal, where there are fewer), or there are fewer than 25
+        draws.
     """
     number = len(log_values)
     tail = int(np.ceil(min(number / 5, 3 * number**0.5)))
     if number < _FEWEST or np.isnan(log_values).any():
         return float("nan")
     largest = np.partition(log_values, number - tail)[number - tail :]
-    if not largest.max() - largest.min() > 1e-12:
+    sizes = np.unique(largest.round(5))  # draws that are equal may differ by rounding
+    if len(sizes) < min(_SIZES, tail):
         return float("nan")
     with np.errstate(all="ignore"):
         khat = float(psislw(np.ascontiguousarray(log_values))[1])
@@ -130,8 +133,13 @@ def plot_forest(draws: Mapping[str, xr.Dataset], **kwargs: Any) -> Any:
         collection = az.plot_forest(dict(draws), combined=True, **kwargs)
         collection.add_legend("model")
         return collection
+    # Of several Datasets ArviZ 0.x takes the variables in an order that changes from run to run.
+    kwargs.setdefault("var_names", list(next(iter(draws.values())).data_vars))
     axes = az.plot_forest(list(draws.values()), model_names=list(draws), combined=True, **kwargs)
-    legend = np.ravel(axes)[0].get_legend()
-    legend.set_loc("upper left")
-    legend.set_bbox_to_anchor((1.02, 1.0))  # beside the intervals, not on them
+    axis = np.ravel(axes)[0]
+    legend = axis.get_legend()
+    lines = legend.legend_handles[::-1]  # in the order of the rows
+    labels = [text.get_text() for text in legend.get_texts()][::-1]
+    # Beside the intervals, not on them.
+    axis.legend(lines, labels, loc="upper left", bbox_to_anchor=(1.02, 1.0))
     return axes

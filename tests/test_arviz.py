@@ -76,11 +76,26 @@ def test_pareto_khat_of_student_t(freedom: float, shape: float) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [np.ones(500), np.repeat([0.0, 1.0], 250), np.zeros(500), np.arange(4.0)],
-    ids=["equal", "ties", "zero", "few"],
+    [
+        np.ones(500),
+        np.repeat([0.0, 1.0], 250),
+        np.zeros(500),
+        np.arange(4.0),
+        np.repeat([1.0, 2.0, 4.0, 8.0, 16.0], [700, 60, 20, 10, 10]),
+    ],
+    ids=["equal", "ties", "zero", "few", "steps"],
 )
 def test_no_tail_to_speak_of(values: np.ndarray) -> None:
     assert np.isnan(shim.pareto_khat(values))
+
+
+def test_few_draws_have_a_shape_if_all_differ() -> None:
+    assert np.isfinite(shim.pareto_khat(np.random.default_rng(0).exponential(size=30)))
+
+
+def test_a_tail_of_many_steps_has_a_shape() -> None:
+    values = np.abs(np.random.default_rng(0).standard_t(1.2, size=4000)).round(1)
+    assert shim.pareto_khat(values) > 0.6
 
 
 def test_khat_takes_exact_zeros() -> None:
@@ -104,6 +119,20 @@ def test_folded_rhat() -> None:
     assert shim.folded_rhat(steady * np.array([[1.0], [1.2], [1.5], [2.0]])) > 1.01
 
 
+@pytest.mark.skipif(shim.ARVIZ_1, reason="rows have no tick labels in ArviZ 1.x")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:arviz")
+def test_rows_are_in_the_order_of_the_variables() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    data = xr.Dataset({name: (("chain", "draw"), np.eye(4, 9)) for name in "pcadbq"})
+    axis = np.ravel(shim.plot_forest({"one": data, "two": data}))[0]
+    assert [label.get_text() for label in axis.get_yticklabels()][::-1] == list("pcadbq")
+    plt.close("all")
+
+
 # matplotlib 3.11 deprecates an interface that ArviZ 0.23 draws with.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:arviz")
 def test_plot_forest(tmp_path: Path) -> None:
@@ -111,9 +140,12 @@ def test_plot_forest(tmp_path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.legend import Legend
 
     picture = shim.plot_forest({"one": draws(), "two": draws(2.0, 1)})
     figure = picture if shim.ARVIZ_1 else np.ravel(picture)[0].figure
+    legends = [text.get_text() for text in plt.gcf().findobj(Legend)[0].get_texts()]
+    assert legends == ["one", "two"]
     figure.savefig(str(tmp_path / "forest.png"))
     assert (tmp_path / "forest.png").stat().st_size > 5000
     plt.close("all")

@@ -83,6 +83,7 @@ def check_unbiased(
     Raises:
         AssertionError: If a coordinate is off by more than ``max_z``: names the worst, its ``z``,
             and the number of draws needed to see it.
+        ValueError: If there are fewer than two draws, or the reference does not fit.
 
     Example:
         >>> def model():
@@ -93,6 +94,10 @@ def check_unbiased(
         >>> found.z < 5
         True
     """
+    if not isinstance(num_draws, int) or num_draws < 2:
+        raise ValueError(
+            f"check_unbiased: num_draws must be an integer of at least 2; got {num_draws!r}."
+        )
     num_particles = _particles(estimator) if num_particles is None else num_particles
     if reference is None:
         reference = exact_gradient(

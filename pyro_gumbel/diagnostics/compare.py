@@ -50,7 +50,8 @@ def compare_gradients(
     * ``snr``: :math:`\|E g\| / \sqrt{\mathrm{tr}\,\Sigma}`, likewise corrected.
     * ``cosine``: of :math:`\bar g` with :math:`g^*`.
     * ``khat``: the Pareto shape of the tail of :math:`\|g\|`. Above 1/2 the variance is infinite,
-      and above 0.7 its estimate says nothing; ``nan`` where the largest draws are equal.
+      and above 0.7 its estimate says nothing; ``nan`` where the largest draws are of
+      fewer than ten different sizes, as those of few discrete states are.
     * ``seconds`` and ``evaluations`` of the model, a draw.
     * ``efficiency``: 1 over variance times seconds, the precision that a second buys.
     * ``warning``: what to mind, in words.

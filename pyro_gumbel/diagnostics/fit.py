@@ -48,7 +48,7 @@ def guide_khat(
 
     Returns:
         The shape k-hat, or with ``plate`` a DataArray of that dimension; ``nan`` where the largest
-        weights are equal (discrete guides: there is no tail).
+        weights are of fewer than ten sizes (a guide of few states: there is no tail).
 
     Raises:
         ValueError: If there are fewer than 25 samples, or no plate of that name.

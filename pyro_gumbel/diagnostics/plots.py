@@ -19,6 +19,7 @@ from pyro_gumbel.diagnostics._tables import check_draws, parameters_of, referenc
 __all__ = ["plot_efficiency", "plot_gradients", "plot_training"]
 
 _MAX_ROWS = 40
+_SHOWN = {"elbo", "grad_norm", "seconds"}  # of a training run
 _MEANS = 20  # rows of averaged draws that a chain is cut into
 
 
@@ -167,6 +168,11 @@ def _lines(histories: Any) -> dict[str, xr.Dataset]:
         raise ValueError("histories must be what train(...) returns, or a dict of such.")
     lines = {}
     for prefix, history in histories.items():
+        if not isinstance(history, xr.Dataset) or not set(history.data_vars) >= _SHOWN:
+            raise ValueError(
+                f"histories: {prefix!r} must be a Dataset with {sorted(_SHOWN)}, as train(...) "
+                f"returns it; got {type(history).__name__}."
+            )
         if "estimator" not in history.dims:
             lines[str(prefix)] = history
             continue

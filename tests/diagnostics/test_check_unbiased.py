@@ -102,6 +102,11 @@ def test_rare_events_are_no_bias() -> None:
     assert found.z < 5
 
 
+def test_one_draw_has_no_variance(problem) -> None:
+    with pytest.raises(ValueError, match="num_draws must be an integer of at least 2; got 1"):
+        check_unbiased(problem.model, problem.guide, estimator="score", num_draws=1)
+
+
 @pytest.mark.parametrize(
     ("reference", "match"),
     [

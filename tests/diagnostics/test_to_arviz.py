@@ -192,6 +192,9 @@ def test_plot_training() -> None:
 def test_plot_training_errors() -> None:
     with pytest.raises(ValueError, match="histories must be what train"):
         plot_training({})
+    for wrong in ({"a": 3}, history().drop_vars("elbo")):
+        with pytest.raises(ValueError, match="must be a Dataset with .*elbo.*as train"):
+            plot_training(wrong)
     with pytest.raises(ValueError, match="smooth must be between 1 and 30"):
         plot_training(history(), smooth=31)
 
