@@ -45,8 +45,7 @@ class Rebar(DifferentiatingEstimator):
 
     References:
         REBAR: Low-variance, unbiased gradient estimates for discrete latent variable models
-            (Tucker,
-        Mnih, Maddison, Lawson, Sohl-Dickstein, 2017), https://arxiv.org/abs/1703.07370
+        (Tucker, Mnih, Maddison, Lawson, Sohl-Dickstein, 2017), https://arxiv.org/abs/1703.07370
 
     Example:
         >>> Rebar(0.5)
@@ -135,8 +134,7 @@ class Relax(Rebar):
         if not isinstance(critic, nn.Module):
             raise TypeError(
                 "Relax: critic must be a torch.nn.Module that maps relaxed values to one number "
-                "for "
-                f"each element of the batch; got {critic!r}."
+                f"for each element of the batch; got {critic!r}."
             )
         self.critic = critic
         if not learn:
@@ -153,12 +151,9 @@ class Relax(Rebar):
         if output.shape != shape:
             raise ValueError(
                 f"At site {site.name!r}, Relax: the critic returned shape {tuple(output.shape)} "
-                "for "
-                f"values of shape {tuple(value.shape)}; it must return one number for each "
-                "element, "
-                f"{tuple(shape)} or {(*shape, 1)}. End it with nn.Flatten(-2) before a "
-                "Linear(..., 1) "
-                "if its event has two dimensions."
+                f"for values of shape {tuple(value.shape)}; it must return one number for each "
+                f"element, {tuple(shape)} or {(*shape, 1)}. End it with nn.Flatten(-2) before a "
+                "Linear(..., 1) if its event has two dimensions."
             )
         return output
 

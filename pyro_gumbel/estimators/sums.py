@@ -49,8 +49,7 @@ class Enumerate(Estimator):
         if joins_variables(fn, event_dims):
             return (
                 "to_event joins its variables, and their joint support is a product; put them in "
-                "a "
-                "pyro.plate or in a site each"
+                "a pyro.plate or in a site each"
             )
         return None
 

@@ -146,8 +146,7 @@ class UnorderedSet(_WithoutReplacement):
         if num_samples > _LARGEST_SET:
             raise ValueError(
                 f"UnorderedSet: num_samples must be at most {_LARGEST_SET}, since the weights "
-                "take "
-                f"2^num_samples sums; got {num_samples!r}."
+                f"take 2^num_samples sums; got {num_samples!r}."
             )
         self.num_samples = num_samples
         self.num_values = num_samples

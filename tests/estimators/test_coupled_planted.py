@@ -6,6 +6,7 @@ import pytest
 import torch
 from coupled_problems import copies, copy_gradients, exact
 from problems import worst_z
+from torch import nn
 
 from pyro_gumbel.estimators import (
     ARMS,
@@ -15,6 +16,7 @@ from pyro_gumbel.estimators import (
     LocalExpectation,
     MuProp,
     Rebar,
+    Relax,
     Rodeo,
     SumAndSample,
     UnorderedSet,
@@ -134,6 +136,14 @@ class BlindToLaterSites(Rebar):
         return super().surrogate(site)
 
 
+class CriticOfTheFreeTwin(Relax):
+    """The network enters at one of the two relaxed values alone."""
+
+    def _extra(self, site):
+        extra = super()._extra(site)
+        return torch.stack([extra[0], torch.zeros_like(extra[1])])
+
+
 class UnweightedCategories(LocalExpectation):
     """Every category counts alike."""
 
@@ -173,10 +183,22 @@ PLANTED = {
     "same_twin": ("one_hot", SameTwin),
     "forgotten_twin": ("bits", ForgottenTwin),
     "blind_to_later_sites": ("one_hot", BlindToLaterSites),
+    "critic_of_the_free_twin": ("one_hot", lambda: CriticOfTheFreeTwin(AnySize().double())),
     "unweighted_categories": ("one_hot", UnweightedCategories),
     "whole_rest": ("one_hot", lambda: WholeRest(1)),
     "set_mean": ("one_hot", lambda: SetMean(2)),
 }
+
+
+class AnySize(nn.Module):
+    """A critic of the first share alone: the sites differ in size."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1))
+
+    def forward(self, value):
+        return self.net(value[..., :1])
 
 
 def with_alpha(estimator):
@@ -200,9 +222,14 @@ def test_planted_error_is_caught(error):
 
 
 @pytest.mark.parametrize(
-    "estimator", [with_scales(Rodeo(2, hidden=8)), with_alpha(DoubleControlVariate())]
+    ("name", "estimator"),
+    [
+        ("bits", with_scales(Rodeo(2, hidden=8))),
+        ("bits", with_alpha(DoubleControlVariate())),
+        ("one_hot", Relax(AnySize().double())),
+    ],
 )
-def test_unbiased_with_the_same_coefficients(estimator):
+def test_unbiased_with_the_same_coefficients(name, estimator):
     """What is caught above is the slip, not the coefficients. 15,000 estimates."""
-    draws = copy_gradients(copies("bits", COPIES), estimator)
-    assert worst_z(draws, exact("bits")[1]) < 5
+    draws = copy_gradients(copies(name, COPIES), estimator)
+    assert worst_z(draws, exact(name)[1]) < 5
