@@ -110,8 +110,8 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
             elif not estimator.pathwise or estimator.relaxed:
                 raise ValueError(
                     f"At site {name!r}, {estimator!r} has no importance-weighted form. Use "
-                    "Score() (VIMCO), a straight-through estimator such as ReinMax(), or, where the site "
-                    "is reparameterised, Pathwise()."
+                    "Score() (VIMCO), a straight-through estimator such as ReinMax(), or, where "
+                    "the site is reparameterised, Pathwise()."
                 )
 
 
