@@ -25,7 +25,7 @@ from pyro_gumbel.estimators import Call
 __all__ = ["Drawer", "Plan", "Survey", "price_of", "survey", "timed_step"]
 
 # What the draws that tell sites apart may add to the cost of the others.
-_SITE_SHARE = 0.08
+_SITE_SHARE = 0.05
 
 
 @dataclass(frozen=True)

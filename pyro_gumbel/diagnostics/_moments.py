@@ -55,9 +55,9 @@ class Moments:
         x = draws - shift
         batch, total = len(x), self.count + len(x)
         mean = x.mean(0)
-        deviations = x - mean
+        deviations = x.sub_(mean)
         step = mean.double() - self.offset
-        self.squares += torch.einsum("bn,bn->n", deviations, deviations)
+        self.squares += deviations.square().sum(0)
         self.squares += step**2 * (self.count * batch / total)
         self.offset += step * (batch / total)
         self.count = total
@@ -123,7 +123,7 @@ class Moments:
             return draws.new_full((len(draws),), torch.nan)
         total = self.mean * self.count
         along = (draws @ total.to(draws.dtype)).double()
-        lengths = torch.einsum("bn,bn->b", draws, draws).double()
+        lengths = torch.linalg.vector_norm(draws, dim=1).double().square()
         # With t the sum of all draws, the others' mean points along t - g.
         others = (total @ total - 2 * along + lengths).clamp(min=0)
         return (along - lengths) / (lengths * others).sqrt()

@@ -123,9 +123,10 @@ class AllDraws(Recorder):
         }
         squares = np.zeros(self.shape)
         for array in self.arrays.values():
-            for chain in range(self.shape[0]):  # a chain at a time: a copy in double is large
-                rows = array[chain].reshape(self.shape[1], -1).double()
-                squares[chain] += (rows**2).sum(1).numpy()
+            # Not in double, which would take a copy and much longer.
+            dtype = torch.promote_types(array.dtype, torch.float32)
+            norms = torch.linalg.vector_norm(array.reshape(*self.shape, -1), dim=2, dtype=dtype)
+            squares += norms.double().numpy() ** 2
         return data, {"grad_norm": self._norms(squares)}, {}
 
 

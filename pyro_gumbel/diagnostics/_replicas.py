@@ -85,8 +85,10 @@ class Replica:
         chosen = (msg["infer"] or {}).get("gradient")
         if not isinstance(chosen, Estimator):
             return chosen
-        # The original is kept beside its copy, so that its id stays its own.
-        return self._copies.setdefault(id(chosen), (chosen, copy.deepcopy(chosen)))[1]
+        if id(chosen) not in self._copies:
+            # The original is kept beside its copy, so that its id stays its own.
+            self._copies[id(chosen)] = (chosen, copy.deepcopy(chosen))
+        return self._copies[id(chosen)][1]
 
     def _estimators(self) -> list[nn.Module]:
         found = [own for _, own in self._copies.values()]

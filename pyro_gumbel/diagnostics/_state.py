@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-__all__ = ["Keeper", "preserved", "seed_everything", "seeds"]
+__all__ = ["Keeper", "preserved", "seed_everything", "seed_torch", "seeds"]
 
 
 def seeds(seed: int, number: int) -> list[int]:
@@ -35,6 +35,13 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def seed_torch(seed: int) -> None:
+    """Seed torch's generators in use; ``torch.manual_seed`` takes a millisecond without CUDA."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 class Keeper:

@@ -72,7 +72,7 @@ def gradient_draws(
             does not grow with the number of draws.
         site_draws: Number of draws that are repeated with the noise of one site renewed, for
             ``compare_gradients(by="site")``; each takes one more gradient a site. By default as
-            many as add 8 % to the cost.
+            many as add 5 % to the cost.
         coords: Coordinates of named dimensions.
         dims: For each parameter the names of its dimensions; else ``<name>_dim_0``, ...
         seed: Seed of everything; on a CPU the same seed gives the same draws bit for bit (in

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pyro_gumbel.diagnostics._parameters import read_gradients
 from pyro_gumbel.diagnostics._replicas import Replica, site_seed
-from pyro_gumbel.diagnostics._state import seed_everything, seeds
+from pyro_gumbel.diagnostics._state import seed_everything, seed_torch, seeds
 
 __all__ = ["site_effects"]
 
@@ -73,7 +72,7 @@ def _gradients(
 
     def arrive(name: str) -> None:
         visits[name] = visits.get(name, 0) + 1
-        torch.manual_seed(site_seed(renewed.get(name, base), name, visits[name]))
+        seed_torch(site_seed(renewed.get(name, base), name, visits[name]))
 
     replica.on_site = arrive
     seed_everything(base)

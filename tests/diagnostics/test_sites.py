@@ -150,7 +150,7 @@ def test_estimators_start_each_repetition_alike() -> None:
 def test_number_of_repetitions() -> None:
     options = {"estimators": {"e": "score"}, "num_draws": 100, "num_chains": 2, "progress": False}
     default = gradient_draws(additive_model, additive_guide, **options)["e"]
-    assert default.sizes["repeat"] == round(0.08 * 200 / 3)
+    assert default.sizes["repeat"] == round(0.05 * 200 / 3)
     none = gradient_draws(additive_model, additive_guide, site_draws=0, **options)["e"]
     assert "site_effect" not in none.coords
     some = gradient_draws(additive_model, additive_guide, site_draws=7, **options)["e"]
