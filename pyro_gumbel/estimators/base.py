@@ -124,7 +124,10 @@ class Site:
         return self._reader.value_gradients()
 
     def logits_gradients(self, output: Tensor, *, create_graph: bool = False) -> Tensor:
-        """Differentiate a scalar in the main path's logits, in the shape ``fn`` has them."""
+        """Differentiate a scalar in the logits that the values were drawn from.
+
+        The shape is that of ``fn.logits``. Needs an estimator with ``draws_from_logits = True``.
+        """
         return self._reader.logits_gradients(output, create_graph=create_graph)
 
 
@@ -176,6 +179,7 @@ class Estimator(nn.Module):
     differentiates: ClassVar[bool] = False  # the surrogate uses the cost's gradient in the value
     branches_are_draws: ClassVar[bool] = True  # every coupled value has the guide's law
     moves_plates: ClassVar[bool] = False  # other values' laws differ, in all elements at once
+    draws_from_logits: ClassVar[bool] = False  # values carry a gradient to logits of their own
     needs_linked_value: ClassVar[bool] = False  # wrong where the cost has no gradient in the value
     branches_have_graph: ClassVar[bool] = True  # more than the cost's number is wanted of them
     num_values: int = 1

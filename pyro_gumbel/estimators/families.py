@@ -31,6 +31,7 @@ __all__ = [
     "is_one_hot",
     "log_mass",
     "log_mass_of_value",
+    "on_own_logits",
     "one_hot_logits",
     "shared_noise_draw",
     "to_index",
@@ -86,6 +87,17 @@ def one_hot_logits(fn: Distribution) -> Tensor:
 def _finite(logits: Tensor) -> Tensor:
     """Logits of bits with certain ones far out: infinities become nan where they meet zeros."""
     return logits.nan_to_num(nan=math.nan, posinf=_CERTAIN, neginf=-_CERTAIN)
+
+
+def on_own_logits(fn: Distribution) -> tuple[Distribution, Tensor]:
+    """Copy the law of one-hot values or bits onto a node of its own in the graph.
+
+    What is drawn from the copy can be differentiated in the tensor returned, whatever else the
+    program does with the logits: they may be a parameter that other runs and sites share.
+    """
+    logits = fn.logits.view_as(fn.logits)
+    law = Bernoulli if is_bit(fn) else OneHotCategorical
+    return law(logits=logits, validate_args=False), logits
 
 
 def log_mass(fn: Distribution, value: Tensor) -> Tensor:

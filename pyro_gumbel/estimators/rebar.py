@@ -55,6 +55,7 @@ class Rebar(DifferentiatingEstimator):
     num_values = 3
     branches_are_draws = False
     needs_linked_value = True
+    draws_from_logits = True
 
     def __init__(self, temperature: float = 0.5, *, learn: bool = True) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_gumbel.estimators import Estimator
-from pyro_gumbel.estimators.families import event_dims, exact_draw, unwrap
+from pyro_gumbel.estimators.families import event_dims, exact_draw, on_own_logits, unwrap
 from pyro_gumbel.infer.config import Auto, Choice, resolve
 
 __all__ = ["MAIN", "DrawMessenger", "Layout", "Path", "PlateNestingNeeded", "SharedSubsample"]
@@ -120,6 +120,7 @@ class DrawMessenger(Messenger):
         estimators: After a pass, the estimator of each latent site.
         sizes: After a pass, the number of coupled values of each latent site.
         enumerated: After a pass, the dimension of each enumerated site.
+        logits: After a pass, the logits that values were drawn from, of sites that want them.
     """
 
     layout: Layout
@@ -132,6 +133,7 @@ class DrawMessenger(Messenger):
     estimators: dict[str, Estimator] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     enumerated: dict[str, int] = field(default_factory=dict)
+    logits: dict[str, Tensor] = field(default_factory=dict)
 
     def _pyro_sample(self, msg: Message) -> None:
         if msg["is_observed"] or msg["value"] is not None or site_is_subsample(msg):
@@ -152,6 +154,8 @@ class DrawMessenger(Messenger):
             blocks = []  # nothing to draw: the main path has been there
         else:
             with self._common_noise(name, fn):
+                if estimator.draws_from_logits:
+                    fn, self.logits[name] = on_own_logits(fn)
                 block = self._draw_block(estimator, fn, msg["fn"])
             blocks = list(block.unbind(0)) if self.sizes[name] > 1 else [block]
         return self._compose(name, blocks, msg["fn"].event_dim)

@@ -141,9 +141,15 @@ class _Reader:
         )
 
     def logits_gradients(self, output: Tensor, *, create_graph: bool) -> Tensor:
+        estimator = self.paths.estimators[self.name]
+        if not estimator.draws_from_logits:
+            raise TypeError(
+                f"At site {self.name!r}, {type(estimator).__name__} calls logits_gradients, so "
+                "its class needs draws_from_logits = True."
+            )
         # Coupled values are drawn on the main path, so its logits alone were used.
         mains = [group[0] for group in self.paths.having(self.name)]
-        logits = [self._fn(run).logits for run in mains]
+        logits = [run.logits[self.name] for run in mains]
         gradients = _gradients(output, logits, create_graph=create_graph)
         events = self.joined + self.logits_event_dim
         blocks = [

@@ -35,6 +35,7 @@ class Run:
         guide: The guide's latent sites.
         observed: The names of the model's observed sites.
         estimators: The estimator of each of them that drew its value here.
+        logits: The logits that values were drawn from, where the estimator asked for them.
         layout: The paths of the pass.
         costs: The terms of the ELBO.
         totals: The ELBO of each path, ``(paths, repetitions)``, with gradient.
@@ -54,6 +55,7 @@ class Run:
         self.layout = draw.layout
         self.estimators = dict(draw.estimators)
         self.sizes = dict(draw.sizes)
+        self.logits = dict(draw.logits)
         self._scores = scores
         self._own_kl = own_kl
         enumerated = [
