@@ -82,6 +82,8 @@ class AutoAmortized(StructuredGuide):
         torch.Size([5, 10])
     """
 
+    _stored = ("heads", "encoder")
+
     def __init__(
         self,
         model: Callable[..., Any],

@@ -12,12 +12,14 @@ import pyro.poutine as poutine
 import torch
 from pyro.infer.autoguide.guides import AutoGuide
 from pyro.infer.autoguide.initialization import init_to_median
+from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_gumbel.guides.centre import CentreMessenger, quantile
 from pyro_gumbel.guides.latents import Latent, observed_sites, prototype, read_latent
 from pyro_gumbel.guides.plates import read_plates
+from pyro_gumbel.guides.stored import adopt_stored
 from pyro_gumbel.infer.checks import latent_sites
 from pyro_gumbel.infer.config import Config, GradientMessenger
 
@@ -26,6 +28,9 @@ __all__ = ["ParameterHead", "StructuredGuide"]
 
 class StructuredGuide(AutoGuide):
     """A guide with one head a latent site, set up from a first run of the model.
+
+    As with Pyro's autoguides, parameters that the parameter store has under the guide's names are
+    taken over; ``pyro.clear_param_store()`` starts afresh.
 
     Args:
         model: The model.
@@ -36,6 +41,9 @@ class StructuredGuide(AutoGuide):
         init_scale: Their standard deviation at the start, relative to the prior's where the guide
             is of the prior's family, else in unconstrained space.
     """
+
+    _stored = ("heads",)  # modules whose parameters are named after this guide
+    _is_copy = False  # a copy keeps its values, whatever becomes of those in the store
 
     def __init__(
         self,
@@ -87,7 +95,7 @@ class StructuredGuide(AutoGuide):
             # Pyro leaves a weak reference there, which cannot be pickled; it puts another when
             # the parameter is next used.
             parameter.__dict__.pop("unconstrained", None)
-        return {**self.__dict__, "_model": None, "master": None}
+        return {**self.__dict__, "_model": None, "master": None, "_is_copy": True}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copy = self.__class__.__new__(self.__class__)
@@ -103,6 +111,9 @@ class StructuredGuide(AutoGuide):
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
+        for name, module in self._modules.items():
+            if name in self._stored and not (self._is_copy or isinstance(module, PyroModule)):
+                adopt_stored(f"{self._pyro_name}.{name}", module)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         trace = prototype(self.model, self.init_loc_fn, args, kwargs)

@@ -12,7 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import bits_program, black_box, continuous, decoder, small
+from decisions import bits_program, black_box, continuous, decoder, small
 
 from pyro_gumbel.diagnostics import Recommendation, gradient_draws, recommend
 from pyro_gumbel.estimators import (
