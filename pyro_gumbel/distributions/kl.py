@@ -30,9 +30,10 @@ def kl_from_log_probs(log_p: Tensor, log_q: Tensor) -> Tensor:
     Terms with :math:`p_c = 0` are zero, whatever :math:`q_c`; a term with only
     :math:`q_c = 0` is infinite.
     """
-    absent = log_p == -math.inf
+    p = log_p.exp()
+    absent = p == 0  # also where it underflows: 0 * inf would be nan
     difference = log_p.masked_fill(absent, 0.0) - log_q.masked_fill(absent, 0.0)
-    return (log_p.exp() * difference).sum(-1)
+    return (p * difference).sum(-1)
 
 
 def _gives_probs(distribution: Any) -> bool:
@@ -48,6 +49,12 @@ def one_hot_log_probs(distribution: Any) -> Tensor:
     if _gives_probs(categorical):  # torch's own logits of these would hide the zeros
         return CategoricalParameters(categorical.probs, None).log_probs
     logits = categorical.logits
+    if "probs" in categorical.__dict__:
+        # After expand torch cannot tell which was given. Logits of a probability that underflows
+        # are far lower than those it gives to a zero.
+        lowest = math.log(torch.finfo(logits.dtype).tiny)
+        zero = (categorical.probs == 0) & (logits > lowest)
+        logits = logits.masked_fill(zero, -math.inf)
     if logits.dtype == noise_dtype(logits.dtype):
         return logits  # torch has normalised them
     return CategoricalParameters(None, logits).log_probs

@@ -15,7 +15,7 @@ from torch.distributions import (
     Normal,
     OneHotCategorical,
 )
-from torch.nn.functional import one_hot, softplus
+from torch.nn.functional import softplus
 
 from pyro_gumbel.distributions import OneHot, RelaxedBernoulli, RelaxedOneHot
 from pyro_gumbel.distributions.gumbel import gumbel_noise
@@ -135,7 +135,9 @@ def to_index(fn: Distribution, value: Tensor) -> Tensor:
 def from_index(fn: Distribution, index: Tensor) -> Tensor:
     """Write categories as values of ``fn``: the inverse of :func:`to_index`."""
     if is_one_hot(fn):
-        return one_hot(index, fn.logits.shape[-1]).to(fn.logits.dtype)
+        # Not torch's one_hot, which looks at the values and so waits for the device.
+        categories = torch.arange(fn.logits.shape[-1], device=index.device)
+        return (index.unsqueeze(-1) == categories).to(fn.logits.dtype)
     return (1 - index).to(fn.logits.dtype) if is_bit(fn) else index
 
 

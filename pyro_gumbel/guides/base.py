@@ -42,7 +42,7 @@ class StructuredGuide(AutoGuide):
             is of the prior's family, else in unconstrained space.
     """
 
-    _stored = ("heads",)  # modules whose parameters are named after this guide
+    _stored: tuple[str, ...] = ("heads",)  # modules whose parameters are named after this guide
     _is_copy = False  # a copy keeps its values, whatever becomes of those in the store
 
     def __init__(

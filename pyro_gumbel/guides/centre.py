@@ -9,6 +9,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_gumbel.estimators.families import is_bit, is_categorical, is_one_hot, unwrap
 
@@ -77,10 +78,8 @@ def quantile(fn: Any, levels: Tensor, *, draw: bool = True) -> Tensor | None:
 
 def _any_parameter(fn: Any) -> Tensor:
     """Find a tensor of the distribution's dtype and device."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return next(
-        value
-        for value in vars(fn).values()
-        if isinstance(value, Tensor) and value.is_floating_point()
-    )
+    for value in vars(fn).values():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    # A Beta keeps a Dirichlet, a transformed distribution its base.
+    return _any_parameter(next(v for v in vars(fn).values() if isinstance(v, Distribution)))

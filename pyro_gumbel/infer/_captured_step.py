@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyro
 import torch
 from pyro.optim import PyroOptim
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -74,7 +76,7 @@ class CapturedStep:
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)] + self.state.inputs()
         numbers, generators = self.state.numbers(), _python_generators()
         # What checks arguments looks at their values, which no recording can repeat.
-        with pyro.validation_enabled(False), _undone_on_failure(self.state):
+        with pyro.validation_enabled(False), _Unchecked(), _undone_on_failure(self.state):
             function = self._function(call)
             outcome, self.recording = record(function, inputs, compile=self.compile)
             if _python_generators() != generators:
@@ -169,6 +171,27 @@ class CapturedStep:
             self._graphed = GraphedStep(self.recording, inputs, apply)
             self._hyper_parameters = now
         return self._graphed
+
+
+class _Unchecked(Messenger):
+    """Turns the checks of distributions off that were made before, such as a module's prior."""
+
+    def __enter__(self) -> Self:
+        self._checked: list[Any] = []
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        for fn in self._checked:
+            fn._validate_args = True
+
+    def _pyro_sample(self, msg: Message) -> None:
+        fn: Any = msg["fn"]
+        while fn is not None:
+            if getattr(fn, "_validate_args", False):
+                self._checked.append(fn)
+                fn._validate_args = False
+            fn = getattr(fn, "base_dist", None)
 
 
 def _like(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import pyro.poutine as poutine
 import torch
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_gumbel.estimators import Call
 from pyro_gumbel.estimators.families import from_index, one_hot_logits, to_index, unwrap
-from pyro_gumbel.infer._rng import preserved_rng
 from pyro_gumbel.infer.particles import SharedSubsample
-from pyro_gumbel.infer.run import Run, in_rows
+from pyro_gumbel.infer.probe import score_given
+from pyro_gumbel.infer.run import Run
 
 __all__ = ["check_apart"]
 
@@ -46,10 +44,10 @@ def check_apart(name: str, run: Run, call: Call, subsample: SharedSubsample) -> 
         return
     values = {latent: run.value(latent).detach() for latent in run.estimators}
     for program in (call.guide, call.model):
-        before = _scores(program, call, run, subsample, values)
+        before = score_given(program, call, run, subsample, values)
         names = sorted(outside.keys() & before.keys())
         for moved in _other_values(unwrap(site["fn"]), values[name]) if names else ():
-            after = _scores(program, call, run, subsample, {**values, name: moved})
+            after = score_given(program, call, run, subsample, {**values, name: moved})
             for other in names:
                 if not torch.equal(before[other].nan_to_num(), after[other].nan_to_num()):
                     plate = min(frame.name for frame in outside[other])
@@ -66,24 +64,6 @@ def _other_values(fn: Any, value: Tensor) -> Iterator[Tensor]:
     for _ in range(_TRIED_CHANGES):
         other = torch.randint(categories, index.shape, generator=noise)
         yield from_index(fn, other.to(index.device))
-
-
-def _scores(
-    program: Callable[..., Any],
-    call: Call,
-    run: Run,
-    subsample: SharedSubsample,
-    values: dict[str, Tensor],
-) -> dict[str, Tensor]:
-    """Score every site of a program, given values for the latent ones."""
-    held = poutine.condition(in_rows(program, run.layout), data=values)
-    with torch.no_grad(), preserved_rng(), poutine.block(), subsample:
-        trace = poutine.trace(held).get_trace(*call.args, **call.kwargs)
-    return {
-        name: site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site)
-    }
 
 
 def _refuse(name: str, estimator: str, other: str, plate: str) -> None:

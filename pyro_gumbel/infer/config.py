@@ -171,6 +171,8 @@ def check_choice(choice: Any, prefix: str) -> None:
         if choice not in estimator_names():
             close = difflib.get_close_matches(choice, estimator_names(), n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
+            if choice == "relax":
+                hint = " Relax needs a network: write Relax(critic)."
             raise ValueError(
                 f"{prefix} {choice!r}, which names no estimator; names are "
                 f"{estimator_names()}.{hint}"

@@ -33,11 +33,15 @@ def site_frames(site: Any) -> Frames:
 
 @dataclass(frozen=True)
 class Term:
-    """One term of the ELBO: the site it is of, its value and the vectorised plates it is in."""
+    """One term of the ELBO: the site it is of, its value and the vectorised plates it is in.
+
+    A term of the model is ``log p``, or the KL divergence that stands for it and ``-log q``.
+    """
 
     site: str
     value: Tensor
     frames: Frames
+    of_model: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,8 @@ class Costs:
             total = value if total is None else total + value
         if total is None:
             return torch.zeros_like(like)
-        while total.dim() > like.dim():  # what was summed out left of the site's own dimensions
-            total = total.squeeze(0)
+        # What was summed out left of the site's own dimensions.
+        total = total.reshape(total.shape[max(0, total.dim() - like.dim()) :])
         return (total if live else total.detach()).expand(like.shape)
 
     def _group(self, live: bool) -> dict[tuple[Frames, tuple[int, ...]], Tensor]:

@@ -151,8 +151,10 @@ class _LogWeights:
         return value.sum(dims, keepdim=True) if dims else value
 
     def align(self, paths: Paths, name: str) -> Tensor:
-        """The score of a site for each weight."""
-        return paths.gather(name, lambda run: self.common(run.log_prob(name), run))[0]
+        """The score of a site for each weight, with as many dimensions."""
+        score = paths.gather(name, lambda run: self.common(run.log_prob(name), run))[0]
+        missing = self.value.dim() - score.dim()
+        return score.reshape(score.shape[:1] + (1,) * missing + score.shape[1:])
 
 
 def _plate_scale(frame: CondIndepStackFrame) -> float:

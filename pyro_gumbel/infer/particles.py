@@ -34,9 +34,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_gumbel.estimators import Estimator
 from pyro_gumbel.estimators.families import event_dims, exact_draw, on_own_logits, unwrap
+from pyro_gumbel.infer._record import NotRecordable
 from pyro_gumbel.infer.config import Auto, Choice, resolve
 
 __all__ = ["MAIN", "DrawMessenger", "Layout", "Path", "PlateNestingNeeded", "SharedSubsample"]
@@ -178,6 +180,11 @@ class DrawMessenger(Messenger):
             self.noise[name] = torch.get_rng_state()
             yield
         elif name in self.noise:
+            if get_proxy_mode() is not None:
+                raise NotRecordable(
+                    f"site {name!r} is drawn again with the same random numbers, by setting the "
+                    "generator back; write vectorize_particles=True, which has them as rows."
+                )
             state = torch.get_rng_state()
             torch.set_rng_state(self.noise[name])
             yield

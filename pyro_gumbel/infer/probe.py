@@ -1,9 +1,12 @@
-"""Whether a model reads a site's value by operations that have a gradient."""
+"""Whether programs read a site's value by operations that have a gradient."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
+import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.poutine.util import site_is_subsample
@@ -15,7 +18,7 @@ from pyro_gumbel.infer._rng import preserved_rng
 from pyro_gumbel.infer.particles import SharedSubsample
 from pyro_gumbel.infer.run import Run, in_rows
 
-__all__ = ["check_reading"]
+__all__ = ["check_reading", "score_given"]
 
 _TRIED_CHANGES = 3
 
@@ -23,7 +26,7 @@ _TRIED_CHANGES = 3
 def check_reading(name: str, run: Run, call: Call, subsample: SharedSubsample) -> None:
     """Look for sites that depend on a discrete value without a gradient, as through an index.
 
-    The model is run anew with the site's value changed and all else held. A site whose score
+    The programs are run anew with the site's value changed and all else held. A site whose score
     changes, and that no differentiable operation links to the value, has lost the gradient that
     the estimator lives on.
 
@@ -36,23 +39,34 @@ def check_reading(name: str, run: Run, call: Call, subsample: SharedSubsample) -
     Raises:
         ValueError: If there is such a site and the estimator says that it is unbiased.
     """
-    suspects = {
-        term.site
-        for term in run.costs.terms
-        if term.site in run.observed and not _linked(term.value, run.value(name))
+    names = list(run.estimators)
+    later = names[names.index(name) + 1 :]
+    suspects = {  # of each program the sites that no gradient reaches
+        call.guide: {site for site in later if not _linked(run.log_prob(site), run.value(name))},
+        call.model: _unlinked_terms(name, run),
     }
-    if not suspects:
-        return
     values = {site: run.value(site).detach() for site in run.estimators}
     hard = _harden(run, name, values[name])
-    before = _scores(call, run, subsample, {**values, name: hard})
-    for shift in range(1, _TRIED_CHANGES + 1):
-        changed = 1 - hard if is_bit(unwrap(run.guide[name]["fn"])) else hard.roll(shift, -1)
-        after = _scores(call, run, subsample, {**values, name: changed})
-        for site in suspects & after.keys():
-            if not torch.equal(before[site], after[site]):
-                _tell(name, site, run.estimators[name])
-                return
+    for program, sites in suspects.items():
+        if not sites:
+            continue
+        before = score_given(program, call, run, subsample, {**values, name: hard})
+        for shift in range(1, _TRIED_CHANGES + 1):
+            changed = 1 - hard if is_bit(unwrap(run.guide[name]["fn"])) else hard.roll(shift, -1)
+            after = score_given(program, call, run, subsample, {**values, name: changed})
+            for site in sorted(sites & before.keys() & after.keys()):
+                if not torch.equal(before[site].nan_to_num(), after[site].nan_to_num()):
+                    _tell(name, site, run.estimators[name])
+                    return
+
+
+def _unlinked_terms(name: str, run: Run) -> set[str]:
+    """The model's sites, but for ``name``, whose term has no gradient in its value."""
+    return {
+        term.site
+        for term in run.costs.terms
+        if term.of_model and term.site != name and not _linked(term.value, run.value(name))
+    }
 
 
 def _harden(run: Run, name: str, value: Tensor) -> Tensor:
@@ -62,18 +76,23 @@ def _harden(run: Run, name: str, value: Tensor) -> Tensor:
     return torch.zeros_like(value).scatter_(-1, index, 1.0)
 
 
-def _scores(
-    call: Call, run: Run, subsample: SharedSubsample, values: dict[str, Tensor]
+def score_given(
+    program: Callable[..., Any],
+    call: Call,
+    run: Run,
+    subsample: SharedSubsample,
+    values: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Score the model's other sites, given values for the latent ones."""
-    model = poutine.condition(in_rows(call.model, run.layout), data=values)
-    with preserved_rng(), poutine.block(), subsample:
-        trace = poutine.trace(model).get_trace(*call.args, **call.kwargs)
-    return {
-        name: site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and name not in values and not site_is_subsample(site)
-    }
+    """Score every site of a program, given values for the latent ones, relaxed ones too."""
+    held = poutine.condition(in_rows(program, run.layout), data=values)
+    unchecked = pyro.validation_enabled(False)  # a relaxed value is no member of the support
+    with torch.no_grad(), preserved_rng(), poutine.block(), subsample, unchecked:
+        trace = poutine.trace(held).get_trace(*call.args, **call.kwargs)
+        return {
+            name: site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample" and not site_is_subsample(site)
+        }
 
 
 def _linked(score: Tensor, value: Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyro
 import pyro.poutine as poutine
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import MaskedDistribution, Unit
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
@@ -154,6 +154,7 @@ def _collect(
             continue
         estimator = draw.estimators.get(name)
         if estimator is None:  # a value that the guide itself fixed, or a factor
+            _check_factor(site)
             raw = _observed_log_prob(site)
         elif full_scores:
             raw = scores[name] = log_mass(unwrap(site["fn"]), site["value"])
@@ -163,10 +164,12 @@ def _collect(
                 scores[name] = raw
             if not estimator.keeps_score_gradient:
                 raw = raw.detach()
-        terms.append(_term(site, -raw, nesting))
+        terms.append(_term(site, -raw, nesting, of_model=False))
     for name, site in _samples(model_trace).items():
         if name not in kls:
             terms.append(_term(site, _model_log_prob(site), nesting))
+    if draw.layout.particle_dim is not None:
+        _check_dims(terms, int(nesting) + len(draw.enumerated))
     observed = {name for name, site in _samples(model_trace).items() if site["is_observed"]}
     return Run(guide, draw, scores, terms, kls, observed)
 
@@ -199,6 +202,32 @@ def _observed_log_prob(site: Any) -> Tensor:
         ) from error
 
 
+def _check_factor(site: Any) -> None:
+    fn = unwrap(site["fn"])
+    if isinstance(fn, Unit) and not fn.has_rsample:
+        raise ValueError(
+            f"Site {site['name']!r} of the guide is a factor with has_rsample=False: it scores a "
+            "value that was drawn elsewhere, to which no estimator can be attached. Draw the "
+            "value by pyro.sample, or give its density to the site itself, "
+            "dist.Delta(z, log_density=...).has_rsample_(False)."
+        )
+
+
+def _check_dims(terms: list[Term], most: int) -> None:
+    """Refuse terms with dimensions left of all plates, as a careless broadcast makes them."""
+    for term in terms:
+        shape = term.value.shape
+        left = shape[: max(0, len(shape) - most)]
+        if left.numel() > 1:
+            raise ValueError(
+                f"Site {term.site!r}: its log_prob has shape {tuple(shape)}, and the plates (that "
+                f"of the particles included) take the last {most} dimensions only. Values come "
+                "with a dimension of particles on the left: write operations that broadcast over "
+                "it, such as (z.unsqueeze(-2) @ weight).squeeze(-2), or use "
+                "vectorize_particles=False, or a larger max_plate_nesting."
+            )
+
+
 def _apply_wrappers(fn: Any, raw: Tensor) -> Tensor:
     """Redo on a score what ``to_event`` and ``mask`` do to a distribution."""
     if isinstance(fn, Independent):
@@ -208,11 +237,11 @@ def _apply_wrappers(fn: Any, raw: Tensor) -> Tensor:
     return raw
 
 
-def _term(site: Any, raw: Tensor, nesting: float) -> Term:
+def _term(site: Any, raw: Tensor, nesting: float, *, of_model: bool = True) -> Term:
     latent = not site["is_observed"]
     value = _apply_wrappers(site["fn"], raw) if latent else raw
     value = scale_and_mask(value, site["scale"], site["mask"])
     if is_validation_enabled():
         site["log_prob"] = value
         check_site_shape(site, nesting)
-    return Term(site["name"], value, site_frames(site))
+    return Term(site["name"], value, site_frames(site), of_model)

@@ -118,3 +118,27 @@ def test_no_closed_form():
 def test_numbers_of_categories_must_agree():
     with pytest.raises(ValueError, match="numbers of categories differ, 3 and 4"):
         kl_divergence(OneHot(logits=torch.zeros(3)), OneHot(logits=torch.zeros(4)))
+
+
+@pytest.mark.parametrize("p", ONE_HOT)
+def test_a_probability_that_underflows_where_the_other_is_zero(p):
+    logits = torch.tensor([200.0, 0.0, -200.0], requires_grad=True)
+    other = dist.OneHotCategorical(probs=torch.tensor([0.5, 0.5, 0.0]))
+    divergence = kl_divergence(ONE_HOT[p](logits=logits), OneHot(probs=other.probs))
+    assert divergence.item() == pytest.approx(math.log(2), rel=1e-6)
+    (gradient,) = torch.autograd.grad(divergence, logits)
+    assert torch.equal(gradient, torch.zeros(3))
+
+
+def test_zeros_outlast_expansion():
+    """Whether torch has computed the logits before or not."""
+    for look in (lambda d: None, lambda d: d.logits):
+        other = dist.OneHotCategorical(probs=torch.tensor([0.5, 0.5, 0.0]))
+        look(other)
+        some = OneHot(probs=torch.tensor([0.2, 0.3, 0.5]))
+        assert kl_divergence(some, other).item() == math.inf
+        assert torch.isinf(kl_divergence(some, other.expand([2]))).all()
+    low = dist.OneHotCategorical(logits=torch.tensor([0.0, 0.0, -200.0]))
+    assert low.probs[-1] == 0
+    finite = kl_divergence(OneHot(probs=torch.tensor([0.2, 0.3, 0.5])), low.expand([2]))
+    assert torch.isfinite(finite).all()

@@ -381,6 +381,23 @@ def test_learnable_estimators_are_found() -> None:
 # Medians, quantiles
 
 
+def test_median_and_quantiles_of_a_beta() -> None:
+    """Which keeps its parameters in a distribution of another family."""
+
+    def model(x: Tensor) -> None:
+        share = pyro.sample("share", dist.Beta(2.0, 3.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(share))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    guide = AutoAmortized(model, lambda x: x, gradient="score")
+    x = torch.randn(5, 2)
+    guide(x)
+    assert 0 < guide.median(x)["share"] < 1
+    low, high = guide.quantiles([0.1, 0.9], x)["share"]
+    assert 0 < low < high < 1
+
+
 def test_median_and_quantiles() -> None:
     def model(x: Tensor) -> None:
         pyro.sample("rate", dist.Gamma(2.0, 1.0))

@@ -302,6 +302,54 @@ def test_parameter_store_that_is_cleared_is_noticed():
     assert all(new[name] is param for name, param in step.params.items())
 
 
+PRIOR = dist.Normal(0.0, 1.0).expand([3]).to_event(1)  # checks its values, whoever turns that off
+
+
+def test_prior_that_was_made_before():
+    def model(x):
+        z = pyro.sample("z", PRIOR)
+        pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(pyro.param("m", torch.zeros(3)), 1.0).to_event(1))
+
+    svi = make(model, guide)
+    losses = take_steps(svi, 5, lambda step: (torch.tensor(1.0),))
+    assert len(set(losses)) == 5
+    assert PRIOR.base_dist._validate_args
+
+
+def category_programs(dtype=torch.float64):
+    """One variable for each datum, since some estimators take no joined ones."""
+    logits = torch.zeros(DATA, 3, dtype=dtype, requires_grad=True)
+    prior = torch.tensor([0.2, 0.3, 0.5], dtype=dtype)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.OneHotCategorical(prior))
+            mean = (z * torch.arange(3, dtype=dtype)).sum(-1)
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x.sum(-1))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            given = pyro.param("logits", logits, event_dim=1)
+            pyro.sample("z", dist.OneHotCategorical(logits=given))
+
+    return model, guide, [logits]
+
+
+@pytest.mark.parametrize(
+    "name", ["disarm_tree", "local_expectation", "sum_and_sample", "unordered_set"]
+)
+def test_coupled_estimators_of_categories(name):
+    assert_same(
+        *(
+            train(kind, category_programs, name, steps=20, vectorize_particles=True)
+            for kind in (SVI, CapturedSVI)
+        )
+    )
+
+
 # What is told
 
 

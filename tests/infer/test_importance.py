@@ -413,3 +413,41 @@ def test_sticking_the_landing_is_refused() -> None:
     configured = config_gradient(guide, Pathwise(sticking_the_landing=True))
     with pytest.raises(ValueError, match="'z'.*sticking the landing.*doubly_reparameterized=True"):
         ImportanceWeighted_ELBO(2).loss_and_grads(model, configured)
+
+
+def test_a_site_outside_the_plate_of_other_terms() -> None:
+    """Weights have a dimension for the plate then, and the site's score has none."""
+    x = torch.tensor([0.4, 1.9], dtype=torch.float64)
+    start = torch.tensor(0.2, dtype=torch.float64)
+
+    def outer() -> None:
+        g = pyro.sample("g", dist.Bernoulli(torch.tensor(0.3, dtype=torch.float64)))
+        with pyro.plate("n", 2):
+            pyro.sample("x", dist.Normal(2 * g, 1.0), obs=x)
+
+    def outer_guide() -> None:
+        logit = pyro.param("logit", start.clone())
+        pyro.sample("g", dist.Bernoulli(logits=logit))
+
+    def step(vectorize: bool) -> float:
+        pyro.clear_param_store()
+        elbo = ImportanceWeighted_ELBO(2, vectorize_particles=vectorize, max_plate_nesting=1)
+        elbo.loss_and_grads(outer, outer_guide)
+        return pyro.get_param_store()._params["logit"].grad.item()
+
+    logit = start.clone().requires_grad_()
+    bits = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    log_q = dist.Bernoulli(logits=logit).log_prob(bits)
+    log_w = dist.Bernoulli(0.3).log_prob(bits).double() - log_q
+    log_w = log_w + dist.Normal(2 * bits[:, None], 1.0).log_prob(x).sum(-1)
+    pairs = torch.logaddexp(log_w[:, None], log_w) - math.log(2)
+    bound = ((log_q[:, None] + log_q).exp() * pairs).sum()
+    (expected,) = torch.autograd.grad(-bound, logit)
+
+    pyro.set_rng_seed(0)
+    looped = np.array([step(False) for _ in range(800)])
+    assert abs(looped.mean() - expected.item()) < 5 * looped.std() / math.sqrt(len(looped))
+    pyro.set_rng_seed(1)
+    one = step(False)
+    pyro.set_rng_seed(1)
+    assert one == pytest.approx(step(True), rel=1e-9)

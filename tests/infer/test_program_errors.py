@@ -200,3 +200,44 @@ def test_a_failing_step_leaves_no_handler_behind(vectorize):
             elbo.loss_and_grads(BIT, empty)
         assert abs(float(elbo.loss_and_grads(BIT, BIT))) < 1e-6
         assert not pyro.poutine.runtime.am_i_wrapped()
+
+
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize("estimator", ["score", "reinmax"])
+def test_a_product_that_does_not_broadcast_over_particles(estimator: str, validate: bool) -> None:
+    def model() -> None:
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(3, 2), 1.0).to_event(2))
+        with pyro.plate("n", 6):
+            z = pyro.sample("z", dist.OneHotCategorical(torch.ones(3)))
+            pyro.sample("x", dist.Normal(z @ weight, 1.0).to_event(1), obs=torch.zeros(6, 2))
+
+    def guide() -> None:
+        pyro.sample("weight", dist.Normal(pyro.param("w", torch.zeros(3, 2)), 1.0).to_event(2))
+        with pyro.plate("n", 6):
+            pyro.sample("z", dist.OneHotCategorical(torch.ones(3)), infer={"gradient": estimator})
+
+    elbo = Estimator_ELBO(2, vectorize_particles=True, max_plate_nesting=1)
+    with (
+        pyro.validation_enabled(validate),
+        pytest.raises(ValueError, match=r"Site 'x'.*\(2, 2, 6\).*last 2 dimensions.*unsqueeze"),
+    ):
+        elbo.loss_and_grads(model, guide)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_score_that_no_estimator_can_serve(validate: bool) -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Bernoulli(0.3))
+
+    def guide() -> None:
+        logits = pyro.param("l", torch.tensor(0.3))
+        z = torch.bernoulli(logits.sigmoid().detach())
+        score = dist.Bernoulli(logits=logits).log_prob(z)
+        pyro.factor("own", score, has_rsample=False)
+        pyro.sample("z", dist.Delta(z))
+
+    with (
+        pyro.validation_enabled(validate),
+        pytest.raises(ValueError, match=r"'own' of the guide is a factor with has_rsample=False"),
+    ):
+        Estimator_ELBO().loss_and_grads(model, guide)

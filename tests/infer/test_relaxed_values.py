@@ -118,3 +118,69 @@ def test_a_critic_of_the_wrong_shape_is_refused() -> None:
 def test_a_critic_must_be_a_module() -> None:
     with pytest.raises(TypeError, match="critic must be a torch.nn.Module"):
         Relax(lambda value: value.sum(-1))  # type: ignore[arg-type]
+
+
+SHIFT = torch.tensor([[2.0, -1.0, 0.0], [0.0, 1.5, -0.5], [-1.0, 0.0, 1.0]])
+
+
+def of_two(*, model_reads: Callable[[Tensor], Tensor], guide_reads: Callable[[Tensor], Tensor]):
+    """A second latent whose law depends on the first, in the model or in the guide."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.OneHotCategorical(torch.tensor([0.2, 0.3, 0.5])))
+        y = pyro.sample("y", dist.OneHotCategorical(logits=model_reads(z)))
+        pyro.sample("x", dist.Normal((y * TABLE).sum(-1), 1.0), obs=torch.tensor(0.3))
+
+    def both() -> None:
+        z = pyro.sample("z", dist.OneHotCategorical(logits=pyro.param("l", torch.zeros(3))))
+        pyro.sample("y", dist.OneHotCategorical(logits=guide_reads(z) + pyro.param("m", SHIFT[0])))
+
+    return model, both
+
+
+def by_index(z: Tensor) -> Tensor:
+    return SHIFT[z.argmax(-1)]
+
+
+def by_product(z: Tensor) -> Tensor:
+    return z @ SHIFT
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("other", ["enumerate", "score", "disarm_tree"])
+@pytest.mark.parametrize("where", ["model_reads", "guide_reads"])
+def test_an_index_lookup_by_another_latent(where: str, other: str, vectorize: bool) -> None:
+    elbo = Estimator_ELBO(2, vectorize_particles=vectorize, max_plate_nesting=0)
+    config = {"z": Rebar(), "y": other}
+    readers = {"model_reads": by_product, "guide_reads": by_product}
+    model, both = of_two(**readers)
+    elbo.loss_and_grads(model, config_gradient(both, config))  # nothing is wrong
+    model, both = of_two(**{**readers, where: by_index})
+    with pytest.raises(ValueError, match="(?s)'z'.*needs the cost's gradient.*'y'.*DisARMTree"):
+        elbo.loss_and_grads(model, config_gradient(both, config))
+    with pytest.warns(UserWarning, match="'z'.*needs the cost's gradient.*'y'.*is not learnt"):
+        elbo.loss_and_grads(model, config_gradient(both, {**config, "z": ReinMax()}))
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("outer", ["rebar", "muprop", "gumbel_softmax"])
+@pytest.mark.parametrize("inner", ["local_expectation", "sum_and_sample", "unordered_set"])
+def test_probes_take_relaxed_values_of_other_sites(
+    outer: str, inner: str, vectorize: bool
+) -> None:
+    def model() -> None:
+        g = pyro.sample("g", dist.Bernoulli(0.3))
+        with pyro.plate("n", 2):
+            z = pyro.sample("z", dist.OneHotCategorical(torch.ones(4)))
+            mean = (z * torch.arange(4.0)).sum(-1) + g
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=torch.zeros(2))
+
+    def nested() -> None:
+        pyro.sample("g", dist.Bernoulli(logits=pyro.param("a", torch.tensor(0.2))))
+        logits = pyro.param("b", torch.zeros(2, 4), event_dim=1)
+        with pyro.plate("n", 2):
+            pyro.sample("z", dist.OneHotCategorical(logits=logits))
+
+    elbo = Estimator_ELBO(2, vectorize_particles=vectorize, max_plate_nesting=1)
+    loss = elbo.loss_and_grads(model, config_gradient(nested, {"g": outer, "z": inner}))
+    assert torch.isfinite(loss)
