@@ -24,6 +24,7 @@ from pyro.infer import SVI
 from tqdm import tqdm
 
 import gradients
+from arguments import count
 from compare_report import show, write_draws, write_tables
 from image_data import Images, load_images
 from pyro_gumbel.diagnostics import compare_gradients, exact_gradient, gradient_draws
@@ -153,12 +154,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     add("--data", metavar="DIR", help="IDX files such as MNIST's (default: scikit-learn's digits)")
     add("--checkpoint", type=Path, metavar="FILE", help="a model that vae.py trained")
     add("--estimators", default=ESTIMATORS, metavar="A,B,C", help="NAME, NAME@T or NAME:K each")
-    add("--num-draws", type=int, default=1000, help="draws of each estimator")
-    add("--images", type=int, default=100, help="images that a gradient is of")
+    add("--num-draws", type=count, default=1000, help="draws of each estimator")
+    add("--images", type=count, default=100, help="images that a gradient is of")
     add("--epochs", type=epochs, default=[1, 5, 10, 20], metavar="A,B,C", help="when to measure")
-    add("--latents", type=int, default=4)
-    add("--categories", type=int, default=8)
-    add("--hidden", type=int, default=128)
+    add("--latents", type=count, default=4)
+    add("--categories", type=count, default=8)
+    add("--hidden", type=count, default=128)
     add("--seed", type=int, default=0)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--out", type=Path, default=Path("out/estimators"), metavar="DIR")

@@ -23,6 +23,7 @@ from torch.distributions import constraints
 from tqdm import tqdm
 
 import style
+from arguments import count, positive
 from pyro_gumbel.estimators import Enumerate, GumbelStraightThrough, LeaveOneOut, ReinMax, Score
 from pyro_gumbel.guides import AutoAmortized, AutoDiscrete
 from pyro_gumbel.infer import Estimator_ELBO
@@ -158,9 +159,9 @@ def picture(x: Tensor, results: dict[str, dict[str, Any]], best: float, path: Pa
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--size", type=int, default=600, help="number of data")
-    add("--steps", type=int, default=600)
-    add("--lr", type=float, default=0.03)
+    add("--size", type=count, default=600, help="number of data")
+    add("--steps", type=count, default=600)
+    add("--lr", type=positive, default=0.03)
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("out/mixture"), metavar="DIR")
     add("--smoke", action="store_true", help="a few steps: does it run at all?")

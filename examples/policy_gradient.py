@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 import style
+from arguments import count
 from control import CartPole, Decisions
 from pyro_gumbel.estimators import LeaveOneOut, MovingAverage, NeuralBaseline, Score
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
@@ -136,11 +137,11 @@ def learn(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--draws", type=int, default=1500, help="of the gradient")
-    add("--episodes", type=int, default=64, help="a step, over all particles")
-    add("--steps", type=int, default=150, help="of learning, decision process")
-    add("--cart-steps", type=int, default=150, help="of learning, cart and pole")
-    add("--seeds", type=int, default=3)
+    add("--draws", type=count, default=1500, help="of the gradient")
+    add("--episodes", type=count, default=64, help="a step, over all particles")
+    add("--steps", type=count, default=150, help="of learning, decision process")
+    add("--cart-steps", type=count, default=150, help="of learning, cart and pole")
+    add("--seeds", type=count, default=3)
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("out/policy_gradient"), metavar="DIR")
     add("--smoke", action="store_true", help="a few steps: does it run at all?")

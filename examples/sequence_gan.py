@@ -26,6 +26,7 @@ from tqdm import tqdm
 import gradients
 import grammar
 import style
+from arguments import count, positive
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
 
@@ -196,17 +197,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--gradients", default="gumbel_straight_through,reinmax,score:4", metavar="NAME[:K],...")
-    add("--steps", type=int, default=3000, help="of the generator")
-    add("--critic-steps", type=int, default=1, help="of the discriminator for each of these")
-    add("--batch-size", type=int, default=256, help="strings a step, over all particles")
-    add("--data-size", type=int, default=5000, help="strings of the training set")
-    add("--hidden", type=int, default=64, help="LSTM units")
-    add("--lr", type=float, default=1e-3)
-    add("--critic-lr", type=float, default=1e-3)
+    add("--steps", type=count, default=3000, help="of the generator")
+    add("--critic-steps", type=count, default=1, help="of the discriminator for each of these")
+    add("--batch-size", type=count, default=256, help="strings a step, over all particles")
+    add("--data-size", type=count, default=5000, help="strings of the training set")
+    add("--hidden", type=count, default=64, help="LSTM units")
+    add("--lr", type=positive, default=1e-3)
+    add("--critic-lr", type=positive, default=1e-3)
     add("--penalty", type=float, default=1.0, help="on the discriminator's slope")
-    add("--measure-every", type=int, default=50)
+    add("--measure-every", type=count, default=50)
     add("--seed", type=int, default=0)
-    add("--seeds", type=int, default=1)
+    add("--seeds", type=count, default=1)
     add("--out", type=Path, default=Path("out/sequence_gan"), metavar="DIR")
     add("--smoke", action="store_true", help="a few steps: does it run at all?")
     args = parser.parse_args(argv)

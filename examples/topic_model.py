@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import gradients
 import style
+from arguments import count, positive
 from evaluation import held_out_bounds
 from pyro_gumbel.guides import AutoAmortized
 from pyro_gumbel.infer import Estimator_ELBO
@@ -160,14 +161,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--gradients", default="reinmax,gumbel_straight_through,straight_through,score:4")
-    add("--factors", type=int, default=40)
-    add("--words", type=int, default=1500, help="size of the vocabulary")
-    add("--min-length", type=int, default=15, help="words of a document")
-    add("--limit", type=int, default=20_000, help="documents to read")
-    add("--hidden", type=int, default=128)
-    add("--epochs", type=int, default=20)
-    add("--batch-size", type=int, default=100)
-    add("--lr", type=float, default=1e-2)
+    add("--factors", type=count, default=40)
+    add("--words", type=count, default=1500, help="size of the vocabulary")
+    add("--min-length", type=count, default=15, help="words of a document")
+    add("--limit", type=count, default=20_000, help="documents to read")
+    add("--hidden", type=count, default=128)
+    add("--epochs", type=count, default=20)
+    add("--batch-size", type=count, default=100)
+    add("--lr", type=positive, default=1e-2)
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("out/topic_model"), metavar="DIR")
     add("--smoke", action="store_true", help="a few documents: does it run at all?")

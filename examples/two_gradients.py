@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import style
+from arguments import count
 from pyro_gumbel.estimators import Estimator, LeaveOneOut, Pathwise, Score
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
@@ -173,9 +174,9 @@ def kl_against_monte_carlo(axis: Any, draws: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--draws", type=int, default=100_000, help="of each gradient")
-    add("--steps", type=int, default=300, help="of the descent")
-    add("--seeds", type=int, default=8, help="of the descent")
+    add("--draws", type=count, default=100_000, help="of each gradient")
+    add("--steps", type=count, default=300, help="of the descent")
+    add("--seeds", type=count, default=8, help="of the descent")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("out/two_gradients"), metavar="DIR")
     add("--smoke", action="store_true", help="a few draws: does it run at all?")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from arguments import count, positive
 from image_data import BINARIZE, Images
 
 # What may differ between a checkpoint and its continuation.
@@ -37,21 +38,21 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--data", metavar="DIR", help="IDX files such as MNIST's (default: scikit-learn's digits)")
     add("--binarize", choices=BINARIZE, default="threshold", help="how grey pixels become targets")
     add("--latent", choices=("onehot", "bernoulli", "normal"), default="onehot")
-    add("--latents", type=int, default=10, help="number of latents")
-    add("--categories", type=int, default=10, help="of each one-hot latent")
+    add("--latents", type=count, default=10, help="number of latents")
+    add("--categories", type=count, default=10, help="of each one-hot latent")
     add("--hidden", type=sizes, default=[256], help="encoder's layers, the decoder's mirrored")
     add("--gradient", metavar="NAME[:K]", default="reinmax", help="estimator, K particles")
     add("--temperature", type=float, help="of the estimator, where it has one")
-    add("--num-particles", type=int, default=1, help="where no :K is given")
+    add("--num-particles", type=count, default=1, help="where no :K is given")
     add("--analytic-kl", action="store_true", help="integrate the KL term, where it can be")
     add("--compare", metavar="A,B,C", help="train each of several estimators")
-    add("--seeds", type=int, default=1, help="number of seeds, from --seed on")
+    add("--seeds", type=count, default=1, help="number of seeds, from --seed on")
     add("--seed", type=int, default=0)
-    add("--epochs", type=int, default=100)
-    add("--batch-size", type=int, default=100)
-    add("--lr", type=float, default=3e-3)
+    add("--epochs", type=count, default=100)
+    add("--batch-size", type=count, default=100)
+    add("--lr", type=positive, default=3e-3)
     add("--optimizer", choices=("adam", "radam"), default="adam")
-    add("--num-samples", type=int, default=100, help="hard draws of the final bounds")
+    add("--num-samples", type=count, default=100, help="hard draws of the final bounds")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--checkpoint", type=Path, metavar="FILE", help="save each epoch there, and go on from it")
     add("--out", type=Path, default=Path("out/vae"), metavar="DIR", help="pictures and history")
@@ -60,4 +61,4 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def sizes(text: str) -> list[int]:
-    return [int(size) for size in text.split(",")]
+    return [count(size) for size in text.split(",")]

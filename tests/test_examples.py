@@ -470,6 +470,10 @@ def test_folder_of_images_from_the_command_line(tmp_path: Path, capsys) -> None:
         (["--latent", "bernoulli", "--gradient", "reinmax_rao"], "cannot serve"),
         (["--compare", "reinmax,score", "--checkpoint", "x.pt"], "--checkpoint is for one run"),
         (["--gradient", "reinmax", "--temperature", "0"], "temperature must be positive"),
+        (["--batch-size", "0"], "--batch-size: expected a whole number of at least 1, got '0'"),
+        (["--hidden", "8,x"], "--hidden: expected a whole number of at least 1, got 'x'"),
+        (["--lr", "-1"], "--lr: expected a number above 0, got '-1'"),
+        (["--lr", "much"], "--lr: expected a number above 0, got 'much'"),
     ],
 )
 def test_bad_flags(capsys, flags: list[str], match: str) -> None:

@@ -23,6 +23,10 @@ class Estimator_ELBO(ParticleELBO):  # noqa: N801
     attached by :func:`~pyro_gumbel.infer.config_gradient` or by ``infer={"gradient": ...}`` at the
     site.
 
+    As in Pyro, a site in a plate is taken to influence its own element of the plate alone. Where a
+    later site of the guide gathers the elements outside of the plate, and sites of the plate
+    depend on that one in turn, write ``.to_event(1)`` in place of the plate.
+
     Args:
         num_particles: Number of independent repetitions to average over.
         default: Estimator, or name of one, for sites that have none: ``"auto"`` is pathwise where
