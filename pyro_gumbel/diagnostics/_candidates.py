@@ -12,7 +12,7 @@ from pyro.poutine.util import site_is_subsample
 
 from pyro_gumbel.estimators import Call, Estimator, LeaveOneOut, MovingAverage, Pathwise, Score
 from pyro_gumbel.estimators.families import unwrap
-from pyro_gumbel.infer.config import _CLASSES
+from pyro_gumbel.infer.names import CLASSES
 
 __all__ = ["Candidate", "candidates_for", "latent_distributions", "swap"]
 
@@ -90,9 +90,7 @@ def candidates_for(
 
 
 def _estimators() -> dict[str, tuple[Estimator, int]]:
-    named: dict[str, tuple[Estimator, int]] = {
-        name: (kind(), 1) for name, kind in _CLASSES.items()
-    }
+    named: dict[str, tuple[Estimator, int]] = {name: (kind(), 1) for name, kind in CLASSES.items()}
     named["sticking_the_landing"] = (Pathwise(sticking_the_landing=True), 1)
     named["moving_average"] = (Score(MovingAverage()), 1)
     named["leave_one_out_2"] = (Score(LeaveOneOut()), 2)

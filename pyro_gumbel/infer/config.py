@@ -13,73 +13,16 @@ from pyro.poutine.runtime import _PYRO_STACK, Message
 from pyro.poutine.util import site_is_subsample
 from torch import nn
 
-from pyro_gumbel import estimators
-from pyro_gumbel.estimators import Estimator, LeaveOneOut, MovingAverage, Pathwise, Score
+from pyro_gumbel.estimators import Estimator
 from pyro_gumbel.estimators.families import event_dims, unwrap
+from pyro_gumbel.infer.names import CLASSES, Auto, Choice, check_choice
 
-__all__ = ["Auto", "config_gradient", "estimator_names", "resolve"]
+__all__ = ["Config", "GradientMessenger", "config_gradient", "resolve"]
 
-Choice = Estimator | str | None
 Config = Estimator | str | Mapping[str, Choice] | Callable[[Message], Choice]
-
-_CLASSES: dict[str, type[Estimator]] = {
-    "arms": estimators.ARMS,
-    "disarm": estimators.DisARM,
-    "disarm_tree": estimators.DisARMTree,
-    "double_control_variate": estimators.DoubleControlVariate,
-    "enumerate": estimators.Enumerate,
-    "gapped_straight_through": estimators.GappedStraightThrough,
-    "gumbel_rao": estimators.GumbelRao,
-    "gumbel_softmax": estimators.GumbelSoftmax,
-    "gumbel_straight_through": estimators.GumbelStraightThrough,
-    "local_expectation": estimators.LocalExpectation,
-    "muprop": estimators.MuProp,
-    "pathwise": estimators.Pathwise,
-    "rebar": estimators.Rebar,
-    "reinmax": estimators.ReinMax,
-    "reinmax_rao": estimators.ReinMaxRao,
-    "rodeo": estimators.Rodeo,
-    "straight_through": estimators.StraightThrough,
-    "sum_and_sample": estimators.SumAndSample,
-    "unordered_set": estimators.UnorderedSet,
-}
 
 # What Pyro itself, and nothing else, may leave in a latent site's `infer`.
 _PYRO_INFER_KEYS = {"is_auxiliary", "prior", "was_observed", "num_samples", "expand", "tmc"}
-
-
-class Auto:
-    """The default: pathwise where a site can, else the score function with a baseline.
-
-    That is :class:`~pyro_gumbel.estimators.LeaveOneOut` where there are two particles or more,
-    else :class:`~pyro_gumbel.estimators.MovingAverage`.
-    """
-
-    def __init__(self) -> None:
-        self.pathwise = Pathwise()
-        self.leave_one_out = Score(LeaveOneOut())
-        self.moving_average = Score(MovingAverage())
-
-    def score(self, num_particles: int) -> Estimator:
-        """Choose the score function's baseline."""
-        return self.leave_one_out if num_particles > 1 else self.moving_average
-
-    def named(self, name: str) -> Estimator:
-        """Return the one estimator that a name stands for here."""
-        if name not in vars(self):
-            if name not in _CLASSES:
-                raise ValueError(f"No estimator is named {name!r}; names are {estimator_names()}.")
-            setattr(self, name, _CLASSES[name]())
-        return cast(Estimator, getattr(self, name))
-
-    def __call__(self, fn: Any, num_particles: int) -> Estimator:
-        """Choose for distribution ``fn``."""
-        return self.pathwise if fn.has_rsample else self.score(num_particles)
-
-
-def estimator_names() -> list[str]:
-    """Return every name that stands for an estimator."""
-    return sorted([*_CLASSES, "auto", "score"])
 
 
 class GradientMessenger(Messenger):
@@ -130,8 +73,8 @@ class GradientMessenger(Messenger):
         else:
             choice = config(msg)
             check_choice(choice, f"at site {msg['name']!r}, the config callable returned")
-        if isinstance(choice, str) and choice in _CLASSES:
-            return self._named.setdefault(choice, _CLASSES[choice]())
+        if isinstance(choice, str) and choice in CLASSES:
+            return self._named.setdefault(choice, CLASSES[choice]())
         return choice
 
     def _refuse_unknown_sites(self) -> None:
@@ -162,29 +105,6 @@ def _check_config(config: Config) -> Config:
             )
         check_choice(config, "config_gradient: got")
     return config
-
-
-def check_choice(choice: Any, prefix: str) -> None:
-    if choice is None or isinstance(choice, Estimator):
-        return
-    if isinstance(choice, str):
-        if choice not in estimator_names():
-            close = difflib.get_close_matches(choice, estimator_names(), n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            if choice == "relax":
-                hint = " Relax needs a network: write Relax(critic)."
-            raise ValueError(
-                f"{prefix} {choice!r}, which names no estimator; names are "
-                f"{estimator_names()}.{hint}"
-            )
-        return
-    if isinstance(choice, type) and issubclass(choice, Estimator):
-        raise TypeError(
-            f"{prefix} the class {choice.__name__}; give an object: {choice.__name__}()."
-        )
-    raise TypeError(
-        f"{prefix} {choice!r}; give an estimator such as ReinMax(), or a name such as 'reinmax'."
-    )
 
 
 def config_gradient(
@@ -347,7 +267,7 @@ def _refuse(msg: Message, estimator: Estimator, reason: str) -> NoReturn:
 def _suggest(fn: Any, joined: int) -> str:
     serving = [
         name
-        for name, make in _CLASSES.items()
+        for name, make in CLASSES.items()
         if make().supports(fn) and make().objection(fn, joined) is None
     ]
     return f"What would work: {', '.join([*serving, 'score'])}."

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.infer._rng import preserved_rng
 from pyro_gumbel.infer.apart import check_apart
-from pyro_gumbel.infer.config import Auto, Choice, check_choice
+from pyro_gumbel.infer.names import Auto, Choice, check_choice
 from pyro_gumbel.infer.particles import (
     MAIN,
     DrawMessenger,

@@ -118,9 +118,9 @@ def test_beside_another_guide() -> None:
     for _ in range(400):
         svi.step(x)
     median = guide.median(x)
-    torch.testing.assert_close(
-        median["loc"], torch.stack([x[:30].mean(), x[30:].mean()]), rtol=0, atol=0.15
-    )
+    # Steps of .05 keep a location within three of its posterior's standard deviations.
+    distance = median["loc"] - torch.stack([x[:30].mean(), x[30:].mean()])
+    assert distance.abs().max() < 3 * 0.3 / 30**0.5
     assert median["z"].argmax(-1).tolist() == [0] * 30 + [1] * 30
 
 

@@ -65,6 +65,11 @@ ROWS = {
         ValueError,
         r"'rienmax', which names no estimator; names are \[.*'score'.*Did you mean 'reinmax'",
     ),
+    "no name without a network": (
+        lambda: config_gradient(ONE_HOT, "relax"),
+        ValueError,
+        r"'relax', which names no estimator;.*Relax needs a network: write Relax\(critic\)",
+    ),
     "unknown name of a site": (
         lambda: config_gradient(ONE_HOT, {"z": "gumbel"}),
         ValueError,
