@@ -26,6 +26,7 @@ __all__ = ["Drawer", "Plan", "Survey", "price_of", "survey", "timed_step"]
 
 # What the draws that tell sites apart may add to the cost of the others.
 _SITE_SHARE = 0.05
+_SURVEYED = 5  # gradients, where they are cheap
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,32 @@ class Plan:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a first gradient tells of an estimator: its evaluations of the model, sites, price."""
+    """What first gradients tell of an estimator: its evaluations of the model, sites, price."""
 
     evaluations: int
     sites: list[str]
     seconds: float
 
 
-def survey(make: Callable[[Call], Replica], call: Call, seed: int) -> Survey:
-    """Take two gradients; the second is looked at, for the first may need trial runs."""
+def survey(
+    make: Callable[[Call], Replica], call: Call, seed: int, patience: float = 0.0
+) -> Survey:
+    """Take two gradients; the second is looked at, for the first may need trial runs.
+
+    A few more are timed where that takes about ``patience`` seconds at most, and the fastest tells
+    the price: a single one may have met a pause of the machine.
+    """
     seed_everything(seed)
     counter = EvaluationCounter()
     with counter.watch(call.model) as model:
         replica = make(Call(model, call.guide, call.args, call.kwargs))
         replica.step()
         counter.total = 0
-        _, seconds = timed_step(replica)
-    return Survey(counter.total, list(replica.sites), seconds)
+        seconds = [timed_step(replica)[1]]
+        evaluations = counter.total
+        while len(seconds) < _SURVEYED and sum(seconds) < patience:
+            seconds.append(timed_step(replica)[1])
+    return Survey(evaluations, list(replica.sites), min(seconds))
 
 
 class Drawer:

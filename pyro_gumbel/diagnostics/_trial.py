@@ -29,7 +29,7 @@ from pyro_gumbel.diagnostics._replicas import Replica
 from pyro_gumbel.diagnostics._state import preserved
 from pyro_gumbel.diagnostics.compare import compare_gradients
 from pyro_gumbel.estimators import Call
-from pyro_gumbel.infer import Estimator_ELBO
+from pyro_gumbel.infer import Estimator_ELBO, GradientWarning
 
 __all__ = ["FAILURES", "Problem", "Trial", "table_of", "time_together"]
 
@@ -67,7 +67,8 @@ class Trial:
         draws: Its draws, ``None`` while there are none.
         failure: Why there are none, or no more.
         skipped: Whether it was for want of time.
-        warning: What the package warned of while it ran.
+        warning: What was warned of while it ran.
+        blind: Whether that was a part of the cost that it cannot see.
         together: Price of a gradient, where timed in turns with others.
         spent: Seconds of drawing behind ``draws``.
         row: Its row of the comparison.
@@ -84,6 +85,7 @@ class Trial:
         self.failure = ""
         self.skipped = False
         self.warning = ""
+        self.blind = False
         self.together: dict[str, float] = {}
         self.spent = 0.0
         self.row: dict[str, Any] = {}
@@ -121,10 +123,10 @@ class Trial:
         """Note that there was no time for it."""
         self.failure, self.skipped = reason, True
 
-    def look(self, seed: int) -> None:
-        """Learn the price of a gradient."""
+    def look(self, seed: int, patience: float = 0.0) -> None:
+        """Learn the price of a gradient, from more than one while that is a matter of patience."""
         with self._attempt():
-            self.found = survey(self.replica, self.problem.call, seed)
+            self.found = survey(self.replica, self.problem.call, seed, patience)
 
     def measure(
         self, seconds: float, limit: float, seed: int, *, fewest: int = _FEWEST
@@ -132,7 +134,7 @@ class Trial:
         """Draw for so many seconds, or for ``limit`` where the fewest draws take longer."""
         end = time.perf_counter() + seconds
         if self.found is None:
-            self.look(seed)
+            self.look(seed, limit / 10)
         if self.found is None:
             return None
         price = self.seconds
@@ -142,8 +144,11 @@ class Trial:
         # The clock decides how many they become; a gradient may turn out cheaper than the first.
         number = int(min(max(3 * seconds / max(price, 1e-9), fewest), _MOST))
         with self._attempt():
-            self.draws = self._draw(number, fewest, end, seed)
-            self.spent = self.draws.sizes["draw"] * price
+            draws = self._draw(number, fewest, end, seed)
+            self.spent = draws.sizes["draw"] * price
+            self.draws = draws if np.isfinite(draws.coords["trace"]).all() else None
+            if self.draws is None:
+                self.failure = "some gradients are not finite"
         return self.draws
 
     def _draw(self, number: int, fewest: int, end: float, seed: int) -> xr.Dataset:
@@ -170,9 +175,11 @@ class Trial:
             except FAILURES as error:
                 reason = str(error).splitlines()[0]
                 self.failure = f"cannot be run: {type(error).__name__}: {reason}"
-        mine = [warning for warning in said if issubclass(warning.category, UserWarning)]
-        if mine:
-            self.warning = str(mine[0].message)
+        notes = [warning for warning in said if issubclass(warning.category, UserWarning)]
+        unseen = [warning for warning in notes if issubclass(warning.category, GradientWarning)]
+        if notes:
+            self.warning = str((unseen or notes)[0].message)
+        self.blind = self.blind or bool(unseen)
 
     def judge(self, reference: xr.Dataset | None, horizon: float) -> None:
         """Compute the error after ``horizon`` seconds of averaging."""

@@ -30,6 +30,7 @@ __all__ = ["Recommendation", "recommend"]
 _FINALISTS = 3
 _TIMED = 6
 _SCREENING = 0.5  # of the time
+_LOOKING = 0.2  # of the time, at most, for prices that are sure
 _PATIENCE = 3.0  # how many times its share of the time a mixture may take
 _DESPERATE = 4  # draws, where there is no time for more
 _HORIZON = 100  # draws of the cheapest candidate that noise is averaged over, by default
@@ -120,7 +121,8 @@ def recommend(
         of what is recommended is visible.
 
     Raises:
-        ValueError: If the guide has no latent site, no candidate runs, or a time is not positive.
+        ValueError: If the guide has no latent site, no candidate runs and gives finite gradients,
+            or a time is not positive.
 
     Example:
         >>> def model():
@@ -210,18 +212,20 @@ class _Search:
     def screen(self, rivals: list[Candidate]) -> None:
         """Look at every candidate's price, then measure each a little, the cheapest first.
 
-        Time may run out on the dear ones, for each is given what the fewest draws take.
+        Time may run out on the dear ones, for each is given what the fewest draws take. What sums
+        all states comes before the others, for nothing can be better where it is affordable.
         """
+        patience = _LOOKING * self.left() / len(rivals)
         end = self.moment(_SCREENING)
         for trial in map(self.enter, rivals):
             nothing = all(other.found is None for other in self.trials.values())
             if nothing or time.perf_counter() < end:
-                trial.look(self.seeds[0])
+                trial.look(self.seeds[0], patience)
             else:
                 trial.skip("not tried: the budget was too short")
         priced = sorted(
             (trial for trial in self.trials.values() if trial.found is not None),
-            key=lambda trial: trial.seconds,
+            key=lambda trial: (not trial.candidate.exact, trial.seconds),
         )
         end = self.moment(_SCREENING)
         for number, trial in enumerate(priced):
@@ -271,7 +275,7 @@ class _Search:
                     trial.measure(seconds, seconds, self.seeds[2])
 
     def running(self) -> list[Trial]:
-        """The trials of candidates that can do it.
+        """The trials of candidates that can do it, with finite gradients.
 
         Raises:
             ValueError: If there is none.
@@ -279,7 +283,7 @@ class _Search:
         found = [trial for trial in self.trials.values() if trial.draws is not None]
         if not found:
             reasons = "; ".join(f"{t.candidate.label}: {t.failure}" for t in self.trials.values())
-            raise ValueError(f"recommend: no candidate runs on these programs. {reasons}")
+            raise ValueError(f"recommend: no candidate can be measured here. {reasons}")
         return found
 
     def horizon(self) -> float:
@@ -302,7 +306,7 @@ class _Search:
         order = self.order()
         # An estimator that cannot see part of the cost may have little error in what it sees.
         # Of the others, one that was measured little has to do with the error that it may have.
-        order.sort(key=lambda trial: (bool(trial.warning), trial.error + trial.error_mcse))
+        order.sort(key=lambda trial: (trial.blind, trial.error + trial.error_mcse))
         best, rest = order[0], order[1:]
         close = [trial.candidate.label for trial in rest if trial.bounds[0] < best.bounds[1]]
         failed = [trial for trial in self.trials.values() if trial.draws is None]

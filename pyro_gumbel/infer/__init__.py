@@ -5,11 +5,13 @@ from pyro_gumbel.infer.config import config_gradient
 from pyro_gumbel.infer.elbo import Estimator_ELBO
 from pyro_gumbel.infer.importance import ImportanceWeighted_ELBO
 from pyro_gumbel.infer.names import estimator_names
+from pyro_gumbel.infer.probe import GradientWarning
 from pyro_gumbel.infer.relax import RelaxReparam
 
 __all__ = [
     "CapturedSVI",
     "Estimator_ELBO",
+    "GradientWarning",
     "ImportanceWeighted_ELBO",
     "RelaxReparam",
     "config_gradient",

@@ -18,9 +18,13 @@ from pyro_gumbel.infer._rng import preserved_rng
 from pyro_gumbel.infer.particles import SharedSubsample
 from pyro_gumbel.infer.run import Run, in_rows
 
-__all__ = ["check_reading", "score_given"]
+__all__ = ["GradientWarning", "check_reading", "score_given"]
 
 _TRIED_CHANGES = 3
+
+
+class GradientWarning(UserWarning):
+    """An estimator cannot see part of the cost that depends on its site's value."""
 
 
 def check_reading(name: str, run: Run, call: Call, subsample: SharedSubsample) -> None:
@@ -37,7 +41,8 @@ def check_reading(name: str, run: Run, call: Call, subsample: SharedSubsample) -
         subsample: The step's minibatch.
 
     Raises:
-        ValueError: If there is such a site and the estimator says that it is unbiased.
+        ValueError: If there is such a site and the estimator says that it is unbiased; if it does
+            not, there is a :class:`GradientWarning`.
     """
     names = list(run.estimators)
     later = names[names.index(name) + 1 :]
@@ -114,4 +119,5 @@ def _tell(name: str, reader: str, estimator: Estimator) -> None:
     )
     if estimator.unbiased:
         raise ValueError(f"{what}: the estimate would be biased. {advice}")
-    warnings.warn(f"{what}: what it does there is not learnt. {advice}", stacklevel=2)
+    unlearnt = f"{what}: what it does there is not learnt. {advice}"
+    warnings.warn(unlearnt, GradientWarning, stacklevel=2)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -98,15 +101,21 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-    def on(self, make: Callable[[], Any], seconds: float = 1e-3) -> Callable[[], Any]:
-        """Let each run of the model take so long."""
+    def on(
+        self,
+        make: Callable[[], Any],
+        seconds: float = 1e-3,
+        pauses: Mapping[int, float] = MappingProxyType({}),
+    ) -> Callable[[], Any]:
+        """Let each run of the model take so long, and some, by number, so much longer."""
 
         def timed() -> Any:
             model, guide, args = make()
+            number = itertools.count()
 
             @functools.wraps(model)
             def slow(*args: Any) -> None:
-                self.now += seconds
+                self.now += seconds + pauses.get(next(number), 0.0)
                 model(*args)
 
             return slow, guide, args
@@ -119,6 +128,59 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", clock)
     return clock
+
+
+@pytest.mark.parametrize("number", range(12, 24))
+def test_a_pause_of_the_machine_rules_nothing_out(clock: Clock, number: int) -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=torch.tensor(0.8))
+
+    found = quick(
+        clock.on(lambda: (model, some_site, ()), 1e-2, {number: 0.15}),
+        candidates={"straight": StraightThrough(), "exact": Enumerate()},
+    )
+    assert isinstance(found.config["z"], Enumerate)
+    assert found.table.draws.notna().all()
+
+
+def test_other_warnings_are_noted_but_cost_no_rank(clock: Clock) -> None:
+    """One that speaks up once, as torch often does, has nothing to do with who ran first."""
+    model, guide, args = small()
+    said: list[str] = []
+
+    def speaking() -> None:
+        if torch.is_grad_enabled() and len(said) < 2:
+            said.append("now")
+            warnings.warn("beta", stacklevel=1)
+        model()
+
+    found = quick(
+        clock.on(lambda: (speaking, guide, args), 4e-3),
+        candidates={"exact": Enumerate(), "straight": StraightThrough()},
+        max_states=1,
+    )
+    assert isinstance(found.config["a"], Enumerate)
+    assert found.table.loc["exact", "warning"] == "beta"
+
+
+def test_infinite_gradients_are_no_candidates(clock: Clock) -> None:
+    """One bad draw is enough: no error can be told from it, and no step taken."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.factor("f", z.sqrt())  # its slope at zero is infinite
+
+    def guide() -> None:
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.2))))
+
+    found = quick(
+        clock.on(lambda: (model, guide, ())),
+        candidates={"straight": StraightThrough(), "score": Score()},
+    )
+    assert isinstance(found.config["z"], Score)
+    assert "some gradients are not finite" in found.table.loc["straight", "warning"]
+    assert np.isfinite(found.table.loc["score", "error"])
 
 
 def test_equal_candidates_are_within_noise(clock: Clock) -> None:
@@ -292,7 +354,7 @@ def broken_model() -> None:
             some_site,
             {"candidates": {"s": Score()}},
             ValueError,
-            "no candidate runs on these programs. s: cannot be run: RuntimeError: only without",
+            "no candidate can be measured here. s: cannot be run: RuntimeError: only without",
         ),
     ],
 )

@@ -20,7 +20,7 @@ from pyro_gumbel.estimators import (
     Relax,
     StraightThrough,
 )
-from pyro_gumbel.infer import Estimator_ELBO, config_gradient
+from pyro_gumbel.infer import Estimator_ELBO, GradientWarning, config_gradient
 
 TABLE = torch.tensor([-1.0, 0.5, 2.0])
 
@@ -71,7 +71,7 @@ def test_an_index_lookup_is_told_where_the_estimator_is_biased_anyway(
 ) -> None:
     elbo = Estimator_ELBO(num_particles=2, vectorize_particles=True)
     model = reader(LOOKUPS["argmax"])
-    with pytest.warns(UserWarning, match="'z'.*needs the cost's gradient.*'x'.*is not learnt"):
+    with pytest.warns(GradientWarning, match="'z'.*needs the cost's gradient.*'x'.*is not learnt"):
         elbo.loss_and_grads(model, config_gradient(guide, estimator))
 
 
@@ -158,7 +158,7 @@ def test_an_index_lookup_by_another_latent(where: str, other: str, vectorize: bo
     model, both = of_two(**{**readers, where: by_index})
     with pytest.raises(ValueError, match="(?s)'z'.*needs the cost's gradient.*'y'.*DisARMTree"):
         elbo.loss_and_grads(model, config_gradient(both, config))
-    with pytest.warns(UserWarning, match="'z'.*needs the cost's gradient.*'y'.*is not learnt"):
+    with pytest.warns(GradientWarning, match="'z'.*needs the cost's gradient.*'y'.*is not learnt"):
         elbo.loss_and_grads(model, config_gradient(both, {**config, "z": ReinMax()}))
 
 
