@@ -11,6 +11,23 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 
+class _Light:
+    """Stands for ``Distribution._validate_args`` while torch's checks are made elsewhere.
+
+    It is false, so that torch's classes leave them out, and not ``False``, which says that nobody
+    wants any.
+    """
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __reduce__(self) -> str:
+        return "LIGHT"  # copies and pickles of a distribution mean the same one
+
+
+LIGHT = _Light()
+
+
 def plain_eager() -> bool:
     """Whether plain PyTorch runs, not a compiler or a ``torch.func`` transform."""
     return (
@@ -74,7 +91,9 @@ class BaseDistribution(TorchDistribution):
             self, torch.Size(batch_shape), torch.Size(event_shape), validate_args=False
         )
         if validate_args is None:
-            validate_args = Distribution._validate_args
+            # Checks of distributions here cost little, so that they are left out only where
+            # nobody wants any.
+            validate_args = Distribution._validate_args is not False
         self._validate_args = validate_args
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Self:

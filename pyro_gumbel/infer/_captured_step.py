@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -92,16 +92,22 @@ class CapturedStep:
         self._apply(gradients)
         return loss
 
-    def replay(self, tensors: list[Tensor]) -> Tensor:
-        """Take a step by the recording, given the tensors among the arguments."""
+    def replay(self, tensors: list[Tensor], look: Callable[[Tensor], None]) -> Tensor:
+        """Take a step by the recording, given the tensors among the arguments.
+
+        The loss is looked at before anything is changed by it, but for a CUDA graph, which takes
+        the step as a whole.
+        """
         assert self.recording is not None
         inputs = tensors + self.state.inputs()
         if self.leaves[0].is_cuda:
             loss, gradients, states = self._graph(inputs)(inputs)
+            look(loss)
             if not self._optim_in_graph:
                 self._apply(gradients)
         else:
             loss, gradients, states = self.recording(inputs)
+            look(loss)
             self._apply(gradients)
         self._finish(states)
         self.replays += 1

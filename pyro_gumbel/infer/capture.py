@@ -174,12 +174,13 @@ class CapturedSVI(SVI):
     def _replay(self, step: CapturedStep, call: Call, tensors: list[Tensor]) -> float:
         if step.replays % self.check_every == 0:
             self._compare(step.recorded(tensors), step.eager(call))
-        loss = step.replay(tensors)
-        number = loss.item()
-        if number != number and is_validation_enabled():
-            step.eager(call)  # with its checks, which name what became NaN
-            warnings.warn("Encountered NaN: loss", stacklevel=3)
-        return number
+
+        def look(loss: Tensor) -> None:
+            if is_validation_enabled() and loss.isnan():
+                step.eager(call)  # with its checks, which name what became NaN
+                warnings.warn("Encountered NaN: loss", stacklevel=5)
+
+        return step.replay(tensors, look).item()
 
     def _compare(self, recorded: Gradients, eager: Gradients) -> None:
         """Hold what a replay gives against the eager step of the same random numbers."""

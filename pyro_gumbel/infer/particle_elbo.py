@@ -31,6 +31,7 @@ from pyro_gumbel.infer.particles import (
 from pyro_gumbel.infer.paths import Paths
 from pyro_gumbel.infer.probe import check_reading
 from pyro_gumbel.infer.run import Run, run_programs
+from pyro_gumbel.infer.site_checks import SiteChecks, SiteError
 
 __all__ = ["ParticleELBO", "finish_step"]
 
@@ -77,6 +78,7 @@ class ParticleELBO(ELBO):
         self._auto = Auto()
         self._checked: tuple[Call, set[tuple[str, type[Estimator]]]] | None = None
         self._structure: tuple[Call, Layout] | None = None
+        self._site_checks = SiteChecks()
 
     def __call__(self, model: nn.Module, guide: nn.Module) -> ELBOModule:
         """Return a module that calls :meth:`differentiable_loss` and holds estimators."""
@@ -183,6 +185,22 @@ class ParticleELBO(ELBO):
 
     def _run(self, call: Call, subsample: SharedSubsample, *, evaluate: bool) -> Paths:
         """Run the programs on every path of every particle."""
+        try:
+            paths = self._run_paths(call, subsample, evaluate=evaluate)
+        except SiteError:
+            self._let_torch_check(call, subsample)
+            raise
+        if self._site_checks.light and paths.is_nan():
+            self._let_torch_check(call, subsample)
+        return paths
+
+    def _let_torch_check(self, call: Call, subsample: SharedSubsample) -> None:
+        """Run the programs where torch's errors point at the line that is to blame."""
+        self._site_checks.forget()
+        with preserved_rng(), poutine.block(), torch.no_grad():
+            self._run_paths(call, subsample, evaluate=True)
+
+    def _run_paths(self, call: Call, subsample: SharedSubsample, *, evaluate: bool) -> Paths:
         if self.vectorize_particles:
             layout = self._trial(call)
             if evaluate:
@@ -223,7 +241,12 @@ class ParticleELBO(ELBO):
                 here, self.num_particles, self._auto, self.default, evaluate, memory, noise
             )
             return run_programs(
-                call, draw, subsample, analytic_kl=self.analytic_kl, full_scores=self.full_scores
+                call,
+                draw,
+                subsample,
+                self._site_checks,
+                analytic_kl=self.analytic_kl,
+                full_scores=self.full_scores,
             )
 
         runs = [run(layout.paths)]

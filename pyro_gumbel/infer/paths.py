@@ -41,6 +41,10 @@ class Paths:
             means.append((draws[0] if len(draws) == 1 else torch.cat(draws)).mean())
         return means[0] if len(means) == 1 else torch.stack(means).mean()
 
+    def is_nan(self) -> bool:
+        """Tell whether the ELBO of some path is NaN."""
+        return any(bool(run.totals.isnan().any()) for group in self.groups for run in group)
+
     def _draws(self, run: Run) -> list[Tensor]:
         """The totals of a pass's paths that are draws of the guide, ``(paths, repetitions)``."""
         owners = [path.owner for path in run.layout.paths]
