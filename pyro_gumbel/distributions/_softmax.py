@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_gumbel.distributions._autograd import with_signature
 from pyro_gumbel.distributions._base import plain_eager
 
 # The CPU kernel treats each row by itself; up to this length whole-tensor passes are faster.
 _SHORT_ROW = 64
 
 
+@with_signature
 class _ShortSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(scores: Tensor) -> Tensor:

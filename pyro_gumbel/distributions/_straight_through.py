@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_gumbel.distributions._autograd import with_signature
 
+
+@with_signature
 class _StraightThrough(torch.autograd.Function):
     """Forward the first argument, send the gradient to the second."""
 

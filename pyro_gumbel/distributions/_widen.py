@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_gumbel.distributions._autograd import with_signature
 from pyro_gumbel.distributions._base import plain_eager
 from pyro_gumbel.distributions._noise import noise_dtype
 
 
+@with_signature
 class FiniteGradient(torch.autograd.Function):
     """Widen to float32 or better; bound the gradient to what the input's dtype can hold."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_gumbel.distributions._autograd import with_signature
 from pyro_gumbel.distributions._base import plain_eager
 from pyro_gumbel.distributions._categorical import CategoricalDistribution, infer_one_hot_shapes
 from pyro_gumbel.distributions._constraints import relaxed_simplex
@@ -106,6 +107,7 @@ def multilinear_log_prob(value: Tensor, log_probs: Tensor) -> Tensor:
     return (score + torch.zeros_like(score).masked_fill(hit, -math.inf)).to(dtype)
 
 
+@with_signature
 class _Multilinear(torch.autograd.Function):
     """The same in fewer passes: the rows that are -inf are recognised by their sum."""
 

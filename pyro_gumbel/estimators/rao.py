@@ -8,6 +8,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
+from pyro_gumbel.distributions._autograd import with_signature
 from pyro_gumbel.distributions.gumbel import gumbel_noise
 from pyro_gumbel.distributions.one_hot import draw_one_hot
 from pyro_gumbel.distributions.relaxed import straight_through
@@ -50,6 +51,7 @@ def conditional_scores(
 _AT_ONCE = 1 << 17  # numbers of which a few copies are held while draws are made
 
 
+@with_signature
 class _MeanSoftmaxJacobian(torch.autograd.Function):
     r"""Forward the hard draw; backward a mean softmax Jacobian.
 
@@ -73,6 +75,7 @@ class _MeanSoftmaxJacobian(torch.autograd.Function):
         return (jacobian @ grad.unsqueeze(-1)).squeeze(-1), None, None
 
 
+@with_signature
 class _SampledSoftmaxJacobian(torch.autograd.Function):
     r"""The same with the draws ``y_k`` themselves, ``(K,) + batch_shape + (C,)``.
 

@@ -63,7 +63,10 @@ class OneHotEstimator(Estimator):
         return log_mass_of_value(fn, value)
 
     def _tempered(self, logits: Tensor, temperature: float | Tensor | Schedule) -> Tensor:
-        return logits / current_temperature(temperature, logits, type(self).__name__)
+        divisor = current_temperature(temperature, logits, type(self).__name__)
+        if not isinstance(divisor, Tensor) and divisor == 1:
+            return logits  # two passes less, one forward and one backward
+        return logits / divisor
 
 
 def current_temperature(

@@ -17,6 +17,8 @@ from pyro_gumbel.estimators import Estimator, GumbelStraightThrough, LeaveOneOut
 from pyro_gumbel.infer import CapturedSVI, Estimator_ELBO, config_gradient
 
 LATENTS, CATEGORIES, TEMPERATURE, LR = 30, 10, 1.0, 1e-3
+Hidden = tuple[int, ...]
+LARGE, SMALL = (512, 256), (200,)
 _numbers = itertools.count()
 
 
@@ -30,11 +32,11 @@ def mlp(*sizes: int) -> nn.Sequential:
 class VAE(nn.Module):
     """784-512-256-[30 x 10] and back, with the programs of ours and of Pyro's."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, hidden: Hidden = LARGE) -> None:
         super().__init__()
         self.name = f"vae{next(_numbers)}"  # Pyro's parameter store is common to all
-        self.encoder = mlp(784, 512, 256, LATENTS * CATEGORIES)
-        self.decoder = mlp(LATENTS * CATEGORIES, 256, 512, 784)
+        self.encoder = mlp(784, *hidden, LATENTS * CATEGORIES)
+        self.decoder = mlp(LATENTS * CATEGORIES, *hidden[::-1], 784)
         self.register_buffer("prior", torch.zeros(LATENTS, CATEGORIES))
         self.to(device)
 
@@ -67,9 +69,9 @@ class PyroVAE(VAE):
         return dist.RelaxedOneHotCategoricalStraightThrough(temperature, logits=logits).to_event(1)
 
 
-def hand_written(x: Tensor, *, fused: bool = False) -> Step:
+def hand_written(x: Tensor, *, hidden: Hidden = LARGE, fused: bool = False) -> Step:
     """Plain PyTorch: ``F.gumbel_softmax``, the KL in closed form, one optimiser."""
-    vae = VAE(x.device)
+    vae = VAE(x.device, hidden)
     optimizer = torch.optim.Adam(vae.parameters(), lr=LR, fused=fused)
 
     def step() -> float:
@@ -123,6 +125,7 @@ def ours(
     x: Tensor,
     *,
     validate: bool,
+    hidden: Hidden = LARGE,
     optimizer: str = "torch",
     estimator: Estimator | None = None,
     particles: int = 1,
@@ -130,7 +133,7 @@ def ours(
     compile: bool = False,
 ) -> Step:
     """Estimator_ELBO with one of torch's optimisers, or in an SVI with Pyro's."""
-    vae = VAE(x.device)
+    vae = VAE(x.device, hidden)
     elbo = Estimator_ELBO(
         particles,
         analytic_kl=estimator is None,
@@ -163,9 +166,11 @@ def leave_one_out() -> Estimator:
     return Score(LeaveOneOut())
 
 
-def pyro_trace_elbo(x: Tensor, *, validate: bool, optimizer: str = "pyro") -> Step:
+def pyro_trace_elbo(
+    x: Tensor, *, validate: bool, hidden: Hidden = LARGE, optimizer: str = "pyro"
+) -> Step:
     """Pyro's Trace_ELBO with its straight-through class in model and guide."""
-    vae = PyroVAE(x.device)
+    vae = PyroVAE(x.device, hidden)
     loss = Trace_ELBO()
     if optimizer == "pyro":
         svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": LR}), loss=loss)
