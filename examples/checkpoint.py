@@ -47,7 +47,7 @@ def load(path: Path, svi: SVI, module: nn.Module, settings: dict[str, Any]) -> l
     Raises:
         CheckpointError: The file is no whole checkpoint, or that of a run with other settings.
     """
-    state = _read(path)
+    state = read(path)
     ours, theirs = settings, state["settings"]
     differing = [key for key in ours if theirs.get(key) != ours[key]]
     if differing:
@@ -64,18 +64,18 @@ def load(path: Path, svi: SVI, module: nn.Module, settings: dict[str, Any]) -> l
     return state["epochs"]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """Read a file that :func:`save` wrote.
+
+    Raises:
+        CheckpointError: The file is no whole checkpoint of these examples.
+    """
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint {path}")
     try:
         # weights_only: a file from elsewhere must not be able to run code.
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-    ) as error:
+    except DAMAGED as error:
         raise CheckpointError(
             f"{path} is no whole checkpoint ({type(error).__name__}): remove it, or name another "
             f"file"

@@ -23,6 +23,7 @@ import xarray as xr
 from pyro.infer import SVI
 from tqdm import tqdm
 
+import checkpoint
 import gradients
 from arguments import count
 from compare_report import show, write_draws, write_tables
@@ -46,17 +47,27 @@ def make_vae(args: argparse.Namespace, images: Images) -> VAE:
 
 
 def load_vae(path: Path, images: Images) -> VAE:
-    """Read a model that ``vae.py --checkpoint`` left."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    """Read a model that ``vae.py --checkpoint`` left.
+
+    Raises:
+        CheckpointError: If the file is none of these, or of images of another size.
+    """
+    state = checkpoint.read(path)
     vae = VAE(argparse.Namespace(**state["settings"]), images.num_pixels)
     weights = {k[2:]: v for k, v in state["module"].items() if k.startswith("0.")}
-    vae.load_state_dict(weights)  # the estimator's state, under "1.", is not needed
+    try:
+        vae.load_state_dict(weights)  # the estimator's state, under "1.", is not needed
+    except RuntimeError as error:
+        raise checkpoint.CheckpointError(
+            f"{path} is of {state['settings']['images']}, not of images of {images.num_pixels}: "
+            "name the --data that it was trained on"
+        ) from error
     return vae.to(images.train.device)
 
 
-def choices(names: str) -> dict[str, Any]:
+def choices(names: list[str]) -> dict[str, Any]:
     """Read the estimators: each with an ELBO of as many particles as it is given."""
-    parsed = {name: gradients.parse(name) for name in names.split(",")}
+    parsed = {name: gradients.parse(name) for name in names}
     return {
         name: ({"z": estimator}, elbo(particles))
         for name, (estimator, particles) in parsed.items()
@@ -92,7 +103,7 @@ def measure(
             vae.model,
             vae.guide,
             x,
-            estimators=choices("score:8"),
+            estimators=choices(["score:8"]),
             num_draws=args.num_draws,
             params="encoder*",
             project=8,
@@ -153,7 +164,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     add = parser.add_argument
     add("--data", metavar="DIR", help="IDX files such as MNIST's (default: scikit-learn's digits)")
     add("--checkpoint", type=Path, metavar="FILE", help="a model that vae.py trained")
-    add("--estimators", default=ESTIMATORS, metavar="A,B,C", help="NAME, NAME@T or NAME:K each")
+    add(
+        "--estimators",
+        type=gradients.several,
+        default=ESTIMATORS,
+        metavar="A,B,C",
+        help="NAME, NAME@T or NAME:K each",
+    )
     add("--num-draws", type=count, default=1000, help="draws of each estimator")
     add("--images", type=count, default=100, help="images that a gradient is of")
     add("--epochs", type=epochs, default=[1, 5, 10, 20], metavar="A,B,C", help="when to measure")
@@ -168,7 +185,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
 
 
 def epochs(text: str) -> list[int]:
-    return sorted(int(epoch) for epoch in text.split(","))
+    return sorted(count(epoch) for epoch in text.split(","))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -176,8 +193,8 @@ def main(argv: list[str] | None = None) -> None:
     parser, args = parse(argv)
     torch.set_num_threads(1)
     try:
-        choices(args.estimators)
         images = load_images(args.data, "threshold").to(find_device(args.device))
+        trained = load_vae(args.checkpoint, images) if args.checkpoint else None
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if args.smoke:
@@ -185,11 +202,11 @@ def main(argv: list[str] | None = None) -> None:
         args.latents, args.hidden, images = 3, 16, images.head(200, 50)
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
-    if args.checkpoint is None:
+    if trained is None:
         vae = make_vae(args, images)
         tables, exact = train(vae, images, args)
     else:
-        vae = load_vae(args.checkpoint, images)
+        vae = trained
         table, exact = measure(vae, images.train[: args.images], args)
         show(table, f"at {args.checkpoint}")
         tables = {0: table}

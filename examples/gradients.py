@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
 
@@ -54,6 +55,19 @@ def parse(
     if name in ("auto", "score"):
         return Score(LeaveOneOut() if num_particles > 1 else MovingAverage()), num_particles
     return kind(), num_particles
+
+
+def several(text: str) -> list[str]:
+    """Read estimators that are separated by commas, as the type of a command line's argument."""
+    names = text.split(",")
+    try:
+        for name in names:
+            parse(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} has an estimator twice")
+    return names
 
 
 def _no_guide() -> None:

@@ -196,7 +196,8 @@ def picture(runs: dict[str, list[list[dict[str, float]]]], path: Path) -> Path:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--gradients", default="gumbel_straight_through,reinmax,score:4", metavar="NAME[:K],...")
+    default = "gumbel_straight_through,reinmax,score:4"
+    add("--gradients", type=gradients.several, default=default, metavar="NAME[:K],...")
     add("--steps", type=count, default=3000, help="of the generator")
     add("--critic-steps", type=count, default=1, help="of the discriminator for each of these")
     add("--batch-size", type=count, default=256, help="strings a step, over all particles")
@@ -217,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
         args.steps, args.batch_size, args.data_size, args.measure_every = 4, 16, 100, 2
     runs = {
         gradient: [train(args, gradient, args.seed + i) for i in range(args.seeds)]
-        for gradient in args.gradients.split(",")
+        for gradient in args.gradients
     }
     print(f"\n{'gradient':28}{'valid':>10}{'variation':>12}{'minutes':>10}")
     for gradient, histories in runs.items():

@@ -160,7 +160,8 @@ def print_topics(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--gradients", default="reinmax,gumbel_straight_through,straight_through,score:4")
+    default = "reinmax,gumbel_straight_through,straight_through,score:4"
+    add("--gradients", type=gradients.several, default=default, metavar="NAME[:K],...")
     add("--factors", type=count, default=40)
     add("--words", type=count, default=1500, help="size of the vocabulary")
     add("--min-length", type=count, default=15, help="words of a document")
@@ -190,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         rows["one distribution for all"], **style.EXACT, label="one distribution for all"
     )
     best = None
-    for color, gradient in zip(style.COLORS, args.gradients.split(","), strict=False):
+    for color, gradient in zip(style.COLORS, args.gradients, strict=False):
         model, guide, history = train(gradient, train_counts, test_counts, args)
         rows[gradient] = perplexity(model, guide, test_counts, 100)
         best = min(

@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__.splitlines()[0])
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # layers this small lose time to more
-    names = (args.compare or args.gradient).split(",")
+    names = args.compare or [args.gradient]
     seeds = range(args.seed, args.seed + args.seeds)
     if args.checkpoint and len(names) * len(seeds) > 1:
         parser.error(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from arguments import count, positive
+from gradients import several
 from image_data import BINARIZE, Images
 
 # What may differ between a checkpoint and its continuation.
@@ -45,7 +46,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--temperature", type=float, help="of the estimator, where it has one")
     add("--num-particles", type=count, default=1, help="where no :K is given")
     add("--analytic-kl", action="store_true", help="integrate the KL term, where it can be")
-    add("--compare", metavar="A,B,C", help="train each of several estimators")
+    add("--compare", type=several, metavar="A,B,C", help="train each of several estimators")
     add("--seeds", type=count, default=1, help="number of seeds, from --seed on")
     add("--seed", type=int, default=0)
     add("--epochs", type=count, default=100)

@@ -10,6 +10,7 @@ import arviz as az
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import compare_estimators
 import vae
@@ -55,11 +56,29 @@ def test_trained_model_without_exact_gradient(
     assert table.bias.notna().all()
 
 
+def test_checkpoint_of_other_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "vae.pt"
+    size = ["--latents", "2", "--categories", "2", "--hidden", "4", "--num-samples", "5"]
+    vae.main(["--smoke", *size, "--checkpoint", str(file), "--out", str(tmp_path / "vae")])
+    state = torch.load(file)
+    state["module"] = {
+        name: weights[..., :9] if name == "0.encoder.0.weight" else weights
+        for name, weights in state["module"].items()
+    }
+    torch.save(state, file)
+    with pytest.raises(SystemExit):
+        compare_estimators.main(["--checkpoint", str(file)])
+    assert "not of images of 64: name the --data" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
         (["--estimators", "reinmx"], "Did you mean 'reinmax'"),
         (["--data", "nowhere"], "no folder nowhere"),
+        (["--checkpoint", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
+        (["--checkpoint", __file__], "is no whole checkpoint"),
+        (["--epochs", "1,0"], "expected a whole number of at least 1, got '0'"),
     ],
 )
 def test_errors(options: list[str], match: str, capsys: pytest.CaptureFixture) -> None:

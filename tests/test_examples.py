@@ -466,6 +466,8 @@ def test_folder_of_images_from_the_command_line(tmp_path: Path, capsys) -> None:
     [
         (["--data", "nowhere"], "no folder nowhere"),
         (["--gradient", "reinmx"], "names no estimator"),
+        (["--compare", "reinmax,reinmx"], "Did you mean 'reinmax'"),
+        (["--compare", "reinmax,reinmax"], "'reinmax,reinmax' has an estimator twice"),
         (["--gradient", "pathwise"], "cannot serve a OneHotCategorical"),
         (["--latent", "bernoulli", "--gradient", "reinmax_rao"], "cannot serve"),
         (["--compare", "reinmax,score", "--checkpoint", "x.pt"], "--checkpoint is for one run"),

@@ -196,7 +196,9 @@ def _level(alpha: Tensor, first: Tensor, second: Tensor, height: int) -> Tensor:
     return torch.where(nodes[0] == nodes[1], both, alone[0] - alone[1])
 
 
-def check_num_samples(owner: str, num_samples: int, least: int) -> None:
+def check_num_samples(
+    owner: str, num_samples: int, least: int, *, argument: str = "num_samples"
+) -> None:
     """Refuse a number of samples that is no integer or too small.
 
     Raises:
@@ -204,5 +206,5 @@ def check_num_samples(owner: str, num_samples: int, least: int) -> None:
     """
     if not isinstance(num_samples, int) or num_samples < least:
         raise ValueError(
-            f"{owner}: num_samples must be an integer of at least {least}; got {num_samples!r}."
+            f"{owner}: {argument} must be an integer of at least {least}; got {num_samples!r}."
         )

@@ -101,7 +101,7 @@ class SumAndSample(_WithoutReplacement):
 
     def __init__(self, num_sum: int = 2) -> None:
         super().__init__()
-        check_num_samples("SumAndSample", num_sum, least=1)
+        check_num_samples("SumAndSample", num_sum, least=1, argument="num_sum")
         self.num_sum = num_sum
         self.num_values = num_sum + 1
 

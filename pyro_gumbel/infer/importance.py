@@ -46,6 +46,7 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
         **kwargs: As for :class:`~pyro_gumbel.infer.Estimator_ELBO`, without ``analytic_kl``.
 
     Raises:
+        TypeError: If ``analytic_kl`` is given: a bound of weights has no such part.
         ValueError: When run, with the site's name, if a site's estimator has no
             importance-weighted form, or a score-function site meets a single particle.
 
@@ -63,6 +64,11 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
     def __init__(
         self, num_particles: int, *, doubly_reparameterized: bool = False, **kwargs: Any
     ) -> None:
+        if "analytic_kl" in kwargs:
+            raise TypeError(
+                "ImportanceWeighted_ELBO takes no analytic_kl: its weights need each draw's own "
+                "log p and log q. Leave it out, or use Estimator_ELBO(analytic_kl=True)."
+            )
         super().__init__(num_particles, **kwargs)
         self.doubly_reparameterized = doubly_reparameterized
         self.full_scores = True  # under the logarithm the score of q has no mean of zero

@@ -50,6 +50,13 @@ def test_same_seed_same_figures(story, tmp_path: Path, capsys: pytest.CaptureFix
     assert printed[0] == printed[1]
 
 
+@pytest.mark.parametrize("story", [sequence_gan, topic_model], ids=lambda module: module.__name__)
+def test_unknown_estimators_are_told(story, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        story.main(["--smoke", "--gradients", "score:2,reinmx"])
+    assert "Did you mean 'reinmax'" in capsys.readouterr().err
+
+
 def test_files_are_short() -> None:
     folder = Path(gumbel_max.__file__).parent
     names = [module.__name__ for module in (*STORIES, grammar, style)]

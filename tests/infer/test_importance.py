@@ -401,6 +401,11 @@ def test_estimators_without_an_importance_weighted_form_are_refused(
         elbo.loss_and_grads(model, config_gradient(guide, {"b": estimator}), DATA)
 
 
+def test_no_closed_form_of_the_divergence() -> None:
+    with pytest.raises(TypeError, match=r"takes no analytic_kl.*Estimator_ELBO\(analytic_kl=True"):
+        ImportanceWeighted_ELBO(2, analytic_kl=True)
+
+
 def test_sticking_the_landing_is_refused() -> None:
     pyro.param("loc", torch.tensor(0.3))
 
