@@ -54,13 +54,17 @@ def write_draws(draws: Mapping[str, xr.Dataset], exact: xr.Dataset | None, folde
     to_arviz(draws, exact).to_netcdf(str(folder / "gradients.nc"))
     (name,) = next(iter(draws.values())).data_vars
     short = {name: "gradient by the bias of logit"}
-    few = {label: data[[name]].isel(logit=slice(4)).rename(short) for label, data in draws.items()}
+    few = {  # in the order that gives each estimator its colour in the other pictures
+        label: draws[label][[name]].isel(logit=slice(4)).rename(short) for label in sorted(draws)
+    }
     if exact is not None:
         exact = exact[[name]].isel(logit=slice(4)).rename(short)
     forest = plot_gradients(few, exact)
     if hasattr(forest, "savefig"):  # ArviZ 1.x
         forest.savefig(str(folder / "forest.png"))
     else:
-        figure = forest.ravel()[0].figure
+        axis = forest.ravel()[0]
+        axis.set_xlabel("gradient of the loss")
+        figure = axis.figure
         figure.savefig(str(folder / "forest.png"), dpi=70, bbox_inches="tight")
     plt.close("all")

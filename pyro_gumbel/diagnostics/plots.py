@@ -232,23 +232,27 @@ def plot_efficiency(table: pd.DataFrame) -> Any:
     figure, axes = plt.subplots(
         1, 1 + biased, figsize=(5.5 + 4.5 * biased, 4), squeeze=False, layout="constrained"
     )
-    _price(axes[0, 0], timed)
+    # By name, so that an estimator has one colour whatever its place in the table.
+    colours = {label: f"C{number % 10}" for number, label in enumerate(sorted(table.index))}
+    _price(axes[0, 0], timed, colours)
     if biased:
-        _bias(axes[0, 1], table[table.bias.notna()])
+        _bias(axes[0, 1], table[table.bias.notna()], colours)
+    else:
+        axes[0, 0].legend(frameon=False, fontsize=8)
     return figure
 
 
-def _price(axis: Any, timed: pd.DataFrame) -> None:
+def _price(axis: Any, timed: pd.DataFrame, colours: dict[Any, str]) -> None:
     from matplotlib.ticker import LogFormatter
 
-    for number, (label, row) in enumerate(timed.iterrows()):
+    for label, row in timed.iterrows():
         axis.errorbar(
             1e3 * row.seconds,
             row.variance,
             xerr=1e3 * row.seconds_mcse,
             yerr=row.variance_mcse,
             fmt="o",
-            color=f"C{number}",
+            color=colours[label],
             label=label,
         )
     axis.set(xscale="log", yscale="log", xlabel="milliseconds a draw", ylabel="variance of a draw")
@@ -261,13 +265,18 @@ def _price(axis: Any, timed: pd.DataFrame) -> None:
     for price in np.geomspace(low * bottom, high * top, 8)[1:-1]:
         axis.plot(x, price / x, color="0.85", linewidth=0.8, zorder=0)
     axis.set(xlim=(low, high), ylim=(bottom, top))
-    axis.legend(frameon=False, fontsize=8)
 
 
-def _bias(axis: Any, table: pd.DataFrame) -> None:
+def _bias(axis: Any, table: pd.DataFrame, colours: dict[Any, str]) -> None:
+    """Draw the biases as bars, whose names and colours are the legend of the other panel, too."""
     places = np.arange(len(table))[::-1]
     axis.barh(
-        places, table.bias, xerr=1.96 * table.bias_mcse, color="0.7", ecolor="0.3", height=0.6
+        places,
+        table.bias,
+        xerr=1.96 * table.bias_mcse,
+        color=[colours[label] for label in table.index],
+        ecolor="0.3",
+        height=0.6,
     )
     axis.set_yticks(places, list(table.index))
     axis.set(xlabel="bias, with its 95 % interval")

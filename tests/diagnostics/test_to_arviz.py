@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from matplotlib.colors import to_rgba
 from toys import chain
 
 from pyro_gumbel._arviz import ARVIZ_1, group
@@ -204,7 +205,18 @@ def test_plot_efficiency() -> None:
     table = compare_gradients(draws, exact)
     figure = plot_efficiency(table)
     assert len(figure.axes) == 2
-    assert len(plot_efficiency(compare_gradients(draws)).axes) == 1
+    # The bars' names are the points' too: one colour each, in a table of any order.
+    points, bars = figure.axes
+    names = [text.get_text() for text in bars.get_yticklabels()]
+    assert names == list(table.index)
+    colours = dict(zip(names, (bar.get_facecolor() for bar in bars.patches), strict=True))
+    assert len(set(colours.values())) == len(names)
+    for container in points.containers:
+        assert to_rgba(container.lines[0].get_color()) == colours[container.get_label()]
+    other = plot_efficiency(table[::-1]).axes[1]
+    assert [bar.get_facecolor() for bar in other.patches] == list(colours.values())[::-1]
+    (alone,) = plot_efficiency(compare_gradients(draws)).axes
+    assert {text.get_text() for text in alone.get_legend().get_texts()} == set(names)
     with pytest.raises(ValueError, match="no row has a positive variance and seconds"):
         plot_efficiency(table.assign(seconds=np.nan))
 
