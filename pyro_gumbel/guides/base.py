@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, cast
 
@@ -44,6 +44,8 @@ class StructuredGuide(AutoGuide):
 
     _stored: tuple[str, ...] = ("heads",)  # modules whose parameters are named after this guide
     _is_copy = False  # a copy keeps its values, whatever becomes of those in the store
+    _has_all_elements = False  # those that the model leaves out of a subsample, too
+    _asked_whole = False
 
     def __init__(
         self,
@@ -193,7 +195,7 @@ class StructuredGuide(AutoGuide):
         made = {plate.name: plate for plate in plates}
         missing = [name for name in self._prototype_frames if name not in made]
         for name, shape in read_plates(self.model, missing, args, kwargs).items():
-            made[name] = shape.make()
+            made[name] = (shape.whole() if self._asked_whole else shape).make()
         self.plates = made
         return made
 
@@ -237,13 +239,22 @@ class StructuredGuide(AutoGuide):
                 )
         return cast(Tensor, pyro.subsample(raw, event_dim=latent.event_dim))
 
+    @contextmanager
+    def _whole_plates(self) -> Iterator[None]:
+        """Let a call give all elements of the plates that the model subsamples, if it can."""
+        self._asked_whole = self._has_all_elements
+        try:
+            yield
+        finally:
+            self._asked_whole = False
+
     @torch.no_grad()
     def posterior(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the guide's distribution of each site, for the same arguments as the model.
 
         Where a site's guide depends on other sites' values, these are drawn.
         """
-        with poutine.block():
+        with poutine.block(), self._whole_plates():
             trace = poutine.trace(self).get_trace(*args, **kwargs)
         return {name: trace.nodes[name]["fn"] for name in self.latents}
 
@@ -254,7 +265,7 @@ class StructuredGuide(AutoGuide):
         The mean stands for the median of families that have none in closed form (Beta, Gamma,
         Dirichlet). Where a site's guide depends on other sites, it is given their central values.
         """
-        with poutine.block(), CentreMessenger():
+        with poutine.block(), CentreMessenger(), self._whole_plates():
             return self(*args, **kwargs)
 
     @torch.no_grad()
@@ -264,7 +275,7 @@ class StructuredGuide(AutoGuide):
         One-hot vectors have no order and are left out, and so are sites of vectors with a joint
         constraint (Dirichlet); Beta and Gamma are asked by 1,000 draws.
         """
-        with poutine.block(), CentreMessenger():
+        with poutine.block(), CentreMessenger(), self._whole_plates():
             trace = poutine.trace(self).get_trace(*args, **kwargs)
         levels = torch.as_tensor(quantiles)
         found = {name: quantile(trace.nodes[name]["fn"], levels) for name in self.latents}

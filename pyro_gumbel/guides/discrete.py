@@ -20,7 +20,8 @@ class AutoDiscrete(StructuredGuide):
     Each site's guide is of its prior's family (one-hot, Bernoulli, Categorical, Poisson or
     Geometric) and starts at the prior. Continuous latents are left to another guide, say by
     ``AutoGuideList``; a model with more data than parameters should be held is for
-    :class:`AutoAmortized`. Plates may be subsampled in the model.
+    :class:`AutoAmortized`. Plates may be subsampled in the model; ``median``, ``quantiles`` and
+    ``posterior`` are of all elements.
 
     Parameters are ``heads.<site>.raw`` in ``state_dict``; ``posterior(*args)`` returns the
     distributions that they make.
@@ -51,6 +52,8 @@ class AutoDiscrete(StructuredGuide):
         >>> guide(torch.zeros(5))["z"].shape
         torch.Size([5, 2])
     """
+
+    _has_all_elements = True
 
     def _choose_sites(self, trace: Trace) -> dict[str, Any]:
         latent = latent_sites(trace)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import pyro
@@ -36,6 +36,10 @@ class PlateShape:
     subsample_size: int
     subsample: Tensor | None = None
     device: Any = None
+
+    def whole(self) -> PlateShape:
+        """The same with all of its elements."""
+        return replace(self, subsample_size=self.size, subsample=None)
 
     def make(self) -> pyro.plate:
         """Make the guide's plate of this name; the model will find its indices there."""

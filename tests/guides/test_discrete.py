@@ -60,6 +60,16 @@ def test_subsampled_elements_use_their_own_parameters(first: int | None) -> None
     assert set(distance.argmin(-1).tolist()) == set(range(5))
 
 
+def test_what_is_asked_of_the_guide_is_of_all_elements() -> None:
+    guide = AutoDiscrete(mixture)
+    set_exact(guide, X, 2)
+    expected = log_joint(X).argmax(-1)
+    assert torch.equal(guide.median(X, 2)["z"].argmax(-1), expected)
+    probs = guide.posterior(X, 2)["z"].probs
+    torch.testing.assert_close(probs, log_joint(X).softmax(-1))
+    assert guide(X, 2)["z"].shape == (2, 3)  # a step's is of its subsample, as before
+
+
 @pytest.mark.parametrize("gradient", ["enumerate", "reinmax", ReinMax(), {"z": "score"}])
 def test_training_finds_the_posterior(gradient: Any) -> None:
     guide = AutoDiscrete(mixture, gradient=gradient)
