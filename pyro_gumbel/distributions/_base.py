@@ -21,6 +21,12 @@ class _Light:
     def __bool__(self) -> bool:
         return False
 
+    def __eq__(self, other: object) -> bool:
+        return other is self or other is False  # torch takes what equals True or False
+
+    def __hash__(self) -> int:
+        return hash(False)
+
     def __reduce__(self) -> str:
         return "LIGHT"  # copies and pickles of a distribution mean the same one
 

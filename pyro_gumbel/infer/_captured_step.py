@@ -110,7 +110,6 @@ class CapturedStep:
             look(loss)
             self._apply(gradients)
         self._finish(states)
-        self.replays += 1
         return loss
 
     def eager(self, call: Call) -> tuple[Tensor, list[Tensor | None]]:
@@ -130,11 +129,13 @@ class CapturedStep:
     def _preserved(self) -> Iterator[None]:
         mutated = self.recording.mutated if self.recording is not None else []
         kept = [tensor.clone() for tensor in mutated]
-        with preserved_rng(), self.state.preserved():
-            yield
-        with torch.no_grad():
-            for tensor, value in zip(mutated, kept, strict=True):
-                tensor.copy_(value)
+        try:
+            with preserved_rng(), self.state.preserved():
+                yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(mutated, kept, strict=True):
+                    tensor.copy_(value)
 
     def _function(self, call: Call) -> Any:
         leaves, spec = pytree.tree_flatten((call.args, call.kwargs))

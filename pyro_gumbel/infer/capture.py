@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.infer._captured_step import CapturedStep
 from pyro_gumbel.infer._record import NotRecordable
+from pyro_gumbel.infer._rng import set_torch_generators, torch_generators
 from pyro_gumbel.infer.particle_elbo import ParticleELBO, finish_step
 
 __all__ = ["CapturedSVI"]
@@ -172,12 +173,19 @@ class CapturedSVI(SVI):
             ) from error
 
     def _replay(self, step: CapturedStep, call: Call, tensors: list[Tensor]) -> float:
-        if step.replays % self.check_every == 0:
+        step.replays += 1  # first, for a comparison that fails would be made for ever
+        if step.replays % self.check_every == 1 % self.check_every:
             self._compare(step.recorded(tensors), step.eager(call))
+        before = torch_generators()
 
         def look(loss: Tensor) -> None:
             if is_validation_enabled() and loss.isnan():
-                step.eager(call)  # with its checks, which name what became NaN
+                after = torch_generators()
+                set_torch_generators(before)
+                try:
+                    step.eager(call)  # with its checks, which name what became NaN
+                finally:
+                    set_torch_generators(after)
                 warnings.warn("Encountered NaN: loss", stacklevel=5)
 
         return step.replay(tensors, look).item()

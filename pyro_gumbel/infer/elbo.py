@@ -27,9 +27,9 @@ class Estimator_ELBO(ParticleELBO):  # noqa: N801
     later site of the guide gathers the elements outside of the plate, and sites of the plate
     depend on that one in turn, write ``.to_event(1)`` in place of the plate.
 
-    Where Pyro's validation is on, the first run of two programs has all of torch's checks. Later
-    ones hold the arguments and the value of each site against the same constraints, which takes a
-    fifth of the time; a distribution that is no site's is checked again once the bound is NaN.
+    Where Pyro's validation is on, the first run of two programs has all of torch's checks, and so
+    has each hundredth after it, and one where a site or the bound looks wrong. The others hold the
+    arguments and the value of each site against the same constraints, in a fifth of the time.
 
     Args:
         num_particles: Number of independent repetitions to average over.

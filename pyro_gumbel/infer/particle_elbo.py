@@ -17,7 +17,7 @@ from pyro.util import warn_if_nan
 from torch import Tensor, nn
 
 from pyro_gumbel.estimators import Call, Estimator
-from pyro_gumbel.infer._rng import preserved_rng
+from pyro_gumbel.infer._rng import preserved_rng, set_torch_generators, torch_generators
 from pyro_gumbel.infer.apart import check_apart
 from pyro_gumbel.infer.names import Auto, Choice, check_choice
 from pyro_gumbel.infer.particles import (
@@ -31,7 +31,7 @@ from pyro_gumbel.infer.particles import (
 from pyro_gumbel.infer.paths import Paths
 from pyro_gumbel.infer.probe import check_reading
 from pyro_gumbel.infer.run import Run, run_programs
-from pyro_gumbel.infer.site_checks import SiteChecks, SiteError
+from pyro_gumbel.infer.site_checks import Doubt, SiteChecks, same_programs
 
 __all__ = ["ParticleELBO", "finish_step"]
 
@@ -171,7 +171,7 @@ class ParticleELBO(ELBO):
 
     def _check_costs(self, paths: Paths, call: Call, subsample: SharedSubsample) -> None:
         """Check once for each site of two programs that its cost is as its estimator needs it."""
-        if self._checked is None or not _same_programs(self._checked[0], call):
+        if self._checked is None or not same_programs(self._checked[0], call):
             self._checked = (Call(call.model, call.guide), set())
         for name, estimator in paths.estimators.items():
             choice = (name, type(estimator))
@@ -184,21 +184,22 @@ class ParticleELBO(ELBO):
             self._checked[1].add(choice)
 
     def _run(self, call: Call, subsample: SharedSubsample, *, evaluate: bool) -> Paths:
-        """Run the programs on every path of every particle."""
+        """Run the programs on every path of every particle; lightly checked where that will do."""
+        if not self._site_checks.allow_light_run(call):
+            with self._site_checks.full_run(call):
+                return self._run_paths(call, subsample, evaluate=evaluate)
+        generators, indices = torch_generators(), subsample.known()
         try:
-            paths = self._run_paths(call, subsample, evaluate=evaluate)
-        except SiteError:
-            self._let_torch_check(call, subsample)
-            raise
-        if self._site_checks.light and paths.is_nan():
-            self._let_torch_check(call, subsample)
-        return paths
-
-    def _let_torch_check(self, call: Call, subsample: SharedSubsample) -> None:
-        """Run the programs where torch's errors point at the line that is to blame."""
-        self._site_checks.forget()
-        with preserved_rng(), poutine.block(), torch.no_grad():
-            self._run_paths(call, subsample, evaluate=True)
+            with self._site_checks.light_run():
+                paths = self._run_paths(call, subsample, evaluate=evaluate)
+            if not paths.is_nan():
+                return paths
+        except (Doubt, ValueError, RuntimeError, IndexError):
+            pass  # torch may have more to say about the cause
+        self._site_checks.doubt(call)
+        set_torch_generators(generators)
+        subsample.forget(keep=indices)
+        return self._run(call, subsample, evaluate=evaluate)
 
     def _run_paths(self, call: Call, subsample: SharedSubsample, *, evaluate: bool) -> Paths:
         if self.vectorize_particles:
@@ -267,13 +268,13 @@ class ParticleELBO(ELBO):
     def _known_nesting(self, call: Call) -> int | None:
         if self.max_plate_nesting != float("inf"):
             return int(self.max_plate_nesting)
-        if self._structure is not None and _same_programs(self._structure[0], call):
+        if self._structure is not None and same_programs(self._structure[0], call):
             return self._structure[1].plate_nesting
         return None
 
     def _trial(self, call: Call) -> Layout:
         """Find the number of plates and the coupled sites by a run whose draws are taken back."""
-        if self._structure is not None and _same_programs(self._structure[0], call):
+        if self._structure is not None and same_programs(self._structure[0], call):
             return self._structure[1]
         many = Layout(plate_nesting=_MANY_PLATES)
         draw = DrawMessenger(many, self.num_particles, self._auto, self.default, evaluate=True)
@@ -324,10 +325,6 @@ def _check_paths(run: Run) -> None:
                 f"were laid out for {size}. Programs whose structure varies need "
                 "vectorize_particles=False."
             )
-
-
-def _same_programs(one: Call, other: Call) -> bool:
-    return one.model == other.model and one.guide == other.guide
 
 
 def _plate_nesting(trace: poutine.Trace) -> int:

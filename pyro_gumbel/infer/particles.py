@@ -242,9 +242,13 @@ class SharedSubsample(Messenger):
         super().__init__()
         self._indices: dict[tuple[Any, ...], Tensor] = {}
 
-    def forget(self) -> None:
-        """Let the next run draw a minibatch of its own."""
-        self._indices.clear()
+    def known(self) -> dict[tuple[Any, ...], Tensor]:
+        """The indices that were drawn so far, by plate."""
+        return dict(self._indices)
+
+    def forget(self, *, keep: dict[tuple[Any, ...], Tensor] | None = None) -> None:
+        """Let the next run draw a minibatch of its own, but for what is to be kept."""
+        self._indices = dict(keep or {})
 
     def _pyro_sample(self, msg: Message) -> None:
         if site_is_subsample(msg) and msg["value"] is None:

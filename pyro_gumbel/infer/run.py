@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -22,7 +23,7 @@ from pyro_gumbel.infer.analytic_kl import analytic_kls
 from pyro_gumbel.infer.checks import check_programs, latent_sites
 from pyro_gumbel.infer.costs import Costs, EnumeratedSite, Term, site_frames
 from pyro_gumbel.infer.particles import DrawMessenger, Layout, SharedSubsample
-from pyro_gumbel.infer.site_checks import SiteChecks, scoring_error
+from pyro_gumbel.infer.site_checks import SiteChecks
 
 __all__ = ["Run", "in_rows", "run_programs"]
 
@@ -110,7 +111,7 @@ def run_programs(
         call: The programs and their arguments.
         draw: Draws the guide's values.
         subsample: Gives every run of the step the same minibatch.
-        checks: Checks arguments and values of the sites.
+        checks: Looks at the sites' distributions and values.
         analytic_kl: Whether to put closed-form KL divergences in place of sampled terms.
         full_scores: Whether ``log q`` keeps its whole gradient, as a bound that is not linear in
             it needs; else each estimator drops what has mean zero.
@@ -119,15 +120,14 @@ def run_programs(
         The run.
     """
     guide, model = in_rows(call.guide, draw.layout), in_rows(call.model, draw.layout)
-    with checks.watch(call) as sites:
-        with subsample, draw, sites:
-            guide_trace = poutine.trace(guide).get_trace(*call.args, **call.kwargs)
-        with subsample, sites:
-            replayed = poutine.replay(model, trace=guide_trace)
-            model_trace = poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
-        if is_validation_enabled():
-            check_programs(model_trace, guide_trace)
-        return _collect(model_trace, guide_trace, draw, analytic_kl, full_scores)
+    with subsample, draw, checks:
+        guide_trace = poutine.trace(guide).get_trace(*call.args, **call.kwargs)
+    with subsample, checks:
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
+    if is_validation_enabled():
+        check_programs(model_trace, guide_trace)
+    return _collect(model_trace, guide_trace, draw, analytic_kl, full_scores)
 
 
 def in_rows(program: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
@@ -189,17 +189,29 @@ def _samples(trace: Trace) -> dict[str, Any]:
 def _model_log_prob(site: Any) -> Tensor:
     if site["is_observed"]:
         return _observed_log_prob(site)
-    try:
+    with _named_errors(site):
         return log_mass(unwrap(site["fn"]), site["value"])
-    except ValueError as error:
-        raise scoring_error(site, error) from error
 
 
 def _observed_log_prob(site: Any) -> Tensor:
-    try:
+    with _named_errors(site):
         return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+
+
+@contextmanager
+def _named_errors(site: Any) -> Iterator[None]:
+    """Name the site, its distribution and the shapes where a value cannot be scored."""
+    try:
+        yield
     except ValueError as error:
-        raise scoring_error(site, error) from error
+        fn = site["fn"]
+        value, batch, event = (
+            tuple(shape) for shape in (site["value"].shape, fn.batch_shape, fn.event_shape)
+        )
+        shapes = f"value {value}, batch {batch}, event {event}"
+        raise ValueError(
+            f"Scoring site {site['name']!r} ({type(fn).__name__}; {shapes}): {error}"
+        ) from error
 
 
 def _check_factor(site: Any) -> None:

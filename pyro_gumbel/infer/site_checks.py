@@ -16,9 +16,9 @@ from torch.distributions import Distribution, constraints
 
 from pyro_gumbel.distributions._base import LIGHT, BaseDistribution
 from pyro_gumbel.estimators import Call
-from pyro_gumbel.estimators.families import has_logits, unwrap
+from pyro_gumbel.estimators.families import is_bit, is_one_hot, unwrap
 
-__all__ = ["SiteChecks", "SiteError", "scoring_error"]
+__all__ = ["Doubt", "SiteChecks", "same_programs"]
 
 # Families whose constructors check the constraints of their arguments and nothing else.
 _PLAIN = (
@@ -38,78 +38,104 @@ _PLAIN = (
 )
 _UNSCORED = (dist.Delta, dist.Unit)  # torch does not look at their values
 _PARTS = ("_categorical", "_dirichlet")  # where a one-hot and a Beta keep their arguments
+_TORCH: Any = Distribution  # its switch is one of three here: True, False, LIGHT
+_MOST = 99  # light runs in a row
 
 
-class SiteError(ValueError):
-    """A site's argument or value is not what its family takes."""
+class Doubt(Exception):
+    """Something at a site is not as light checks want it; torch has to decide."""
 
 
-class SiteChecks:
+class SiteChecks(Messenger):
     """The checks of distributions in the runs of one ELBO, where Pyro's validation is on.
 
-    Torch checks arguments where a distribution is made and values where they are scored. It does
+    Torch checks arguments where a distribution is made and values where they are scored, and does
     more than it needs to: a one-hot distribution checks its logits three times, by a softmax too.
-    So the first run of two programs has torch's checks. Where all of its sites are of families
-    that these checks are known of, later runs hold each site's arguments and value against the
-    same constraints once.
+    A *light* run leaves that out, and each site's arguments and value are held against the same
+    constraints once. It is allowed to two programs whose last full run had known families alone.
+    A light run in doubt is to be run anew in full, from the same random numbers, so that light
+    checks never refuse what torch would take; the programs stay with torch's checks from then on.
 
-    Distributions that are no site's are checked in the first run alone, and again once a bound is
-    NaN.
+    What is at no site (a distribution that a program scores by itself, or hides by
+    ``poutine.block``) has torch's checks in the full runs only: the first, each hundredth, and one
+    where the bound is NaN.
 
-    Attributes:
-        light: Whether the last run was one of the later ones.
+    As a messenger this goes inside all handlers that draw.
     """
 
     def __init__(self) -> None:
-        self.light = False
-        self._programs: Call | None = None
+        super().__init__()
+        self._trusted: Call | None = None
+        self._doubted: Call | None = None
+        self._plain = True
+        self._light_runs = 0
+
+    def allow_light_run(self, call: Call) -> bool:
+        """Tell whether the next run of the programs may be a light one."""
+        wanted = _TORCH._validate_args is not False
+        return wanted and self._light_runs < _MOST and same_programs(self._trusted, call)
 
     @contextmanager
-    def watch(self, call: Call) -> Iterator[Messenger]:
-        """Check a run of the programs; what this gives goes inside all handlers that draw."""
-        sites = _Sites()
-        self.light = bool(Distribution._validate_args) and self._knows(call)
-        if not self.light:
-            yield sites
-        else:
-            Distribution._validate_args = cast(bool, LIGHT)
-            try:
-                yield sites
-            finally:
-                Distribution._validate_args = True
-        self._programs = Call(call.model, call.guide) if sites.plain else None
+    def light_run(self) -> Iterator[None]:
+        """Let sites be checked here instead of by torch.
 
-    def _knows(self, call: Call) -> bool:
-        known = self._programs
-        return known is not None and known.model == call.model and known.guide == call.guide
+        Raises:
+            Doubt: By a site within, if torch has to decide.
+        """
+        self._light_runs += 1
+        before = _TORCH._validate_args
+        _TORCH._validate_args = LIGHT
+        try:
+            yield
+        finally:
+            if _TORCH._validate_args is LIGHT:  # the program may have set another
+                _TORCH._validate_args = before
 
-    def forget(self) -> None:
-        """Let torch check the next run."""
-        self._programs = None
+    @contextmanager
+    def full_run(self, call: Call) -> Iterator[None]:
+        """Leave the checks to torch, if any are wanted, and learn what families there are."""
+        before = _TORCH._validate_args
+        if before is LIGHT:  # of a run that this one is part of
+            _TORCH._validate_args = True
+        self._plain = True
+        self._light_runs = 0
+        try:
+            yield
+        finally:
+            if before is LIGHT:
+                _TORCH._validate_args = before
+        if before is not False:
+            trust = self._plain and not same_programs(self._doubted, call)
+            self._trusted = Call(call.model, call.guide) if trust else None
 
-
-class _Sites(Messenger):
-    """Looks at the distribution and the value of each site."""
-
-    plain = True
+    def doubt(self, call: Call) -> None:
+        """Leave the programs to torch from now on."""
+        self._trusted, self._doubted = None, Call(call.model, call.guide)
 
     def _pyro_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
             return
         fn = unwrap(cast(Any, msg["fn"]))
-        self.plain = self.plain and (type(fn) in _PLAIN or isinstance(fn, BaseDistribution))
-        if _is_light(fn):
-            _check_arguments(str(msg["name"]), fn)
+        known = type(fn) in _PLAIN or isinstance(fn, BaseDistribution)
+        self._plain = self._plain and known
+        if _TORCH._validate_args is LIGHT and not (known and _arguments_hold(fn)):
+            raise Doubt
 
     def _pyro_post_sample(self, msg: Message) -> None:
-        if site_is_subsample(msg):
+        if site_is_subsample(msg) or _TORCH._validate_args is not LIGHT:
             return
         fn = unwrap(cast(Any, msg["fn"]))
-        if not _is_light(fn) or isinstance(fn, _UNSCORED):
-            return
-        # Latent bits and categories are draws of ours, relaxed ones too.
-        if msg["is_observed"] or not has_logits(fn):
-            _check_value(msg, fn)
+        # Latent bits and one-hots are scored by formulas that take relaxed values, too.
+        scored = msg["is_observed"] or not (is_bit(fn) or is_one_hot(fn))
+        if scored and _is_light(fn) and not _value_holds(fn, msg["value"]):
+            raise Doubt
+        if vars(fn).get("_validate_args") is LIGHT:
+            del fn._validate_args  # expand() left it there; the program may keep the distribution
+
+
+def same_programs(one: Call | None, other: Call) -> bool:
+    """Tell whether two calls are of the same programs, whatever the arguments."""
+    return one is not None and one.model == other.model and one.guide == other.guide
 
 
 def _is_light(fn: Any) -> bool:
@@ -117,26 +143,37 @@ def _is_light(fn: Any) -> bool:
     return getattr(fn, "_validate_args", None) is LIGHT
 
 
-def _check_arguments(name: str, fn: Any) -> None:
-    for part in (fn, *(vars(fn)[key] for key in _PARTS if key in vars(fn))):
-        for argument, constraint in part.arg_constraints.items():
-            value = vars(part).get(argument)
-            if value is None or constraints.is_dependent(constraint):
-                continue
-            if not _holds(constraint, value):
-                came = f"argument {argument}, of shape {tuple(value.shape)}"
-                raise SiteError(f"Site {name!r}: {came}, must satisfy {constraint!r}; got {value}")
+def _arguments_hold(fn: Any) -> bool:
+    parts = (fn, *(vars(fn)[key] for key in _PARTS if key in vars(fn)))
+    return all(
+        _holds(constraint, vars(part)[argument])
+        for part in parts
+        if _is_light(part)
+        for argument, constraint in part.arg_constraints.items()
+        if _was_given(part, argument) and not constraints.is_dependent(constraint)
+    )
 
 
-def _check_value(site: Message, fn: Any) -> None:
-    value = site["value"]
-    usual = type(fn) in _PLAIN and isinstance(value, Tensor) and value.shape == fn.shape()
-    if usual and _holds(fn.support, value):
-        return
-    try:
-        fn._validate_sample(value)  # torch says what is wrong, or lets it broadcast
-    except ValueError as error:
-        raise SiteError(str(scoring_error(site, error))) from error
+def _was_given(fn: Any, argument: str) -> bool:
+    """Tell an argument from what torch derived from it, the other of ``probs`` and ``logits``."""
+    own = vars(fn)
+    derived = argument in ("probs", "logits") and own.get("_param") is not own.get(argument)
+    return argument in own and not derived
+
+
+def _value_holds(fn: Any, value: Any) -> bool:
+    if isinstance(fn, _UNSCORED):
+        return True
+    fits = isinstance(value, Tensor) and _broadcasts(value.shape, fn.shape(), fn.event_dim)
+    return fits and _holds(fn.support, value)
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size, event_dim: int) -> bool:
+    """Tell whether a value's shape goes with a distribution's; that of an event has to agree."""
+    if len(shape) < event_dim or shape[len(shape) - event_dim :] != to[len(to) - event_dim :]:
+        return False
+    aligned = zip(reversed(shape), reversed(to), strict=False)
+    return shape == to or all(one == other or 1 in (one, other) for one, other in aligned)
 
 
 def _holds(constraint: Any, value: Tensor) -> bool:
@@ -145,21 +182,10 @@ def _holds(constraint: Any, value: Tensor) -> bool:
         constraint = constraint.base_constraint
     value = value.detach()
     if constraint is constraints.real:
-        total = value.sum()  # NaN if any number is
+        total = value.sum()  # NaN if any number is; infinities of both signs are looked at below
         if total == total:
             return True
-    # Of the numbers up to one, zero and one alone are their own squares.
-    bits = constraint is constraints.boolean and value.numel() > 0 and bool(value.amax() <= 1)
-    if bits and torch.equal(value, value * value):
-        return True
+    if constraint is constraints.boolean and value.numel() > 0:
+        # x = x * x is true of 0, of 1 and of infinity.
+        return bool(value.amax() <= 1) and torch.equal(value, value * value)
     return bool(constraint.check(value).all())
-
-
-def scoring_error(site: Any, error: ValueError) -> ValueError:
-    """Name the site, its distribution and the shapes, where a value cannot be scored."""
-    fn = site["fn"]
-    value, batch, event = (
-        tuple(shape) for shape in (site["value"].shape, fn.batch_shape, fn.event_shape)
-    )
-    shapes = f"value {value}, batch {batch}, event {event}"
-    return ValueError(f"Scoring site {site['name']!r} ({type(fn).__name__}; {shapes}): {error}")
