@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from pyro_gumbel.diagnostics._dependence import Flow, gathered_plates
 from pyro_gumbel.diagnostics._programs import Evaluation, Term, evaluate
 from pyro_gumbel.diagnostics._states import DiscreteSite, States, discrete_sites
 from pyro_gumbel.estimators import Call
@@ -17,12 +18,15 @@ __all__ = ["expectations", "find_states", "walk"]
 
 _ELEMENTS = 20_000  # rows times elements of plates in one run
 _CHECKED = 8  # elements of each term that are compared
+_COMPARED = 6  # states
 
 
 def find_states(
     call: Call, subsamples: Mapping[str, Tensor], max_states: int
 ) -> tuple[States | None, States]:
     """Choose the plates whose elements may be summed one by one.
+
+    Those whose elements meet in a term outside are none of them. For the others runs are compared.
 
     Returns:
         The states with the most such plates for which the programs agree with their own single
@@ -31,7 +35,10 @@ def find_states(
     first = evaluate(call, {}, subsamples)
     sites = discrete_sites(first.sites)
     nesting = max((-frame.dim for term in first.terms for frame in term.plates), default=0)
-    plates = sorted({name for site in sites for name in site.plates})
+    values = {site.name: site.values(_some_digits(site, 2)) for site in sites}
+    within = {site.name: frozenset(site.plates) for site in sites}
+    gathered = gathered_plates(call, values, within, subsamples)
+    plates = sorted({name for names in within.values() for name in names} - gathered)
     smallest = States(sites, frozenset(plates), nesting)
     for size in range(len(plates), -1, -1):
         for parallel in itertools.combinations(plates, size):
@@ -90,37 +97,76 @@ def _within(site: DiscreteSite, plates: Mapping[str, int], parallel: frozenset[s
 
 @torch.no_grad()
 def _agrees(call: Call, subsamples: Mapping[str, Tensor], states: States) -> bool:
-    """Compare a run with one value an element, drawn at random, with the rows of the same states.
+    """Compare runs with one value an element with the rows of the same states.
 
     They differ if a program mixes rows, or if an element of a parallel plate sees another's value.
     """
-    for _ in range(2):
-        digits = {
-            site.name: torch.randint(
-                len(site.support), (*site.batch_shape, *site.inner_shape), dtype=torch.long
-            )
-            for site in states.sites
-        }
+    singles, places = [], []
+    numbered: dict[str, list[Tensor]] = {site.name: [] for site in states.sites}
+    for number in range(_COMPARED):
+        digits = {site.name: _some_digits(site, number) for site in states.sites}
         values = {site.name: site.values(digits[site.name]) for site in states.sites}
-        single = evaluate(call, values, subsamples)
-        per_term = [_places(term, states) for term in single.terms]
-        places = [place for found in per_term for place in found]
-        numbered: dict[str, list[Tensor]] = {site.name: [] for site in states.sites}
-        for plates, element in places:
+        singles.append(evaluate(call, values, subsamples))
+        places.append([_places(term, states) for term in singles[-1].terms])
+        for plates, element in itertools.chain(*places[-1]):
             for site in states.sites:
                 numbered[site.name].append(_own_digits(site, digits, plates, element, states))
-        stacked = {name: torch.stack(rows) for name, rows in numbered.items()}
-        try:
-            run = evaluate(
-                call, states.rows(stacked), subsamples, (len(places), -states.nesting - 1)
-            )
-        except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
-            return False  # the programs do not broadcast
-        if [term.name for term in run.terms] != [term.name for term in single.terms]:
+    sizes = {frame.size for single in singles for term in single.terms for frame in term.plates}
+    stacked = {name: torch.stack(_pad(rows, sizes)) for name, rows in numbered.items()}
+    run = _run_rows(call, states.rows(stacked), subsamples, states.nesting)
+    if run is None:
+        return False
+    start = 0
+    for single, found in zip(singles, places, strict=True):
+        if [term.name for term in single.terms] != [term.name for term in run.terms]:
             return False
-        if not _same(single, run, per_term, states):
+        if not _same(single, run, found, states, start):
             return False
+        start += sum(map(len, found))
     return True
+
+
+def _pad(rows: list[Tensor], sizes: set[int]) -> list[Tensor]:
+    """Make the number of rows one that cannot be mistaken for the size of a plate."""
+    number = len(rows)
+    while number in sizes or number == 1:
+        number += 1
+    return rows + rows[:1] * (number - len(rows))
+
+
+def _run_rows(
+    call: Call, values: dict[str, Tensor], subsamples: Mapping[str, Tensor], nesting: int
+) -> Evaluation | None:
+    """Run the programs on rows; ``None`` if a term is not laid out as rows and plates say."""
+    rows = len(next(iter(values.values()))) if values else 1
+    flow = Flow(values)
+    try:
+        with flow:
+            run = evaluate(call, values, subsamples, (rows, -nesting - 1))
+    except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
+        return None  # the programs do not broadcast
+    for term in run.terms:
+        shape = term.value.shape
+        shape = torch.Size((1,) * (nesting + 1 - len(shape))) + shape
+        dims = {frame.dim for frame in term.plates}
+        stray = any(shape[dim] != 1 for dim in range(-nesting, 0) if dim not in dims)
+        # What is computed from values that differ between rows has a number for each of them.
+        whole = {rows} if flow.names(term.value) else {1, rows}
+        if stray or len(shape) > nesting + 1 or shape[0] not in whole:
+            return None
+    return run
+
+
+def _some_digits(site: DiscreteSite, number: int) -> Tensor:
+    """Every element's first value, or last one: hard functions are seldom extreme elsewhere.
+
+    From the third set of digits on they are random.
+    """
+    shape = (*site.batch_shape, *site.inner_shape)
+    last = len(site.support) - 1
+    if number < 2:
+        return torch.full(shape, number * last, dtype=torch.long)
+    return torch.randint(last + 1, shape, dtype=torch.long)
 
 
 Place = tuple[dict[str, int], dict[int, int]]
@@ -156,16 +202,15 @@ def _own_digits(
 
 
 def _same(
-    single: Evaluation, run: Evaluation, per_term: list[list[Place]], states: States
+    single: Evaluation, run: Evaluation, per_term: list[list[Place]], states: States, row: int
 ) -> bool:
-    row, rows = 0, sum(len(found) for found in per_term)
+    """Compare a single run with its rows, which are those from ``row`` on."""
     for one, many, found in zip(single.terms, run.terms, per_term, strict=True):
         plates = {frame.name: frame.dim for frame in one.plates}
         alone = _reduce(one.value, states, plates)
         together = _reduce(many.value, states, plates)
-        together = together.expand(rows, *together.shape[1:])
         for _, element in found:
-            a, b = _at(alone[0], element), _at(together[row], element)
+            a, b = _at(alone[0], element), _at(together[min(row, len(together) - 1)], element)
             tolerance = 1e4 * torch.finfo(a.dtype).eps
             if not torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True):
                 return False

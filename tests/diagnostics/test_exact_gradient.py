@@ -47,6 +47,56 @@ def test_number_of_states(name: str, states: int) -> None:
     assert exact_gradient(problem.model, problem.guide).attrs["states"] == states
 
 
+PRIOR = torch.tensor([0.2, 0.6, 0.7, 0.4, 0.5], dtype=torch.float64)
+TERMS = {  # hard functions of all elements, which seldom or by chance tell one state from another
+    "and": lambda z: 5 * z.prod(-1),
+    "and, rows kept": lambda z: 5 * z.prod(-1, keepdim=True),
+    "and, rows mixed": lambda z: 5 * z.prod(),
+    "largest, rows mixed": lambda z: z.max(),
+    "none": lambda z: 5 * (1 - z).prod(-1, keepdim=True),
+    "parity, rows kept": lambda z: 3 * (z.sum(-1, keepdim=True) % 2),
+    "majority": lambda z: 3.0 * (z.sum(-1) > 2.5).to(z.dtype),
+    "written in place": lambda z: torch.zeros(1, dtype=z.dtype).add_(5 * z.prod(-1)),
+    "by Python": lambda z: torch.tensor(5.0 if all(z.reshape(-1).tolist()) else 0.0),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+@pytest.mark.parametrize("name", TERMS)
+def test_hard_terms_of_many_elements(name: str, inside: bool) -> None:
+    """Outside of the plate, or inside it, where an element sees the others."""
+
+    def model() -> None:
+        plate = pyro.plate("d", 5)
+        with plate:
+            z = pyro.sample("z", dist.Bernoulli(PRIOR))
+        term = TERMS[name](z)
+        if inside:
+            with plate:
+                pyro.factor("f", term.expand(z.shape) / 5)
+        else:
+            pyro.factor("f", term)
+
+    def guide() -> None:
+        with pyro.plate("d", 5):
+            pyro.sample("z", dist.Bernoulli(logits=pyro.param("l")))
+
+    def brute_force() -> np.ndarray:
+        logits = pyro.param("l").unconstrained()
+        states = torch.cartesian_prod(*[torch.arange(2.0, dtype=torch.float64)] * 5)
+        log_q = dist.Bernoulli(logits=logits).log_prob(states).sum(-1)
+        log_p = dist.Bernoulli(PRIOR).log_prob(states).sum(-1)
+        reward = log_p + torch.stack([TERMS[name](state).sum() for state in states]) - log_q
+        (gradient,) = torch.autograd.grad(-(log_q.exp() * reward).sum(), logits)
+        return gradient.numpy()
+
+    for seed in range(8):
+        pyro.clear_param_store()
+        pyro.param("l", torch.linspace(-0.5, 0.9, 5, dtype=torch.float64))
+        exact = exact_gradient(model, guide, seed=seed)
+        np.testing.assert_allclose(exact["l"].values, brute_force(), rtol=1e-9, atol=1e-9)
+
+
 def test_many_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = chain()
     problem.reset(torch.float64)
