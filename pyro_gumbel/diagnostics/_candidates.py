@@ -36,6 +36,14 @@ class Candidate:
         return all(estimator.unbiased for estimator in self.config.values())
 
     @property
+    def has_history(self) -> bool:
+        """Whether a baseline is an average over the steps before."""
+        return any(
+            isinstance(getattr(estimator, "baseline", None), MovingAverage)
+            for estimator in self.config.values()
+        )
+
+    @property
     def key(self) -> str:
         """Equal for candidates that do the same."""
         return f"{self.num_particles} {self.config!r}"

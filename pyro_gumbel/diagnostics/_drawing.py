@@ -134,10 +134,14 @@ class Drawer:
 
     def _attributes(self, seconds: np.ndarray) -> dict[str, Any]:
         first = next(iter(self.plan.leaves.values()))
+        coarsest = max(
+            (leaf.dtype for leaf in self.plan.leaves.values()),
+            key=lambda dtype: torch.finfo(dtype).eps,
+        )
         return {
             "gradient_of": "loss (negative ELBO), by unconstrained parameters",
             "device": str(first.device),
-            "dtype": str(first.dtype).removeprefix("torch."),
+            "dtype": str(coarsest).removeprefix("torch."),  # what gradients are good to
             **price_of(seconds),
             "evaluations": self.found.evaluations,
             "inference_library": "pyro",

@@ -38,8 +38,8 @@ def find_parameters(call: Call, keep: Keeper, params: Params = None) -> dict[str
 
     Raises:
         TypeError: If ``params`` is neither.
-        ValueError: If a name is not a parameter's, a value has another shape, or there is no
-            parameter at all.
+        ValueError: If a name is not a parameter's, a value has another shape or is outside the
+            parameter's constraint, or there is no parameter at all.
     """
     sites: dict[str, Any] = {}
     for _ in range(_TRIALS):
@@ -98,7 +98,18 @@ def _constraint(name: str, site: Any) -> constraints.Constraint:
 
 
 def _set_value(name: str, leaf: Tensor, value: Any, constraint: Any) -> None:
-    value = torch.as_tensor(value, dtype=leaf.dtype, device=leaf.device)
+    try:
+        value = torch.as_tensor(value, dtype=leaf.dtype, device=leaf.device)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"params: the value for {name!r} must be a tensor or number; got {value!r}."
+        ) from error
+    inside = constraint.check(value)
+    if not inside.all():
+        raise ValueError(
+            f"params: the value for {name!r} must satisfy {constraint!r}, the parameter's "
+            f"constraint; got {value.detach().cpu().numpy()}."
+        )
     unconstrained = transform_to(constraint).inv(value)
     if unconstrained.shape != leaf.shape:
         shape = tuple(transform_to(constraint)(leaf).shape)
@@ -111,6 +122,11 @@ def _set_value(name: str, leaf: Tensor, value: Any, constraint: Any) -> None:
 
 
 def _select(leaves: dict[str, Tensor], params: Iterable[str] | str) -> dict[str, Tensor]:
+    if not isinstance(params, Iterable):
+        raise TypeError(
+            "params must be names of parameters, such as params=['logits'], or a dict of their "
+            f"values; got {params!r}."
+        )
     patterns = [params] if isinstance(params, str) else list(params)
     chosen: set[str] = set()
     for pattern in patterns:

@@ -78,6 +78,9 @@ def evaluate(
         values: Values of latent sites of the guide; the others are drawn.
         subsamples: Indices for plates that draw a minibatch, in both programs.
         rows: Number of rows and the dimension, left of all plates, of a plate around both.
+
+    Raises:
+        ValueError: If one of the model's latent sites is missing from the guide.
     """
     with ExitStack() as stack:
         stack.enter_context(Given({}, subsamples))
@@ -89,12 +92,24 @@ def evaluate(
             guide_trace = poutine.trace(guide).get_trace(*call.args, **call.kwargs)
         replayed = poutine.replay(model, trace=guide_trace)
         model_trace = poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
+    _check_latents(model_trace, guide_trace)
     guide_trace.compute_log_prob()
     model_trace.compute_log_prob()
     sites = {name: site for name, site in _samples(guide_trace).items() if not site["is_observed"]}
     terms = [_term(name, site, -1) for name, site in _samples(guide_trace).items()]
     terms += [_term(name, site, 1) for name, site in _samples(model_trace).items()]
     return Evaluation(terms, {name: _law(site) for name, site in sites.items()}, sites)
+
+
+def _check_latents(model: Trace, guide: Trace) -> None:
+    for name, site in model.nodes.items():
+        latent = site["type"] == "sample" and not site["is_observed"]
+        if latent and not site_is_subsample(site) and name not in guide:
+            raise ValueError(
+                f"The model's latent site {name!r} is missing from the guide, whose sites are "
+                f"{list(guide.stochastic_nodes)}. Sample it in the guide, or observe it in the "
+                "model."
+            )
 
 
 def plates_of(site: Any) -> frozenset[CondIndepStackFrame]:

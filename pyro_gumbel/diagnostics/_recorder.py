@@ -16,6 +16,7 @@ __all__ = ["RESERVED", "AllDraws", "Projections", "Recorder", "dims_of"]
 # Dimensions and coordinates of the draws, which no parameter can share its name with.
 RESERVED = frozenset(
     {
+        "all",
         "block",
         "chain",
         "cosine",

@@ -79,8 +79,11 @@ def _log_tail(value: float, freedom: float) -> float:
 def two_sided_z(log_tails: list[float]) -> float:
     """The normal's two-sided quantile at the smallest of several probabilities.
 
-    It is corrected for their number (Bonferroni): one of many is small by chance.
+    It is corrected for their number (Bonferroni): one of many is small by chance. NaN where one
+    of them is.
     """
+    if any(math.isnan(log_tail) for log_tail in log_tails):
+        return math.nan
     log_tail = min(min(log_tails) + math.log(len(log_tails)), 0.0)
     return max(0.0, -float(special.ndtri_exp(log_tail - math.log(2))))
 

@@ -12,7 +12,15 @@ import xarray as xr
 
 from pyro_gumbel.diagnostics._moments import BATCH, Moments, Spread
 
-__all__ = ["Block", "blocks_of", "check_draws", "is_drawn", "parameters_of", "reference_blocks"]
+__all__ = [
+    "Block",
+    "blocks_of",
+    "check_draws",
+    "is_drawn",
+    "parameters_of",
+    "reference_blocks",
+    "rounding_of",
+]
 
 _SPREAD = ("trace", "trace_variance", "square_trace")
 
@@ -152,6 +160,19 @@ def _stored_blocks(dataset: xr.Dataset, names: list[str]) -> dict[str, Block]:
     }
 
 
+def rounding_of(dataset: xr.Dataset, size: Any) -> Any:
+    """The error that rounding may put into a gradient of that size.
+
+    Where terms cancel, as at an optimum, the gradient is far smaller than what it is the sum of.
+    The loss tells their size.
+    """
+    dtype = str(dataset.attrs.get("dtype", next(iter(dataset.data_vars.values())).dtype))
+    eps = {"float64": 2.0**-52, "float32": 2.0**-23}.get(dtype, 2.0**-10)
+    loss = np.abs(dataset.coords["loss"].values) if "loss" in dataset.coords else np.zeros(1)
+    finite = loss[np.isfinite(loss)]
+    return eps * (64 * size + 4 * (finite.mean() if finite.size else 0.0))
+
+
 def reference_blocks(
     reference: xr.Dataset, draws: xr.Dataset, names: list[str]
 ) -> dict[str, Block]:
@@ -159,7 +180,8 @@ def reference_blocks(
 
     Raises:
         TypeError: If it is no Dataset.
-        ValueError: If a parameter is missing from it, or has another shape.
+        ValueError: If a parameter is missing from it, has another shape or other coordinates, or
+            is not finite.
     """
     if not isinstance(reference, xr.Dataset):
         raise TypeError(
@@ -176,9 +198,26 @@ def reference_blocks(
             raise ValueError(
                 f"reference has shape {other} at parameter {name!r}, the draws have {one}."
             )
+        _check_coordinates(reference, draws, name)
     if is_drawn(reference):
         return blocks_of(reference, names)
     means = {name: reference[name].values.astype(float).reshape(-1) for name in names}
+    for name, mean in means.items():
+        if not np.isfinite(mean).all():
+            raise ValueError(f"reference is not finite at parameter {name!r}.")
     nothing = np.empty(0)
     blocks = {name: Block(mean, None, nothing) for name, mean in means.items()}
     return blocks | {"all": Block(np.concatenate(list(means.values())), None, nothing)}
+
+
+def _check_coordinates(reference: xr.Dataset, draws: xr.Dataset, name: str) -> None:
+    """Refuse labels in another order, for values are matched by position."""
+    for dim in set(reference[name].dims) & set(draws[name].dims) - {"chain", "draw"}:
+        if dim not in reference.coords or dim not in draws.coords:
+            continue
+        one, other = draws.coords[dim].values.tolist(), reference.coords[dim].values.tolist()
+        if one != other:
+            raise ValueError(
+                f"reference has the coordinates {other} in dimension {dim!r} of parameter "
+                f"{name!r}, the draws have {one}. Write reference.sel({dim}={one})."
+            )

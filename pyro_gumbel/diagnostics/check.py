@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from pyro_gumbel.diagnostics._parameters import Params
-from pyro_gumbel.diagnostics._tables import is_drawn, parameters_of
+from pyro_gumbel.diagnostics._tables import is_drawn, parameters_of, rounding_of
 from pyro_gumbel.diagnostics.draws import gradient_draws
 from pyro_gumbel.diagnostics.exact import exact_gradient
 
@@ -137,10 +137,11 @@ def _judge(
         exact, reference_error = _reference(reference, name, mean.shape)
         variance = draws.coords[f"{name}.variance"].values
         variance = np.maximum(variance, variance.mean() / 100) / num_draws + reference_error
-        rounding = 64 * np.finfo(np.float32).eps * (np.abs(exact) + np.abs(exact).max())
+        rounding = rounding_of(draws, np.abs(exact) + np.abs(exact).max())
         error = np.sqrt(variance + rounding**2)
         distance = np.abs(mean - exact)
-        z = np.divide(distance, error, out=np.zeros_like(error), where=distance > 0)
+        z = np.divide(distance, error, out=np.zeros_like(error), where=distance != 0)
+        z = np.where(np.isfinite(distance) & np.isfinite(error), z, np.inf)
         index = np.unravel_index(int(np.argmax(z)), z.shape)
         errors += float(variance.sum())
         length += float((exact**2).sum())
@@ -153,6 +154,12 @@ def _judge(
                 f"the exact gradient {exact[index]:.6g}, {worst:.1f} standard errors apart; about "
                 f"{needed:,} draws are enough to see it."
             )
+            if math.isinf(worst):
+                message = (
+                    f"no estimate: at {coordinate} the mean of {num_draws:,} draws is "
+                    f"{mean[index]:.6g}. Look at gradient_draws(...) for the draws that are not "
+                    "finite."
+                )
     if worst > max_z:
         raise AssertionError(message)
     resolution = math.sqrt(errors / length) if length else math.inf
@@ -186,6 +193,8 @@ def _reference(
         value = array.mean(("chain", "draw")).values
         count = reference.sizes["chain"] * reference.sizes["draw"]
         error = array.var(("chain", "draw"), ddof=1).values / count
+    if not np.isfinite(value).all():
+        raise ValueError(f"reference is not finite at parameter {name!r}.")
     if value.shape != shape:
         raise ValueError(
             f"reference has shape {value.shape} at parameter {name!r}; the draws have {shape}."

@@ -17,6 +17,7 @@ from pyro_gumbel.diagnostics._tables import (
     check_draws,
     parameters_of,
     reference_blocks,
+    rounding_of,
 )
 
 __all__ = ["compare_gradients"]
@@ -132,18 +133,13 @@ def _rows(dataset: xr.Dataset, reference: Any, by: str | None) -> dict[str, dict
         row = _row(blocks[part], dataset)
         if others is not None:
             # A part of the gradient is rounded like the whole, however small it is.
-            rounding = _precision(dataset) * float(np.linalg.norm(others["all"].mean))
+            rounding = float(rounding_of(dataset, np.linalg.norm(others["all"].mean)))
             tested = [part] if by or len(names) == 1 else ["all", *names]
             biases = {name: _bias(blocks[name], others[name], rounding) for name in tested}
             row |= _against(blocks[part], others[part], biases)
         row["warning"] = _warning(row, blocks[part])
         rows[part] = row
     return rows
-
-
-def _precision(dataset: xr.Dataset) -> float:
-    dtype = str(dataset.attrs.get("dtype", next(iter(dataset.data_vars.values())).dtype))
-    return 64.0 * {"float64": 2.0**-52, "float32": 2.0**-23}.get(dtype, 2.0**-10)
 
 
 def _row(block: Block, dataset: xr.Dataset) -> dict[str, Any]:

@@ -153,7 +153,6 @@ def _minibatches(call: Call) -> Iterator[dict[str, Tensor]]:
     model = poutine.trace(poutine.replay(call.model, trace=guide)).get_trace(
         *call.args, **call.kwargs
     )
-    _check_latents(model, guide)
     sites = {**guide.nodes, **model.nodes}
     windows = {}
     for name, site in sites.items():
@@ -167,14 +166,3 @@ def _minibatches(call: Call) -> Iterator[dict[str, Tensor]]:
                 ]
     for chosen in itertools.product(*windows.values()):
         yield dict(zip(windows, chosen, strict=True))
-
-
-def _check_latents(model: poutine.Trace, guide: poutine.Trace) -> None:
-    for name, site in model.nodes.items():
-        latent = site["type"] == "sample" and not site["is_observed"]
-        if latent and not site_is_subsample(site) and name not in guide:
-            raise ValueError(
-                f"The model's latent site {name!r} is missing from the guide, whose sites are "
-                f"{list(guide.stochastic_nodes)}. Sample it in the guide, or observe it in the "
-                "model."
-            )

@@ -51,7 +51,8 @@ def guide_khat(
         weights are of fewer than ten sizes (a guide of few states: there is no tail).
 
     Raises:
-        ValueError: If there are fewer than 25 samples, or no plate of that name.
+        ValueError: If there are fewer than 25 samples, no plate of that name, or one of the
+            model's latent sites is missing from the guide.
 
     References:
         Yes, but Did It Work?: Evaluating Variational Inference (Yao, Vehtari, Simpson, Gelman,

@@ -97,7 +97,9 @@ def recommend(
     a bias below what the budget can show counts as none.
 
     First every candidate serves all sites that it can (at the others stand the defaults), then
-    single sites of the best are given to the estimators that came next.
+    single sites of the best are given to the estimators that came next. Where a moving average is
+    ahead by no more than noise, the next without one is recommended: in training the costs that it
+    averages move.
 
     Args:
         model: The model.
@@ -307,8 +309,11 @@ class _Search:
         # An estimator that cannot see part of the cost may have little error in what it sees.
         # Of the others, one that was measured little has to do with the error that it may have.
         order.sort(key=lambda trial: (trial.blind, trial.error + trial.error_mcse))
-        best, rest = order[0], order[1:]
-        close = [trial.candidate.label for trial in rest if trial.bounds[0] < best.bounds[1]]
+        # A moving average is at its best here, where parameters and so costs stay as they are.
+        lasting = [trial for trial in order if not trial.candidate.has_history]
+        best = next((trial for trial in lasting if _as_good(trial, order[0])), order[0])
+        order.sort(key=lambda trial: trial is not best)
+        close = [trial.candidate.label for trial in order[1:] if _as_good(trial, best)]
         failed = [trial for trial in self.trials.values() if trial.draws is None]
         config = best.candidate.config
         return Recommendation(
@@ -340,3 +345,8 @@ class _Search:
         if close:
             text += f" Within noise: {', '.join(close)} may be as good."
         return text
+
+
+def _as_good(trial: Trial, best: Trial) -> bool:
+    """Tell whether one may be as good as the best, as far as noise lets one see."""
+    return trial is best or (trial.bounds[0] < best.bounds[1] and trial.blind <= best.blind)

@@ -12,8 +12,14 @@ import torch
 import xarray as xr
 from toys import bits
 
-from pyro_gumbel.diagnostics import check_unbiased, exact_gradient, gradient_draws
+from pyro_gumbel.diagnostics import (
+    check_unbiased,
+    compare_gradients,
+    exact_gradient,
+    gradient_draws,
+)
 from pyro_gumbel.estimators import Estimator, LeaveOneOut, Score, Site
+from pyro_gumbel.infer import Estimator_ELBO
 
 
 class Planted(Estimator):
@@ -47,6 +53,79 @@ def test_unbiased(problem, estimator) -> None:
     assert re.fullmatch(r"w|logits\[\d, \d\]", found.coordinate)
     assert found.resolution < 0.1
     assert found.num_draws == 2500
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite_do_not_pass(problem, value: float) -> None:
+    """Neither here nor in a table, whichever parameter they are of."""
+
+    class Spoilt(Estimator_ELBO):
+        def loss_and_grads(self, *args, **kwargs):
+            loss = super().loss_and_grads(*args, **kwargs)
+            pyro.param("w").unconstrained().grad.mul_(value)
+            return loss
+
+    with pytest.raises(AssertionError, match="no estimate: at w the mean of 50 draws is"):
+        check_unbiased(problem.model, problem.guide, estimator=Spoilt(), num_draws=50)
+    draws = gradient_draws(
+        problem.model, problem.guide, estimators={"spoilt": Spoilt()}, num_draws=50, progress=False
+    )
+    exact = exact_gradient(problem.model, problem.guide)
+    row = compare_gradients(draws, exact).loc["spoilt"]
+    assert np.isnan(row.bias_z)
+    assert "not finite" in row.warning
+    for function in (
+        lambda: compare_gradients(draws, exact * np.nan),
+        lambda: check_unbiased(
+            problem.model, problem.guide, estimator="score", num_draws=50, reference=exact * np.nan
+        ),
+    ):
+        with pytest.raises(ValueError, match="reference is not finite at parameter"):
+            function()
+
+
+def test_rounding_at_an_optimum_is_no_bias() -> None:
+    """There the gradient is the small difference of large numbers."""
+    x = 50 + 2 * torch.randn(500, generator=torch.Generator().manual_seed(0))
+    weights, locs = torch.tensor([0.2, 0.5, 0.3]), torch.tensor([48.0, 50.0, 52.0])
+
+    def model() -> None:
+        with pyro.plate("d", 500):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("x", dist.Normal(locs[z], 1.0), obs=x)
+
+    def guide() -> None:
+        logits = (dist.Normal(locs, 1.0).log_prob(x[:, None]) + weights.log()).log_softmax(-1)
+        with pyro.plate("d", 500):
+            pyro.sample("z", dist.Categorical(logits=pyro.param("l", logits, event_dim=1)))
+
+    pyro.clear_param_store()
+    found = check_unbiased(model, guide, estimator="enumerate", num_draws=20)
+    assert found.z < 1
+    draws = gradient_draws(
+        model, guide, estimators={"exact": "enumerate"}, num_draws=20, progress=False
+    )
+    assert compare_gradients(draws, exact_gradient(model, guide)).bias_z["exact"] < 1
+
+
+def test_gradients_are_good_to_the_coarsest_dtype() -> None:
+    w = torch.linspace(-0.6, 0.7, 50)
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("y", dist.Normal(z * 3.3, 0.7), obs=torch.tensor(0.77))
+
+    def guide() -> None:
+        a = pyro.param("a", torch.tensor(0.3, dtype=torch.float64))
+        logit = (pyro.param("w", w) * torch.linspace(-3, 3, 50)).sum() + a.float()
+        pyro.sample("z", dist.Bernoulli(logits=logit))
+
+    pyro.clear_param_store()
+    draws = gradient_draws(
+        model, guide, estimators={"exact": "enumerate"}, num_draws=20, progress=False
+    )
+    assert draws["exact"].attrs["dtype"] == "float32"
+    assert compare_gradients(draws, exact_gradient(model, guide)).bias_z["exact"] < 1
 
 
 def test_planted_error(problem) -> None:

@@ -366,3 +366,14 @@ def test_small_parameter_is_not_drowned_by_the_noise_of_a_large_one() -> None:
     row = compare_gradients({"e": draws}, reference).loc["e"]
     assert row.bias_z > 5
     assert row.bias < 3 * row.bias_mcse
+
+
+def test_a_reference_in_another_order_is_refused() -> None:
+    noise = np.random.default_rng(0).normal(size=(2, 50, 3))
+    draws = xr.Dataset({"a": (("chain", "draw", "cat"), noise)}, {"cat": ["x", "y", "z"]})
+    exact = xr.Dataset({"a": ("cat", [0.0, 1.0, 2.0])}, {"cat": ["z", "y", "x"]})
+    with pytest.raises(ValueError, match=r"Write reference.sel\(cat=\['x', 'y', 'z'\]\)"):
+        compare_gradients({"e": draws}, exact)
+    sorted_ = exact.sel(cat=["x", "y", "z"])
+    expected = np.linalg.norm(noise.mean((0, 1)) - [2.0, 1.0, 0.0])
+    assert compare_gradients({"e": draws}, sorted_).bias["e"] == pytest.approx(expected)

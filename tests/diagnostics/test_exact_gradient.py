@@ -11,7 +11,7 @@ import torch
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from toys import PROBLEMS, chain
 
-from pyro_gumbel.diagnostics import exact_gradient
+from pyro_gumbel.diagnostics import exact_gradient, gradient_draws
 
 
 def flat(problem, dataset) -> np.ndarray:
@@ -289,8 +289,29 @@ def test_errors(model, guide, options, match) -> None:
 
 
 def test_names_must_be_strings() -> None:
-    with pytest.raises(TypeError, match="params must be names"):
-        exact_gradient(nothing, bit_guide, params=[3])
+    for params in ([3], 3):
+        with pytest.raises(TypeError, match="params must be names.*got 3"):
+            exact_gradient(nothing, bit_guide, params=params)
+    with pytest.raises(TypeError, match="value for 'l' must be a tensor or number; got 'x'"):
+        exact_gradient(nothing, bit_guide, params={"l": "x"})
+
+
+def test_values_keep_to_the_constraint() -> None:
+    def guide() -> None:
+        p = pyro.param("p", torch.tensor(0.4), constraint=dist.constraints.unit_interval)
+        pyro.sample("z", dist.Bernoulli(p))
+
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match=r"value for 'p' must satisfy Interval\(.*got 1.5"):
+        exact_gradient(nothing, guide, params={"p": 1.5})
+
+
+def test_no_parameter_shares_the_name_of_the_whole() -> None:
+    def guide() -> None:
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("all", torch.tensor(0.0))))
+
+    with pytest.raises(ValueError, match="Parameter 'all' has the name of"):
+        gradient_draws(nothing, guide, estimators={"s": "score"}, num_draws=5, progress=False)
 
 
 def test_too_many_states_while_walking() -> None:

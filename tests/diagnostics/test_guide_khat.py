@@ -76,3 +76,15 @@ def test_same_seed_same_value() -> None:
 def test_errors(options, match) -> None:
     with pytest.raises(ValueError, match=match):
         guide_khat(*programs([1.0, 1.0, 0.5]), **options)
+
+
+def test_a_latent_that_is_missing_from_the_guide_is_told() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Bernoulli(0.4))
+
+    with pytest.raises(ValueError, match="latent site 'w' is missing from the guide"):
+        guide_khat(model, guide)

@@ -87,6 +87,27 @@ def test_visible_bias_is_said() -> None:
     assert "needs the cost's gradient" in found.table.loc["straight", "warning"]
 
 
+def test_what_cannot_see_the_cost_is_not_called_as_good(clock: Clock) -> None:
+    found = quick(
+        clock.on(black_box),
+        candidates={"score": Score(LeaveOneOut()), "straight": StraightThrough()},
+        step_seconds=1e-3,
+    )
+    assert isinstance(found.config["z"], Score)
+    assert "straight" not in found.message
+
+
+def test_a_moving_average_has_to_be_clearly_ahead(clock: Clock) -> None:
+    candidates = {"average": Score(MovingAverage()), "others": Score(LeaveOneOut())}
+    ahead = quick(clock.on(bits_program), candidates=candidates, budget_seconds=4.0)
+    assert isinstance(ahead.config["z"].baseline, MovingAverage)
+    near = quick(clock.on(bits_program), candidates=candidates, budget_seconds=0.5)
+    assert isinstance(near.config["z"].baseline, LeaveOneOut)
+    assert list(near.table.index) == ["others", "average"]
+    assert near.table.error["average"] < near.table.error["others"]
+    assert "Within noise: average may be as good" in near.message
+
+
 def test_twins_are_measured_once() -> None:
     twin = quick(candidates={"one": Score(), "other": Score(None)}, make=bits_program)
     assert list(twin.table.index) == ["one"]
