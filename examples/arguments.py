@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def count(text: str) -> int:
@@ -10,6 +11,21 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def natural(text: str) -> int:
+    """A whole number that every generator takes as a seed."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^32, got {text!r}")
+    return int(text)
+
+
+def make_folder(parser: argparse.ArgumentParser, path: Path) -> None:
+    """Make the folder to write to: if it cannot be made, a long run should not find that out."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: no folder can be made at {path} ({error})")
 
 
 def positive(text: str) -> float:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import checkpoint
 import gradients
-from arguments import count
+from arguments import count, make_folder, natural
 from compare_report import show, write_draws, write_tables
 from image_data import Images, load_images
 from pyro_gumbel.diagnostics import compare_gradients, exact_gradient, gradient_draws
@@ -33,6 +33,7 @@ from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 from vae import VAE, find_device
 from vae_options import make_parser
 
+_FEWEST = 16
 ESTIMATORS = (
     "straight_through,gumbel_straight_through,gumbel_rao@0.5,reinmax,reinmax_rao@1.0,"
     "disarm_tree,score:4"
@@ -72,6 +73,16 @@ def choices(names: list[str]) -> dict[str, Any]:
         name: ({"z": estimator}, elbo(particles))
         for name, (estimator, particles) in parsed.items()
     }
+
+
+def check_choices(vae: VAE, images: Images, names: list[str]) -> None:
+    """Take a gradient with each of the estimators: what cannot work says so before the run.
+
+    Raises:
+        ValueError: If one of them cannot serve the latents.
+    """
+    for config, objective in choices(names).values():
+        objective.loss(vae.model, config_gradient(vae.guide, config), images.train[:2])
 
 
 def elbo(num_particles: int) -> Estimator_ELBO:
@@ -177,11 +188,14 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     add("--latents", type=count, default=4)
     add("--categories", type=count, default=8)
     add("--hidden", type=count, default=128)
-    add("--seed", type=int, default=0)
+    add("--seed", type=natural, default=0)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--out", type=Path, default=Path("out/estimators"), metavar="DIR")
     add("--smoke", action="store_true", help="few draws of few images: does it run at all?")
-    return parser, parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.num_draws < _FEWEST:
+        parser.error(f"--num-draws: at least {_FEWEST} are compared, got {args.num_draws}")
+    return parser, args
 
 
 def epochs(text: str) -> list[int]:
@@ -191,6 +205,7 @@ def epochs(text: str) -> list[int]:
 def main(argv: list[str] | None = None) -> None:
     """Measure, print the tables, write pictures and draws."""
     parser, args = parse(argv)
+    make_folder(parser, args.out)
     torch.set_num_threads(1)
     try:
         images = load_images(args.data, "threshold").to(find_device(args.device))
@@ -200,6 +215,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.smoke:
         args.num_draws, args.images, args.epochs = 40, 10, [1, 2]
         args.latents, args.hidden, images = 3, 16, images.head(200, 50)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(args.seed)
+    try:
+        check_choices(trained or make_vae(args, images), images, args.estimators)
+    except ValueError as error:
+        parser.error(str(error))
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
     if trained is None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import style
-from arguments import count
+from arguments import count, natural
 from pyro_gumbel.distributions import ExpRelaxedOneHot, Gumbel, RelaxedOneHot, gumbel_noise
 
 TEMPERATURES = (0.2, 0.5, 1.0, 2.0, 10.0)
@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--words", type=count, default=50_000, help="size of the vocabulary")
     add("--word-draws", type=count, default=20_000, help="of the vocabulary")
     add("--grid", type=count, default=90, help="cells along a side of the triangles")
-    add("--seed", type=int, default=0)
+    add("--seed", type=natural, default=0)
     add("--out", type=Path, default=Path("out/gumbel_max"), metavar="DIR")
     add("--smoke", action="store_true", help="a few draws: does it run at all?")
     args = parser.parse_args(argv)

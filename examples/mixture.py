@@ -23,7 +23,7 @@ from torch.distributions import constraints
 from tqdm import tqdm
 
 import style
-from arguments import count, positive
+from arguments import count, natural, positive
 from pyro_gumbel.estimators import Enumerate, GumbelStraightThrough, LeaveOneOut, ReinMax, Score
 from pyro_gumbel.guides import AutoAmortized, AutoDiscrete
 from pyro_gumbel.infer import Estimator_ELBO
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--size", type=count, default=600, help="number of data")
     add("--steps", type=count, default=600)
     add("--lr", type=positive, default=0.03)
-    add("--seed", type=int, default=0)
+    add("--seed", type=natural, default=0)
     add("--out", type=Path, default=Path("out/mixture"), metavar="DIR")
     add("--smoke", action="store_true", help="a few steps: does it run at all?")
     args = parser.parse_args(argv)

@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 import style
-from arguments import count
+from arguments import count, natural
 from control import CartPole, Decisions
 from pyro_gumbel.estimators import LeaveOneOut, MovingAverage, NeuralBaseline, Score
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--steps", type=count, default=150, help="of learning, decision process")
     add("--cart-steps", type=count, default=150, help="of learning, cart and pole")
     add("--seeds", type=count, default=3)
-    add("--seed", type=int, default=0)
+    add("--seed", type=natural, default=0)
     add("--out", type=Path, default=Path("out/policy_gradient"), metavar="DIR")
     add("--smoke", action="store_true", help="a few steps: does it run at all?")
     args = parser.parse_args(argv)

@@ -22,7 +22,7 @@ from pyro.optim import Adam
 from torch import nn
 from tqdm import tqdm
 
-from arguments import count, positive
+from arguments import count, natural, positive
 from evaluation import held_out_bounds
 from image_data import Images, load_images
 from pyro_gumbel.estimators import ReinMax
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=positive, default=1e-3)
     parser.add_argument("--temperature", type=positive, default=0.5, help="of Pyro's classes")
     parser.add_argument("--num-samples", type=count, default=10, help="hard draws, held-out ELBO")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--smoke", action="store_true", help="two epochs of a few images")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

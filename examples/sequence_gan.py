@@ -26,7 +26,7 @@ from tqdm import tqdm
 import gradients
 import grammar
 import style
-from arguments import count, positive
+from arguments import count, make_folder, natural, positive
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
 
@@ -207,11 +207,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--critic-lr", type=positive, default=1e-3)
     add("--penalty", type=float, default=1.0, help="on the discriminator's slope")
     add("--measure-every", type=count, default=50)
-    add("--seed", type=int, default=0)
+    add("--seed", type=natural, default=0)
     add("--seeds", type=count, default=1)
     add("--out", type=Path, default=Path("out/sequence_gan"), metavar="DIR")
     add("--smoke", action="store_true", help="a few steps: does it run at all?")
     args = parser.parse_args(argv)
+    make_folder(parser, args.out)
     torch.set_num_threads(1)  # layers this small lose time to more
     pyro.enable_validation(args.smoke)  # a quarter of a step goes into checks
     if args.smoke:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import gradients
 import style
-from arguments import count, positive
+from arguments import count, make_folder, natural, positive
 from evaluation import held_out_bounds
 from pyro_gumbel.guides import AutoAmortized
 from pyro_gumbel.infer import Estimator_ELBO
@@ -170,10 +170,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--epochs", type=count, default=20)
     add("--batch-size", type=count, default=100)
     add("--lr", type=positive, default=1e-2)
-    add("--seed", type=int, default=0)
+    add("--seed", type=natural, default=0)
     add("--out", type=Path, default=Path("out/topic_model"), metavar="DIR")
     add("--smoke", action="store_true", help="a few documents: does it run at all?")
     args = parser.parse_args(argv)
+    make_folder(parser, args.out)
     torch.set_num_threads(1)
     pyro.enable_validation(args.smoke)
     if args.smoke:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import style
-from arguments import count
+from arguments import count, natural
 from pyro_gumbel.estimators import Estimator, LeaveOneOut, Pathwise, Score
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--draws", type=count, default=100_000, help="of each gradient")
     add("--steps", type=count, default=300, help="of the descent")
     add("--seeds", type=count, default=8, help="of the descent")
-    add("--seed", type=int, default=0)
+    add("--seed", type=natural, default=0)
     add("--out", type=Path, default=Path("out/two_gradients"), metavar="DIR")
     add("--smoke", action="store_true", help="a few draws: does it run at all?")
     args = parser.parse_args(argv)

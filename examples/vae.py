@@ -24,6 +24,7 @@ from tqdm import tqdm
 import checkpoint
 import gradients
 import parallel
+from arguments import make_folder
 from evaluation import held_out_bounds
 from image_data import Images, load_images
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
@@ -163,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train one estimator, or compare several; print the bounds, draw the pictures."""
     parser = make_parser(__doc__.splitlines()[0])
     args = parser.parse_args(argv)
+    make_folder(parser, args.out)
     torch.set_num_threads(1)  # layers this small lose time to more
     names = args.compare or [args.gradient]
     seeds = range(args.seed, args.seed + args.seeds)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from arguments import count, positive
+from arguments import count, natural, positive
 from gradients import several
 from image_data import BINARIZE, Images
 
@@ -48,7 +48,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--analytic-kl", action="store_true", help="integrate the KL term, where it can be")
     add("--compare", type=several, metavar="A,B,C", help="train each of several estimators")
     add("--seeds", type=count, default=1, help="number of seeds, from --seed on")
-    add("--seed", type=int, default=0)
+    add("--seed", type=natural, default=0)
     add("--epochs", type=count, default=100)
     add("--batch-size", type=count, default=100)
     add("--lr", type=positive, default=3e-3)

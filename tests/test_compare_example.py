@@ -67,7 +67,7 @@ def test_checkpoint_of_other_images(tmp_path: Path, capsys: pytest.CaptureFixtur
     }
     torch.save(state, file)
     with pytest.raises(SystemExit):
-        compare_estimators.main(["--checkpoint", str(file)])
+        compare_estimators.main(["--checkpoint", str(file), "--out", str(tmp_path)])
     assert "not of images of 64: name the --data" in capsys.readouterr().err
 
 
@@ -78,12 +78,19 @@ def test_checkpoint_of_other_images(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--data", "nowhere"], "no folder nowhere"),
         (["--checkpoint", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
         (["--checkpoint", __file__], "is no whole checkpoint"),
+        (["--estimators", "reinmax,pathwise"], "cannot serve a OneHotCategorical"),
+        (["--estimators", "disarm"], "cannot serve a OneHotCategorical"),
+        (["--num-draws", "3"], "--num-draws: at least 16 are compared, got 3"),
+        (["--seed", "-1"], "expected a whole number from 0 to 2^32, got '-1'"),
+        (["--out", f"{__file__}/pictures"], "--out: no folder can be made at"),
         (["--epochs", "1,0"], "expected a whole number of at least 1, got '0'"),
     ],
 )
-def test_errors(options: list[str], match: str, capsys: pytest.CaptureFixture) -> None:
+def test_errors(
+    options: list[str], match: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit):
-        compare_estimators.main(options)
+        compare_estimators.main(["--out", str(tmp_path), *options])
     assert match in capsys.readouterr().err
 
 

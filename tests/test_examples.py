@@ -475,6 +475,7 @@ def test_folder_of_images_from_the_command_line(tmp_path: Path, capsys) -> None:
         (["--batch-size", "0"], "--batch-size: expected a whole number of at least 1, got '0'"),
         (["--hidden", "8,x"], "--hidden: expected a whole number of at least 1, got 'x'"),
         (["--lr", "-1"], "--lr: expected a number above 0, got '-1'"),
+        (["--out", f"{__file__}/pictures"], "--out: no folder can be made at"),
         (["--lr", "much"], "--lr: expected a number above 0, got 'much'"),
     ],
 )
