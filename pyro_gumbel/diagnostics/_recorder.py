@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from pyro_gumbel.diagnostics._moments import BATCH, Moments
 
-__all__ = ["RESERVED", "AllDraws", "Projections", "Recorder", "dims_of"]
+__all__ = ["RESERVED", "AllDraws", "Projections", "Recorder", "check_dims", "dims_of"]
 
 # Dimensions and coordinates of the draws, which no parameter can share its name with.
 RESERVED = frozenset(
@@ -38,6 +39,32 @@ RESERVED = frozenset(
 )
 
 _MAX_BYTES = 4 * 2**30
+
+
+def check_dims(dims: Any, leaves: Iterable[str]) -> None:
+    """Check that ``dims`` names dimensions of parameters that there are.
+
+    Raises:
+        TypeError: If it is no dict of lists of names.
+        ValueError: If it has an unknown parameter, or a name that the draws' own dimensions have.
+    """
+    if dims is None:
+        return
+    known = list(leaves)
+    if not isinstance(dims, Mapping) or any(isinstance(own, str) for own in dims.values()):
+        raise TypeError(
+            "dims must be a dict of lists, such as dims={'logits': ['datum', 'category']}; got "
+            f"{dims!r}."
+        )
+    for name, own in dims.items():
+        if name not in known:
+            raise ValueError(f"dims: no parameter is called {name!r}; there are {known}.")
+        taken = sorted({"chain", "draw", "estimator"} & set(own))
+        if taken:
+            raise ValueError(
+                f"dims: parameter {name!r} cannot have a dimension {taken[0]!r}: the draws have "
+                "one of that name. Choose another."
+            )
 
 
 def dims_of(name: str, rank: int, dims: dict[str, list[str]] | None) -> list[str]:
@@ -199,4 +226,5 @@ class Projections(Recorder):
         for statistic in ("trace", "trace_variance", "square_trace"):
             values = [getattr(spread, statistic) for spread in spreads]
             coords[statistic] = (["block"], np.array(values))
-        return data, coords, {"project": len(self.directions[0].T)}
+        attrs = {"project": len(self.directions[0].T), "moments_of": self.moments.count}
+        return data, coords, attrs

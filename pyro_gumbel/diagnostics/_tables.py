@@ -145,6 +145,12 @@ def _batches(dataset: xr.Dataset, names: list[str]) -> Iterator[torch.Tensor]:
 
 def _stored_blocks(dataset: xr.Dataset, names: list[str]) -> dict[str, Block]:
     count = dataset.sizes["chain"] * dataset.sizes["draw"]
+    of = dataset.attrs.get("moments_of", count)
+    if of != count:
+        raise ValueError(
+            f"draws kept as projections are cut to {count}, and their moments are those of all "
+            f"{of}. Give them whole, or draw with num_draws={dataset.sizes['draw']}."
+        )
     means = {name: dataset.coords[f"{name}.mean"].values.reshape(-1) for name in names}
     norms = dataset.coords["parameter_norm"].values.reshape(count, -1)
     columns = {name: norms[:, i] for i, name in enumerate(dataset.coords["parameter"].values)}

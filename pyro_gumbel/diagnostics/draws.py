@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from pyro_gumbel.diagnostics._drawing import Drawer, Plan, survey
 from pyro_gumbel.diagnostics._parameters import Params, check_complete, find_parameters
-from pyro_gumbel.diagnostics._recorder import RESERVED
+from pyro_gumbel.diagnostics._recorder import RESERVED, check_dims
 from pyro_gumbel.diagnostics._replicas import Replica, split_choice
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
 from pyro_gumbel.estimators import Call, Estimator
@@ -121,6 +121,7 @@ def gradient_draws(
         seed_everything(first)
         leaves = find_parameters(call, keep, params)
         _check_names(leaves)
+        check_dims(dims, leaves)
         plan = Plan(call, leaves, chain_seeds, num_draws, num_warmup, dims, project, site_draws)
         makers = {
             label: _maker(choice, num_particles, vectorize_particles)

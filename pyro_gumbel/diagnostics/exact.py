@@ -21,7 +21,7 @@ from pyro_gumbel.diagnostics._parameters import (
     find_parameters,
     read_gradients,
 )
-from pyro_gumbel.diagnostics._recorder import dims_of
+from pyro_gumbel.diagnostics._recorder import check_dims, dims_of
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
 from pyro_gumbel.diagnostics._sums import expectations, find_states, walk
 from pyro_gumbel.estimators import Call
@@ -84,6 +84,7 @@ def exact_gradient(
     """
     call = Call(model, guide, args, kwargs)
     gradients, attrs = sum_states(call, params, max_states, seed)
+    check_dims(dims, gradients)
     variables = {
         name: (dims_of(name, gradient.ndim, dims), gradient)
         for name, gradient in gradients.items()

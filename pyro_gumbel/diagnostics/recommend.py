@@ -328,7 +328,7 @@ class _Search:
         candidate = best.candidate
         text = f"Recommended: {candidate.config!r} with num_particles={candidate.num_particles}."
         if self.reference is None:
-            text += " No candidate is unbiased, so biases are unknown and count as none."
+            text += " No unbiased candidate was measured, so biases are unknown and count as none."
         elif self.reference.attrs.get("estimator") == "exact":
             text += " Biases are against the exact gradient."
         else:

@@ -97,7 +97,7 @@ def _check_config(config: Config) -> Config:
     if isinstance(config, Mapping):
         for site, choice in config.items():
             check_choice(choice, f"config_gradient: for site {site!r} got")
-    elif isinstance(config, Estimator) or not callable(config):
+    elif isinstance(config, (Estimator, type)) or not callable(config):
         if config is None:
             raise TypeError(
                 "config_gradient: config is missing; give an estimator, a name, a dict or a "

@@ -120,6 +120,34 @@ def test_parameters_not_made_yet_are_made_under_the_seed() -> None:
     assert len(pyro.get_param_store()) == 0
 
 
+@pytest.mark.parametrize(
+    ("dims", "error", "match"),
+    [
+        ({"logit": ["a"]}, ValueError, "no parameter is called 'logit'; there are .*'w'"),
+        (["a"], TypeError, r"dims must be a dict of lists.*got \['a'\]"),
+        ({"logits": "ab"}, TypeError, "dims must be a dict of lists"),
+        ({"logits": ["a", "chain"]}, ValueError, "'logits' cannot have a dimension 'chain'"),
+    ],
+)
+def test_names_of_dimensions(dims: Any, error: type[Exception], match: str) -> None:
+    problem = bits()
+    problem.reset(torch.float32)
+    with pytest.raises(error, match=match):
+        draw(problem, {"s": "score"}, num_draws=6, dims=dims)
+    with pytest.raises(error, match=match):
+        exact_gradient(problem.model, problem.guide, dims=dims)
+
+
+def test_projections_are_not_cut() -> None:
+    """Their moments are kept for all draws at once."""
+    problem = bits()
+    problem.reset(torch.float32)
+    whole = draw(problem, {"s": "score"}, num_draws=20, project=2)["s"]
+    assert len(compare_gradients(whole)) == 1
+    with pytest.raises(ValueError, match=r"are cut to \d+, and their moments are those of all"):
+        compare_gradients(whole.isel(draw=slice(10)))
+
+
 def test_warmup_settles_a_baseline() -> None:
     problem = bits()
     problem.reset(torch.float32)

@@ -80,6 +80,11 @@ ROWS = {
         TypeError,
         r"for site 'z' got the class ReinMax; give an object: ReinMax\(\)",
     ),
+    "a class for all": (
+        lambda: config_gradient(ONE_HOT, ReinMax),
+        TypeError,
+        r"config_gradient: got the class ReinMax; give an object: ReinMax\(\)",
+    ),
     "a number": (
         lambda: config_gradient(ONE_HOT, {"z": 0.5}),
         TypeError,
