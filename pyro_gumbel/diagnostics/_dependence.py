@@ -34,6 +34,10 @@ class Flow(TorchDispatchMode):
         for name, value in values.items():
             self._mark(value, frozenset([name]))
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first operation imports the compiler, for a second
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

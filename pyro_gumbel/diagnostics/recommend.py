@@ -131,7 +131,7 @@ def recommend(
         ...     pyro.sample("z", dist.Bernoulli(0.3))
         >>> def guide():
         ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.0))))
-        >>> found = recommend(model, guide, budget_seconds=2.0, progress=False)
+        >>> found = recommend(model, guide, budget_seconds=4.0, progress=False)
         >>> found.config
         {'z': Enumerate()}
     """
