@@ -19,7 +19,8 @@ from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.infer._captured_step import CapturedStep
 from pyro_gumbel.infer._record import NotRecordable
 from pyro_gumbel.infer._rng import set_torch_generators, torch_generators
-from pyro_gumbel.infer.particle_elbo import ParticleELBO, finish_step
+from pyro_gumbel.infer.finish import finish_step
+from pyro_gumbel.infer.particle_elbo import ParticleELBO
 
 __all__ = ["CapturedSVI"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.infer._rng import preserved_rng, set_torch_generators, torch_generators
 from pyro_gumbel.infer.apart import check_apart
+from pyro_gumbel.infer.finish import finish_step
 from pyro_gumbel.infer.names import Auto, Choice, check_choice
 from pyro_gumbel.infer.particles import (
     MAIN,
@@ -33,7 +33,7 @@ from pyro_gumbel.infer.probe import check_reading
 from pyro_gumbel.infer.run import Run, run_programs
 from pyro_gumbel.infer.site_checks import Doubt, SiteChecks, same_programs
 
-__all__ = ["ParticleELBO", "finish_step"]
+__all__ = ["ParticleELBO"]
 
 _MANY_PLATES = 20  # more than any program nests: the trial run puts enumerated values left of them
 
@@ -336,35 +336,3 @@ def _plate_nesting(trace: poutine.Trace) -> int:
         if frame.vectorized
     ]
     return -min(dims, default=0)
-
-
-def finish_step(estimators: dict[str, Estimator]) -> None:
-    """Advance each schedule once, and show learnable parameters to whoever collects parameters."""
-    schedules = {
-        id(schedule): schedule
-        for estimator in estimators.values()
-        for schedule in estimator.schedules()
-    }
-    for schedule in schedules.values():
-        schedule.advance()
-    seen: set[int] = set()
-    for name, estimator in estimators.items():
-        if id(estimator) not in seen and next(estimator.parameters(), None) is not None:
-            _show_parameters(f"gradient${name}", estimator)
-        seen.add(id(estimator))
-
-
-def _show_parameters(name: str, estimator: Estimator) -> None:
-    """Put the estimator's parameters into the store, in place of another estimator's."""
-    store = pyro.get_param_store()
-    for key, parameter in estimator.named_parameters():
-        stored = f"{name}$$${key}"
-        # Else the optimiser would step a tensor that nothing uses any more. (The store copies
-        # what is not contiguous, so that such a parameter is never found in it.)
-        foreign = stored in store and store[stored].unconstrained() is not parameter
-        if foreign and parameter.is_contiguous():
-            del store[stored]
-    with warnings.catch_warnings():
-        # Parameters are frozen on purpose here, by learn=False or by the user.
-        warnings.filterwarnings("ignore", ".* was not registered in the param store")
-        pyro.module(name, estimator)

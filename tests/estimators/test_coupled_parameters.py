@@ -69,6 +69,16 @@ def gradient(law, estimator, *, bits, num_particles, vectorize):
     return [pyro.get_param_store()._params["logits"].grad, *own]
 
 
+def check_alike(make, law, bits, num_particles, vectorize):
+    """Hold the gradient under a law against that under Pyro's own class."""
+    options = {"bits": bits, "num_particles": num_particles, "vectorize": vectorize}
+    own = dist.Bernoulli if bits else dist.OneHotCategorical
+    plain = gradient(lambda logits: own(logits=logits), make(), **options)
+    other = gradient(law, make(), **options)
+    assert plain[0].abs().sum() > 0
+    torch.testing.assert_close(other, plain)
+
+
 PARTICLES = pytest.mark.parametrize(
     ("num_particles", "vectorize"), [(1, False), (3, False), (3, True)]
 )
@@ -92,36 +102,25 @@ PARTICLES = pytest.mark.parametrize(
 )
 def test_one_hot(make, given, num_particles, vectorize):
     """The parameter itself as the logits, in each of the particles, is where graphs can meet."""
-    options = {"bits": False, "num_particles": num_particles, "vectorize": vectorize}
-    plain = gradient(lambda logits: dist.OneHotCategorical(logits=logits), make(), **options)
-    other = gradient(ONE_HOTS[given], make(), **options)
-    assert plain[0].abs().sum() > 0
-    torch.testing.assert_close(other, plain)
+    check_alike(make, ONE_HOTS[given], False, num_particles, vectorize)
 
 
 @PARTICLES
 @pytest.mark.parametrize("given", BITS)
 @pytest.mark.parametrize("make", [Rebar, MuProp, DoubleControlVariate, DisARM, LocalExpectation])
 def test_bits(make, given, num_particles, vectorize):
-    options = {"bits": True, "num_particles": num_particles, "vectorize": vectorize}
-    plain = gradient(lambda logits: dist.Bernoulli(logits=logits), make(), **options)
-    other = gradient(BITS[given], make(), **options)
-    assert plain[0].abs().sum() > 0
-    torch.testing.assert_close(other, plain)
+    check_alike(make, BITS[given], True, num_particles, vectorize)
 
 
 @PARTICLES
 @pytest.mark.parametrize("make", [Rebar, DisARM])
 def test_bits_of_the_relaxed_class(make, num_particles, vectorize):
     """Those that draw by their own noise: the class's own sample is another."""
-    options = {"bits": True, "num_particles": num_particles, "vectorize": vectorize}
-    plain = gradient(lambda logits: dist.Bernoulli(logits=logits), make(), **options)
-    other = gradient(
-        lambda logits: RelaxedBernoulli(0.5, logits=logits, straight_through=True),
-        make(),
-        **options,
-    )
-    torch.testing.assert_close(other, plain)
+
+    def law(logits):
+        return RelaxedBernoulli(0.5, logits=logits, straight_through=True)
+
+    check_alike(make, law, True, num_particles, vectorize)
 
 
 @pytest.mark.parametrize("vectorize", [False, True])
