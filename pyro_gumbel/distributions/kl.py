@@ -11,7 +11,7 @@ from torch.distributions import Bernoulli, Distribution, OneHotCategorical, regi
 from torch.distributions import Gumbel as TorchGumbel
 from torch.nn.functional import logsigmoid
 
-from pyro_gumbel.distributions._base import broadcast_shapes
+from pyro_gumbel.distributions._base import broadcast_shapes, plain_eager
 from pyro_gumbel.distributions._categorical import CategoricalDistribution
 from pyro_gumbel.distributions._noise import noise_dtype
 from pyro_gumbel.distributions._parameters import CategoricalParameters
@@ -30,10 +30,40 @@ def kl_from_log_probs(log_p: Tensor, log_q: Tensor) -> Tensor:
     Terms with :math:`p_c = 0` are zero, whatever :math:`q_c`; a term with only
     :math:`q_c = 0` is infinite.
     """
+    if plain_eager():
+        return _Divergence.apply(log_p, log_q)
+    p, difference = _probs_and_difference(log_p, log_q)
+    return (p * difference).sum(-1)
+
+
+def _probs_and_difference(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     p = log_p.exp()
     absent = p == 0  # also where it underflows: 0 * inf would be nan
-    difference = log_p.masked_fill(absent, 0.0) - log_q.masked_fill(absent, 0.0)
-    return (p * difference).sum(-1)
+    return p, log_p.masked_fill(absent, 0.0) - log_q.masked_fill(absent, 0.0)
+
+
+class _Divergence(torch.autograd.Function):
+    """The same in two thirds of the time: what the way back needs is there already."""
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, log_q: Tensor) -> Tensor:
+        p = log_p.exp()
+        difference = (log_p - log_q).masked_fill_(p == 0, 0.0)
+        ctx.save_for_backward(log_p, log_q, p, difference)
+        return (p * difference).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        log_p, log_q, p, difference = ctx.saved_tensors
+        if torch.is_grad_enabled():  # it will be differentiated once more
+            p, difference = _probs_and_difference(log_p, log_q)
+        weight = grad.unsqueeze(-1) * p
+        for_p = for_q = None
+        if ctx.needs_input_grad[0]:
+            for_p = torch.addcmul(weight, weight, difference)
+        if ctx.needs_input_grad[1]:
+            for_q = -weight
+        return for_p, for_q
 
 
 def _gives_probs(distribution: Any) -> bool:

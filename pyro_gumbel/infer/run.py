@@ -120,11 +120,14 @@ def run_programs(
         The run.
     """
     guide, model = in_rows(call.guide, draw.layout), in_rows(call.model, draw.layout)
+    traced_guide = poutine.trace(guide)
     with subsample, draw, checks:
-        guide_trace = poutine.trace(guide).get_trace(*call.args, **call.kwargs)
+        traced_guide(*call.args, **call.kwargs)
+    guide_trace = traced_guide.trace
+    traced_model = poutine.trace(poutine.replay(model, trace=guide_trace))
     with subsample, checks:
-        replayed = poutine.replay(model, trace=guide_trace)
-        model_trace = poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
+        traced_model(*call.args, **call.kwargs)
+    model_trace = traced_model.trace
     if is_validation_enabled():
         check_programs(model_trace, guide_trace)
     return _collect(model_trace, guide_trace, draw, analytic_kl, full_scores)

@@ -185,7 +185,7 @@ def _holds(constraint: Any, value: Tensor) -> bool:
         total = value.sum()  # NaN if any number is; infinities of both signs are looked at below
         if total == total:
             return True
-    if constraint is constraints.boolean and value.numel() > 0:
-        # x = x * x is true of 0, of 1 and of infinity.
-        return bool(value.amax() <= 1) and torch.equal(value, value * value)
+    if constraint is constraints.boolean and value.is_floating_point():
+        # x - x * x is 0 for 0 and 1 alone, and no number for infinities.
+        return bool(torch.addcmul(value, value, value, value=-1).abs_().sum() == 0)
     return bool(constraint.check(value).all())

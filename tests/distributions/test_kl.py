@@ -18,6 +18,7 @@ from pyro_gumbel.distributions import (
     RelaxedOneHot,
     TruncatedGumbel,
 )
+from pyro_gumbel.distributions.kl import kl_from_log_probs
 
 ONE_HOT = {
     "OneHot": OneHot,
@@ -142,3 +143,48 @@ def test_zeros_outlast_expansion():
     assert low.probs[-1] == 0
     finite = kl_divergence(OneHot(probs=torch.tensor([0.2, 0.3, 0.5])), low.expand([2]))
     assert torch.isfinite(finite).all()
+
+
+DOUBLE = {"dtype": torch.float64}
+
+
+@pytest.mark.parametrize("q_shape", [(5,), (1, 5), (3, 5), (2, 3, 5)])
+def test_first_and_second_derivatives_sum_over_what_was_broadcast(q_shape):
+    p_logits = torch.randn(3, 5, **DOUBLE, requires_grad=True)
+    q_logits = torch.randn(q_shape, **DOUBLE, requires_grad=True)
+
+    def divergence(p, q):
+        return kl_divergence(OneHot(logits=p), dist.OneHotCategorical(logits=q))
+
+    assert torch.autograd.gradcheck(divergence, (p_logits, q_logits))
+    assert torch.autograd.gradgradcheck(divergence, (p_logits, q_logits))
+
+
+def test_gradients_at_probabilities_of_zero():
+    log_p = torch.tensor([0.25, 0.75, 0.0], **DOUBLE).log().requires_grad_()
+    log_q = torch.tensor([0.5, 0.5, 0.0], **DOUBLE).log().requires_grad_()
+    kl_from_log_probs(log_p, log_q).backward()
+    p = torch.tensor([0.25, 0.75, 0.0], **DOUBLE)
+    difference = torch.tensor([math.log(0.5), math.log(1.5), 0.0], **DOUBLE)
+    torch.testing.assert_close(log_p.grad, p * (difference + 1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(log_q.grad, -p, rtol=0, atol=0)
+
+
+def test_gradients_come_in_each_arguments_own_dtype():
+    log_p = torch.randn(4, 3).log_softmax(-1).requires_grad_()
+    log_q = torch.randn(3, **DOUBLE).log_softmax(-1).requires_grad_()
+    divergence = kl_from_log_probs(log_p, log_q)
+    divergence.sum().backward()
+    assert (divergence.dtype, log_p.grad.dtype, log_q.grad.dtype) == (
+        torch.float64,
+        torch.float32,
+        torch.float64,
+    )
+
+
+def test_under_transforms_as_without():
+    log_p, log_q = torch.randn(2, 4, 3, **DOUBLE).log_softmax(-1).unbind()
+    by_row = torch.func.vmap(torch.func.grad(kl_from_log_probs))(log_p, log_q)
+    log_p.requires_grad_()
+    (whole,) = torch.autograd.grad(kl_from_log_probs(log_p, log_q).sum(), log_p)
+    torch.testing.assert_close(by_row, whole, rtol=1e-12, atol=1e-15)
