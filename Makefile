@@ -17,16 +17,20 @@ ARVIZ_PYTHON = python3.14 python3.13 python3.12 python3 \
   $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.1[2-9]*/bin/python)
 ARVIZ_VENV ?= .venv-arviz
 
+# Triton comes with the torch of a machine with a GPU; elsewhere its interpreter runs the kernels.
+TRITON ?= .triton
+
 PYTEST_ARGS ?= -n 2
 DEMO_OUT ?= out/demo
 
-.PHONY: help demo test test-slow test-arviz lint format benchmark clean
+.PHONY: help demo test test-slow test-arviz test-triton lint format benchmark clean
 
 help:
 	@echo 'make demo       train and compare estimators on scikit-learn digits (minutes)'
 	@echo 'make test       the test suite (minutes)'
 	@echo 'make test-slow  the long statistical tests and the long examples'
 	@echo 'make test-arviz the part that differs between ArviZ 0.x and 1.x, on 1.x'
+	@echo 'make test-triton the kernels for GPUs, on a CPU by the interpreter of Triton'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make format     rewrite the sources in the one format'
 	@echo 'make benchmark  time what the package does against plain PyTorch and Pyro'
@@ -54,6 +58,13 @@ test-arviz:
 	  $(ARVIZ_VENV)/bin/python -m pytest --noconftest -p no:cacheprovider tests/test_arviz.py; \
 	else echo 'notice: no Python 3.12 or later is found, so ArviZ 1.x is left untested'; fi
 
+test-triton: $(STAMP)
+	@[ -e $(TRITON)/.ready ] || { echo 'fetching $(TRITON), once'; \
+	  $(BIN)/python -m pip install --quiet --no-deps --target $(TRITON) triton && \
+	  touch $(TRITON)/.ready; }
+	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 \
+	  $(BIN)/python -m pytest $(PYTEST_ARGS) tests/distributions/test_fused_draw.py
+
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -69,7 +80,7 @@ benchmark: $(STAMP)
 	done
 
 clean:
-	rm -rf $(VENV) $(ARVIZ_VENV) out build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ARVIZ_VENV) $(TRITON) out build dist .mypy_cache .pytest_cache .ruff_cache
 
 # The torch of a machine without an NVIDIA GPU is pinned on the Python that the tests run on, so
 # that pip can take the CPU build; with a GPU pip takes its default build, which brings CUDA.

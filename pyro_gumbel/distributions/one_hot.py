@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from pyro_gumbel.distributions._noise import log_exponential_noise, noise_dtype
 
 __all__ = ["OneHot", "draw_one_hot", "multilinear_log_prob"]
 
+_FUSED_FROM = 1 << 16  # logits; below that a draw on a GPU takes the time of its launches
+
 # Stands for log 0 in the gradient: far below any log-mass met in practice, and finite in float16.
 _LOG_ZERO_SLOPE = -32768.0
 
@@ -28,8 +32,9 @@ def draw_one_hot(logits: Tensor, sample_shape: Sequence[int] = ()) -> Tensor:
     .. math:: P(D = \mathrm{onehot}(c)) = \mathrm{softmax}(\phi)_c
 
     On a CPU one uniform number a row, in float64, is held against the cumulative probabilities;
-    elsewhere Gumbel noise is added to every logit and the largest wins, in float32 or better. A
-    category with logit :math:`-\infty` is never drawn. No gradient flows.
+    elsewhere Gumbel noise is added to every logit and the largest wins, in float32 or better, on
+    a GPU by one kernel where Triton is installed. A category with logit :math:`-\infty`
+    is never drawn. No gradient flows.
 
     Args:
         logits: Log-probabilities up to a constant, ``batch_shape + (C,)``.
@@ -45,6 +50,10 @@ def draw_one_hot(logits: Tensor, sample_shape: Sequence[int] = ()) -> Tensor:
         >>> draw_one_hot(torch.tensor([0.0, -math.inf]))
         tensor([1., 0.])
     """
+    if logits.is_cuda and logits.numel() >= _FUSED_FROM and plain_eager():
+        draw = _fused_draw(logits.detach(), torch.Size(sample_shape))
+        if draw is not None:
+            return draw
     phi = logits.detach().to(noise_dtype(logits.dtype))
     # An offset common to all categories would cost the scores their last digits.
     phi = phi - phi.amax(-1, keepdim=True)
@@ -54,6 +63,33 @@ def draw_one_hot(logits: Tensor, sample_shape: Sequence[int] = ()) -> Tensor:
         return torch.zeros(shape, dtype=logits.dtype).scatter_(-1, index, 1)
     log_noise = log_exponential_noise((*sample_shape, *phi.shape), phi.dtype, phi.device)
     return one_hot_argmax(phi - log_noise, logits.dtype)
+
+
+def _fused_draw(logits: Tensor, sample_shape: torch.Size) -> Tensor | None:
+    """Draw by one kernel, if there is one for these logits."""
+    if logits.dtype == torch.float64:
+        return None
+    kernel = _fused_kernel(logits.device)
+    return None if kernel is None else kernel(logits, sample_shape)
+
+
+@functools.cache
+def _fused_kernel(device: torch.device) -> Callable[[Tensor, torch.Size], Tensor | None] | None:
+    """The kernel, if Triton is installed and can compile for the device."""
+    try:
+        from pyro_gumbel.distributions import _fused_draw
+    except ImportError:
+        return None
+    try:
+        _fused_draw.try_out(device)
+    except Exception as error:  # a compiler or a driver that is missing, in whatever words
+        warnings.warn(
+            f"Triton is installed and cannot compile for {device}, so that draws there take "
+            f"several times as long: {type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+        return None
+    return _fused_draw.one_hot_draw
 
 
 def _invert_cumulative(weights: Tensor, sample_shape: torch.Size) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F  # noqa: N812
-from _timing import Step, ratios, side_by_side
+from _timing import Step, as_graph, ratios, side_by_side
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -99,20 +99,29 @@ def draws(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]
 
 
 def exact_draws(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """From fresh logits, as a step has them; a copy reads and writes what a draw has to."""
+    """From fresh logits, as a step has them; a copy reads and writes what a draw has to.
+
+    On a GPU both are also timed as graphs, without the time that Python takes to launch them.
+    """
     base, copy = "OneHotCategorical.sample", "copy of the logits"
     table = []
     for shape in SHAPES:
         logits = torch.randn(shape, device=device)
-        builds = {
+        builds: dict[str, Callable[[], Step]] = {
             base: lambda z=logits: (
                 lambda: dist.OneHotCategorical(logits=z, validate_args=False).sample()
             ),
             "draw_one_hot": lambda z=logits: lambda: draw_one_hot(z),
             copy: lambda z=logits: functools.partial(torch.empty_like(z).copy_, z),
         }
-        floor = 1.6 if device.type == "cuda" and shape == SHAPES[-1] else None
-        rows = [("draw_one_hot", base, 0.2), ("draw_one_hot", copy, floor)]
+        rows: list[tuple[str, str, float | None]] = [("draw_one_hot", base, 0.2)]
+        if device.type == "cpu":
+            rows.append(("draw_one_hot", copy, None))
+        else:
+            for name in ("draw_one_hot", copy):
+                builds[f"{name}, graph"] = lambda build=builds[name]: as_graph(build())
+            floor = 1.6 if shape == SHAPES[-1] else None
+            rows.append(("draw_one_hot, graph", f"{copy}, graph", floor))
         table += _of_shape(args, device, shape, builds, rows)
     return table
 

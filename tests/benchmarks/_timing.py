@@ -37,6 +37,18 @@ def now(device: torch.device) -> float:
     return time.process_time()
 
 
+def as_graph(step: Step) -> Step:
+    """Let a GPU repeat a step's kernels by itself."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()  # libraries and compilers set themselves up
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def side_by_side(
     builds: dict[str, Build],
     *,
