@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
@@ -17,7 +18,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_gumbel.estimators import Call, Estimator
-from pyro_gumbel.infer._cuda_graph import GraphedStep, hyper_parameters, make_capturable
+from pyro_gumbel.infer._cuda_graph import (
+    GraphedStep,
+    NotGraphable,
+    hyper_parameters,
+    make_capturable,
+    optimised,
+)
 from pyro_gumbel.infer._record import NotRecordable, Recording, record
 from pyro_gumbel.infer._rng import preserved_rng
 from pyro_gumbel.infer._step_state import EstimatorState
@@ -61,6 +68,7 @@ class CapturedStep:
         self.compile = compile
         self.recording: Recording | None = None
         self.replays = 0
+        self._graphable = self.leaves[0].is_cuda
         self._graphed: GraphedStep | None = None
         self._hyper_parameters: list[Any] = []
         self._optim_in_graph = False
@@ -100,14 +108,13 @@ class CapturedStep:
         """
         assert self.recording is not None
         inputs = tensors + self.state.inputs()
-        if self.leaves[0].is_cuda:
-            loss, gradients, states = self._graph(inputs)(inputs)
-            look(loss)
-            if not self._optim_in_graph:
-                self._apply(gradients)
-        else:
+        graph = self._graph(inputs) if self._graphable else None
+        if graph is None:
             loss, gradients, states = self.recording(inputs)
-            look(loss)
+        else:
+            loss, gradients, states = graph(inputs)
+        look(loss)
+        if graph is None or not self._optim_in_graph:
             self._apply(gradients)
         self._finish(states)
         return loss
@@ -167,17 +174,36 @@ class CapturedStep:
             leaf.grad = gradient
         self.optim(self.leaves)
 
-    def _graph(self, inputs: list[Tensor]) -> GraphedStep:
-        """The CUDA graph, captured anew where a learning rate has changed."""
+    def _graph(self, inputs: list[Tensor]) -> GraphedStep | None:
+        """The CUDA graph, captured anew where a number that it goes on with has changed."""
         assert self.recording is not None
         if self._graphed is None:
             self._optim_in_graph = make_capturable(self.optim)
         now = hyper_parameters(self.optim) if self._optim_in_graph else []
-        if self._graphed is None or now != self._hyper_parameters:
-            apply = self._apply if self._optim_in_graph else None
-            self._graphed = GraphedStep(self.recording, inputs, apply)
+        if (
+            self._graphed is None
+            or now != self._hyper_parameters
+            or not self._graphed.is_current()
+        ):
             self._hyper_parameters = now
+            self._graphed = self._capture(inputs)
         return self._graphed
+
+    def _capture(self, inputs: list[Tensor]) -> GraphedStep | None:
+        assert self.recording is not None
+        apply = self._apply if self._optim_in_graph else None
+        changed = optimised(self.optim) if self._optim_in_graph else []
+        try:
+            return GraphedStep(self.recording, inputs, self.leaves[0].device, apply, changed)
+        except NotGraphable as error:
+            self._graphable = False
+            warnings.warn(
+                f"CapturedSVI: the recorded step cannot become one CUDA graph, for {error}. Its "
+                "operations are launched one by one, which takes longer; make such tensors on "
+                f"{self.leaves[0].device}.",
+                stacklevel=6,
+            )
+            return None
 
 
 class _Unchecked(Messenger):

@@ -39,11 +39,13 @@ class Recording:
 
     Attributes:
         play: The recorded operations as a function of the inputs.
-        mutated: The tensors among those held that the operations change in place.
+        held: The tensors that are held.
+        mutated: Those among them that the operations change in place.
     """
 
     def __init__(self, graph: fx.GraphModule, inputs: Sequence[Tensor], *, compile: bool) -> None:
         simplify(graph, inputs)
+        self.held = [getattr(graph, n.target) for n in graph.graph.nodes if n.op == "get_attr"]
         self.mutated = _mutated(graph)
         self.play: Function = _compiled(graph) if compile else as_function(graph)
 
@@ -75,7 +77,9 @@ def record(
             returned.append(function(*inputs))
         return returned[0]
 
-    graph = make_fx(run)(*inputs)
+    # On a GPU autograd works in threads of its own, out of the recorder's sight.
+    with torch.autograd.set_multithreading_enabled(False):
+        graph = make_fx(run)(*inputs)
     return returned[0], Recording(graph, inputs, compile=compile)
 
 

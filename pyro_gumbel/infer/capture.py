@@ -177,10 +177,11 @@ class CapturedSVI(SVI):
         step.replays += 1  # first, for a comparison that fails would be made for ever
         if step.replays % self.check_every == 1 % self.check_every:
             self._compare(step.recorded(tensors), step.eager(call))
-        before = torch_generators()
+        validating = is_validation_enabled()
+        before = torch_generators() if validating else []
 
         def look(loss: Tensor) -> None:
-            if is_validation_enabled() and loss.isnan():
+            if validating and loss.isnan():
                 after = torch_generators()
                 set_torch_generators(before)
                 try:
