@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
-from pyro_gumbel.distributions._autograd import with_signature
+from pyro_gumbel.distributions._base import plain_eager
 from pyro_gumbel.distributions.gumbel import gumbel_noise
 from pyro_gumbel.distributions.one_hot import draw_one_hot
 from pyro_gumbel.distributions.relaxed import straight_through
@@ -51,55 +52,48 @@ def conditional_scores(
 _AT_ONCE = 1 << 17  # numbers of which a few copies are held while draws are made
 
 
-@with_signature
-class _MeanSoftmaxJacobian(torch.autograd.Function):
-    r"""Forward the hard draw; backward a mean softmax Jacobian.
+def matrix_product(vector: Tensor, jacobian: Tensor) -> Tensor:
+    r"""Multiply by a mean of :math:`\mathrm{diag}(y) - y y^\top`, kept as ``(..., C, C)``.
 
-    The mean of :math:`\mathrm{diag}(y) - y y^\top` over many draws is kept as one matrix for
-    each variable, so that memory does not grow with their number.
+    One matrix for each variable, so that memory does not grow with the number of draws.
     """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(logits: Tensor, hard: Tensor, jacobian: Tensor) -> Tensor:
-        return hard.view_as(hard)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (jacobian,) = ctx.saved_tensors
-        return (jacobian @ grad.unsqueeze(-1)).squeeze(-1), None, None
+    return (jacobian @ vector.unsqueeze(-1)).squeeze(-1)
 
 
-@with_signature
-class _SampledSoftmaxJacobian(torch.autograd.Function):
-    r"""The same with the draws ``y_k`` themselves, ``(K,) + batch_shape + (C,)``.
+def sampled_product(vector: Tensor, draws: Tensor, scale: Tensor) -> Tensor:
+    """The same from the draws ``y_k`` themselves, ``(K,) + batch_shape + (C,)``.
 
     They are smaller than the matrices where there are fewer draws than categories.
     """
+    inner = torch.einsum("k...c,...c->k...", draws, vector)
+    mean = torch.einsum("k...,k...c->...c", inner, draws) / len(draws)
+    return (vector * draws.mean(0) - mean) * scale
 
-    generate_vmap_rule = True
+
+Product = Callable[..., Tensor]
+
+
+class _WithJacobian(torch.autograd.Function):
+    """Forward the hard draw; backward a symmetric Jacobian that is kept."""
 
     @staticmethod
-    def forward(logits: Tensor, hard: Tensor, draws: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, hard: Tensor, product: Product, *kept: Tensor) -> Tensor:
+        ctx.product = product
+        ctx.save_for_backward(*kept)
         return hard.view_as(hard)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[2:])
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept = ctx.saved_tensors
+        return ctx.product(grad, *kept), None, None, *(None for _ in kept)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        draws, scale = ctx.saved_tensors
-        inner = torch.einsum("k...c,...c->k...", draws, grad)
-        product = grad * draws.mean(0) - torch.einsum("k...,k...c->...c", inner, draws) / len(
-            draws
-        )
-        return product * scale, None, None, None
+
+def with_jacobian(logits: Tensor, hard: Tensor, product: Product, *kept: Tensor) -> Tensor:
+    """Return ``hard`` with the gradient ``product(gradient, *kept)`` to ``logits``."""
+    if plain_eager():
+        return _WithJacobian.apply(logits, hard, product, *kept)
+    finite = logits.clamp(min=torch.finfo(logits.dtype).min)
+    return hard + product(finite - finite.detach(), *kept)  # plus zero
 
 
 @torch.no_grad()
@@ -123,8 +117,8 @@ def mean_softmax_jacobian(
     # A chunk of draws takes no more memory than the matrices do.
     for size in _chunks(num_samples, categories):
         soft = (conditional_scores(log_probs, hard, (size,)) / temperature).softmax(-1)
-        mean += soft.sum(0)
-        second += torch.einsum("k...i,k...j->...ij", soft, soft)
+        mean = mean + soft.sum(0)  # in place would not do where the noise alone has a vmap
+        second = second + torch.einsum("k...i,k...j->...ij", soft, soft)
     jacobian = (torch.diag_embed(mean) - second) / num_samples
     if isinstance(temperature, Tensor) and temperature.dim() > 0:
         temperature = temperature.unsqueeze(-1)
@@ -172,9 +166,9 @@ class _Rao(OneHotEstimator):
         if self.num_samples < log_probs.shape[-1]:
             draws = conditional_softmaxes(log_probs, hard, temperature, self.num_samples)
             scale = torch.as_tensor(1 / temperature, dtype=logits.dtype, device=logits.device)
-            return _SampledSoftmaxJacobian.apply(logits, hard, draws, scale)
+            return with_jacobian(logits, hard, sampled_product, draws, scale)
         jacobian = mean_softmax_jacobian(log_probs, hard, temperature, self.num_samples)
-        return _MeanSoftmaxJacobian.apply(logits, hard, jacobian)
+        return with_jacobian(logits, hard, matrix_product, jacobian)
 
 
 class GumbelRao(_Rao):

@@ -10,12 +10,12 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor, nn
 
 from pyro_gumbel.distributions.gumbel import gumbel_noise
+from pyro_gumbel.distributions.one_hot import one_hot_argmax
 from pyro_gumbel.estimators.base import Site
 from pyro_gumbel.estimators.control_variates import DifferentiatingEstimator, lower
 from pyro_gumbel.estimators.families import is_bit, one_hot_logits
 from pyro_gumbel.estimators.rao import conditional_scores
 from pyro_gumbel.estimators.schedules import check_temperature
-from pyro_gumbel.estimators.straight_through import one_hot_argmax
 
 __all__ = ["Rebar", "Relax"]
 
@@ -70,7 +70,7 @@ class Rebar(DifferentiatingEstimator):
         logits = one_hot_logits(fn)
         log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         scores = log_probs + gumbel_noise(log_probs.shape, log_probs.dtype, log_probs.device)
-        hard = one_hot_argmax(scores.detach())
+        hard = one_hot_argmax(scores, scores.dtype)
         given = conditional_scores(log_probs, hard)
         temperature = self.log_temperature.exp().to(log_probs.dtype)
         soft = (torch.stack([scores, given]) / temperature).softmax(-1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_gumbel.distributions._softmax import softmax
 from pyro_gumbel.distributions.gumbel import gumbel_noise
-from pyro_gumbel.distributions.one_hot import draw_one_hot
+from pyro_gumbel.distributions.one_hot import draw_one_hot, one_hot_argmax
 from pyro_gumbel.distributions.relaxed import straight_through
 from pyro_gumbel.estimators.base import Estimator
 from pyro_gumbel.estimators.families import (
@@ -216,7 +216,7 @@ class GumbelStraightThrough(OneHotEstimator):
         temperature = (
             self.temperature if self.backward_temperature is None else self.backward_temperature
         )
-        hard = one_hot_argmax(scores.detach())
+        hard = one_hot_argmax(scores, scores.dtype)
         return straight_through(hard, softmax(self._tempered(scores, temperature)))
 
 
@@ -301,12 +301,6 @@ class ReinMax(OneHotEstimator):
         midpoint = reinmax_midpoint(self._tempered(logits.detach(), self.temperature), hard)
         soft = 2 * softmax_at(midpoint, logits) - 0.5 * softmax(logits)
         return straight_through(hard, soft)
-
-
-def one_hot_argmax(scores: Tensor) -> Tensor:
-    """One-hot of the largest score along the last dimension."""
-    index = scores.max(-1, keepdim=True).indices
-    return torch.zeros_like(scores).scatter_(-1, index, 1.0)
 
 
 def reinmax_midpoint(tempered: Tensor, hard: Tensor) -> Tensor:
