@@ -14,6 +14,8 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_gumbel.estimators.families import exact_draw, unwrap
+
 __all__ = ["PlateShape", "read_plates"]
 
 
@@ -82,6 +84,8 @@ class _PlateReader(Messenger):
                 )
         if not self.missing:
             raise _AllPlatesRead
+        if msg["value"] is None:  # torch's own draw of a one-hot looks at values: no recording
+            msg["value"] = exact_draw(unwrap(cast(Any, msg["fn"])))
 
 
 def read_plates(

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
-import numpy as np
 import pyro
 import torch
+from pyro import poutine
 from pyro.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_gumbel.estimators import Call, Estimator
@@ -25,14 +24,27 @@ from pyro_gumbel.infer._cuda_graph import (
     make_capturable,
     optimised,
 )
-from pyro_gumbel.infer._record import NotRecordable, Recording, record
+from pyro_gumbel.infer._record import Recording, record
+from pyro_gumbel.infer._resting_gradients import RestingGradients
 from pyro_gumbel.infer._rng import preserved_rng
 from pyro_gumbel.infer._step_state import EstimatorState
+from pyro_gumbel.infer._undone import (
+    check_hooks,
+    check_other_leaves,
+    laid_out,
+    put_back,
+    undone_on_failure,
+)
 from pyro_gumbel.infer.particle_elbo import ParticleELBO
 
-__all__ = ["CapturedStep"]
+__all__ = ["CapturedStep", "NewParameters"]
 
 Outcome = tuple[Tensor, list[Tensor | None], list[Tensor]]
+Look = Callable[[Tensor], None]
+
+
+class NewParameters(Exception):
+    """The step met parameters that it did not have before."""
 
 
 class CapturedStep:
@@ -43,6 +55,8 @@ class CapturedStep:
         optim: The optimiser, which has seen every parameter.
         params: The parameters by name, unconstrained.
         estimators: The estimators of the step's sites.
+        modules: The modules that the programs use.
+        resting: What lies in ``.grad`` between steps.
         compile: Whether to compile the recording.
 
     Attributes:
@@ -56,51 +70,63 @@ class CapturedStep:
         optim: PyroOptim,
         params: Mapping[str, Tensor],
         estimators: Mapping[str, Estimator],
+        modules: Sequence[nn.Module],
+        resting: RestingGradients,
         *,
         compile: bool,
     ) -> None:
         self.elbo = elbo
         self.optim = optim
         self.params = dict(params)
-        self.leaves = list(dict.fromkeys(params.values()))
+        self.leaves = list({id(p): p for p in params.values() if p.requires_grad}.values())
         device = self.leaves[0].device if self.leaves else torch.device("cpu")
         self.state = EstimatorState(estimators.values(), device)
+        self.modules = modules
+        self.resting = resting
         self.compile = compile
         self.recording: Recording | None = None
         self.replays = 0
-        self._graphable = self.leaves[0].is_cuda
+        self._trained = [param.requires_grad for param in self.params.values()]
+        self._enumerates = any(estimator.enumerates for estimator in estimators.values())
+        self._graphable = device.type == "cuda"
         self._graphed: GraphedStep | None = None
         self._hyper_parameters: list[Any] = []
         self._optim_in_graph = False
 
-    def holds_current_params(self) -> bool:
-        """Tell whether the parameter store still has the very parameters that were recorded."""
+    def is_current(self) -> bool:
+        """Tell whether parameters and estimators are the very ones that were recorded."""
         store = pyro.get_param_store()._params
-        return all(store.get(name) is param for name, param in self.params.items())
+        return (
+            all(store.get(name) is param for name, param in self.params.items())
+            and [param.requires_grad for param in self.params.values()] == self._trained
+            and self.state.is_current()
+        )
 
-    def record(self, call: Call) -> Tensor:
-        """Take a step, recording it, and return the loss."""
+    def record(self, call: Call, look: Look) -> Tensor:
+        """Take a step, recording it, and return the loss.
+
+        Raises:
+            NotRecordable: If a replay could not do what the step does; nothing has changed then.
+            NewParameters: If there are parameters that the first step had not; likewise.
+        """
+        self.state.fix_places()
         leaves = pytree.tree_leaves((call.args, call.kwargs))
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)] + self.state.inputs()
-        numbers, generators = self.state.numbers(), _python_generators()
-        # What checks arguments looks at their values, which no recording can repeat.
-        with pyro.validation_enabled(False), _Unchecked(), _undone_on_failure(self.state):
-            function = self._function(call)
-            outcome, self.recording = record(function, inputs, compile=self.compile)
-            if _python_generators() != generators:
-                raise NotRecordable(
-                    "the program draws from Python's or NumPy's generator; draw with torch."
-                )
-            if self.state.numbers() != numbers:
-                raise NotRecordable(
-                    "an estimator counts or keeps numbers in get_extra_state; keep tensors."
-                )
-        loss, gradients, states = outcome
+        check_hooks(self.leaves)
+        if self._enumerates or self.elbo.vectorize_particles:
+            self.elbo.find_structure(call)  # by a trial that is not the step's
+        with undone_on_failure(self.state, self.modules):
+            # What checks arguments looks at their values, which no recording can repeat.
+            with pyro.validation_enabled(False), _Unchecked():
+                outcome, recording = record(self._function(call), inputs, compile=self.compile)
+            self.recording = recording
+            loss, gradients, states = outcome
+            look(loss)
         self._finish(states)
         self._apply(gradients)
         return loss
 
-    def replay(self, tensors: list[Tensor], look: Callable[[Tensor], None]) -> Tensor:
+    def replay(self, tensors: list[Tensor], look: Look) -> Tensor:
         """Take a step by the recording, given the tensors among the arguments.
 
         The loss is looked at before anything is changed by it, but for a CUDA graph, which takes
@@ -121,28 +147,30 @@ class CapturedStep:
 
     def eager(self, call: Call) -> tuple[Tensor, list[Tensor | None]]:
         """Compute what an eager step would from here on, changing nothing."""
-        with self._preserved():
+        leaves = pytree.tree_leaves((call.args, call.kwargs))
+        with self._preserved([leaf for leaf in leaves if isinstance(leaf, Tensor)]):
             loss, gradients, _ = self._outcome(call)
         return loss, gradients
 
     def recorded(self, tensors: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
         """Compute what a replay would from here on, changing nothing."""
         assert self.recording is not None
-        with self._preserved():
+        with self._preserved(tensors):
             loss, gradients, _ = self.recording(tensors + self.state.inputs())
         return loss, gradients
 
     @contextmanager
-    def _preserved(self) -> Iterator[None]:
-        mutated = self.recording.mutated if self.recording is not None else []
-        kept = [tensor.clone() for tensor in mutated]
+    def _preserved(self, tensors: list[Tensor]) -> Iterator[None]:
+        written: list[Tensor] = []
+        if self.recording is not None:
+            inputs = [i for i in self.recording.mutated_inputs if i < len(tensors)]
+            written = self.recording.mutated + [tensors[i] for i in inputs]
+        kept = [tensor.clone() for tensor in written]
         try:
             with preserved_rng(), self.state.preserved():
                 yield
         finally:
-            with torch.no_grad():
-                for tensor, value in zip(mutated, kept, strict=True):
-                    tensor.copy_(value)
+            put_back(written, kept)
 
     def _function(self, call: Call) -> Any:
         leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
@@ -158,12 +186,26 @@ class CapturedStep:
         return function
 
     def _outcome(self, call: Call) -> Outcome:
-        loss, surrogate, _ = self.elbo.estimate_step(call)
+        with poutine.trace(param_only=True) as traced:
+            loss, surrogate, _ = self.elbo.estimate_step(call)
+        new = [name for name in traced.trace.nodes if name not in self.params]
+        if new:
+            raise NewParameters(f"the parameters {new} were not there in the first step")
+        check_other_leaves(surrogate, self._others(call))
         gradients: tuple[Tensor | None, ...] = (None,) * len(self.leaves)
         if surrogate.requires_grad:
             gradients = torch.autograd.grad(surrogate, self.leaves, allow_unused=True)
-        laid_out = [_like(p, g) for p, g in zip(self.leaves, gradients, strict=True)]
-        return loss, laid_out, [state.detach() for state in self.state.tensors()]
+        states = [state.detach() for state in self.state.tensors()]
+        return loss, laid_out(self.leaves, gradients), states
+
+    def _others(self, call: Call) -> Iterator[Tensor]:
+        """Tensors that an eager step would give gradients to beside the parameters."""
+        known = {id(leaf) for leaf in self.leaves}
+        own = (parameter for module in self.modules for parameter in module.parameters(False))
+        given = pytree.tree_leaves((call.args, call.kwargs))
+        for tensor in (*own, *given):
+            if isinstance(tensor, Tensor) and id(tensor) not in known:
+                yield tensor
 
     def _finish(self, states: list[Tensor]) -> None:
         self.state.put(states)
@@ -171,14 +213,17 @@ class CapturedStep:
 
     def _apply(self, gradients: list[Tensor | None]) -> None:
         for leaf, gradient in zip(self.leaves, gradients, strict=True):
-            leaf.grad = gradient
+            leaf.grad = self.resting.total(leaf, gradient)
         self.optim(self.leaves)
+        self.resting.lay_down(self.leaves)
 
     def _graph(self, inputs: list[Tensor]) -> GraphedStep | None:
         """The CUDA graph, captured anew where a number that it goes on with has changed."""
         assert self.recording is not None
         if self._graphed is None:
             self._optim_in_graph = make_capturable(self.optim)
+        if self._optim_in_graph and not all(map(self.resting.is_resting, self.leaves)):
+            return None  # somebody's gradients come on top
         now = hyper_parameters(self.optim) if self._optim_in_graph else []
         if (
             self._graphed is None
@@ -225,27 +270,3 @@ class _Unchecked(Messenger):
                 self._checked.append(fn)
                 fn._validate_args = False
             fn = getattr(fn, "base_dist", None)
-
-
-def _like(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """Lay a gradient out as its parameter, as optimisers expect it."""
-    if gradient is None or gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
-
-
-def _python_generators() -> tuple[Any, ...]:
-    name, words, *rest = np.random.get_state()
-    return random.getstate(), (name, bytes(words), *rest)  # type: ignore[arg-type]
-
-
-@contextmanager
-def _undone_on_failure(state: EstimatorState) -> Iterator[None]:
-    kept = state.tensors()
-    generators = pyro.util.get_rng_state()
-    try:
-        yield
-    except BaseException:
-        state.put(kept)
-        pyro.util.set_rng_state(generators)
-        raise

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_gumbel.infer._simplify import as_function, is_view_of, simplify, writes_to
@@ -15,16 +16,6 @@ from pyro_gumbel.infer._simplify import as_function, is_view_of, simplify, write
 __all__ = ["NotRecordable", "Recording", "record"]
 
 Function = Callable[..., Any]
-
-
-aten = torch.ops.aten
-_VIEWS = (
-    aten.view.default,
-    aten.detach.default,
-    aten.select.int,
-    aten.slice.Tensor,
-    aten.t.default,
-)
 
 
 class NotRecordable(RuntimeError):  # noqa: N818
@@ -41,12 +32,13 @@ class Recording:
         play: The recorded operations as a function of the inputs.
         held: The tensors that are held.
         mutated: Those among them that the operations change in place.
+        mutated_inputs: The numbers of the inputs that they change in place.
     """
 
     def __init__(self, graph: fx.GraphModule, inputs: Sequence[Tensor], *, compile: bool) -> None:
         simplify(graph, inputs)
         self.held = [getattr(graph, n.target) for n in graph.graph.nodes if n.op == "get_attr"]
-        self.mutated = _mutated(graph)
+        self.mutated, self.mutated_inputs = _mutated(graph)
         self.play: Function = _compiled(graph) if compile else as_function(graph)
 
     @torch.no_grad()
@@ -73,14 +65,39 @@ def record(
     returned: list[Any] = []
 
     def run(*inputs: Tensor) -> Any:
-        with _RefuseValues():
+        with _RefuseReads(), _RefuseValues():
             returned.append(function(*inputs))
         return returned[0]
 
+    # An input that is also another one, or held, must not be taken for it.
+    inputs = [tensor.view_as(tensor) for tensor in inputs]
     # On a GPU autograd works in threads of its own, out of the recorder's sight.
     with torch.autograd.set_multithreading_enabled(False):
         graph = make_fx(run)(*inputs)
     return returned[0], Recording(graph, inputs, compile=compile)
+
+
+class _RefuseReads(TorchFunctionMode):
+    """Refuses what hands the numbers of tensors to Python without an operation."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        makes = func in _MAKERS and args and not isinstance(args[0], Tensor)
+        if func in _READERS or (makes and _holds_tensor(args[0])):
+            raise NotRecordable(
+                f"the program turns a tensor into numbers ({func.__name__}): a recorded step "
+                "would repeat this step's outcome for ever."
+            )
+        return func(*args, **(kwargs or {}))
+
+
+_READERS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+_MAKERS = (torch.tensor, torch.as_tensor)
+
+
+def _holds_tensor(data: Any) -> bool:
+    return isinstance(data, (list, tuple)) and any(
+        isinstance(part, Tensor) or _holds_tensor(part) for part in data
+    )
 
 
 class _RefuseValues(TorchDispatchMode):
@@ -100,20 +117,21 @@ class _RefuseValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _mutated(graph: fx.GraphModule) -> list[Tensor]:
-    """Find the held tensors that an operation writes to, by a view of them included."""
-    held: dict[fx.Node, Tensor] = {}
-    written: dict[int, Tensor] = {}
+def _mutated(graph: fx.GraphModule) -> tuple[list[Tensor], list[int]]:
+    """Find the held tensors and the inputs that an operation writes to, by a view included."""
+    source_of: dict[fx.Node, fx.Node] = {}
+    written: dict[fx.Node, None] = {}
+    places = [node for node in graph.graph.nodes if node.op == "placeholder"]
     for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            held[node] = getattr(graph, node.target)
+        if node.op in ("get_attr", "placeholder"):
+            source_of[node] = node
         for source in is_view_of(node):
-            if source in held:
-                held[node] = held[source]
-        for target in writes_to(node):
-            if target in held:
-                written[id(held[target])] = held[target]
-    return list(written.values())
+            if source in source_of:
+                source_of[node] = source_of[source]
+        written.update(dict.fromkeys(source_of[n] for n in writes_to(node) if n in source_of))
+    held = [getattr(graph, str(node.target)) for node in written if node.op == "get_attr"]
+    unique = {id(tensor): tensor for tensor in held}
+    return list(unique.values()), [places.index(node) for node in written if node in places]
 
 
 def _compiled(graph: fx.GraphModule) -> Function:

@@ -59,7 +59,7 @@ def writes_to(node: fx.Node) -> list[fx.Node]:
     """The arguments that an operation changes in place."""
     if node.target in _BATCH_NORMS:  # running mean and variance: their schemas do not say so
         return [value for value in node.args[3:5] if isinstance(value, fx.Node)]
-    return [value for argument, value in _aliased(node) if argument.alias_info.is_write]
+    return [value for is_written, value in _aliased(node) if is_written]
 
 
 def is_view_of(node: fx.Node) -> list[fx.Node]:
@@ -185,15 +185,21 @@ def _value(graph: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Tensor]) -
     return known[node] if node in known else getattr(graph, str(node.target))
 
 
-def _aliased(node: fx.Node) -> list[tuple[Any, fx.Node]]:
+def _aliased(node: fx.Node) -> list[tuple[bool, fx.Node]]:
+    """Arguments whose memory a result shares or an operation writes to; the latter are marked."""
+    if node.target is operator.getitem:  # one of several results
+        return [(False, node.all_input_nodes[0])]
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return []
-    arguments = zip(node.target._schema.arguments, node.args, strict=False)
-    return [
-        (argument, value)
-        for argument, value in arguments
-        if argument.alias_info is not None and isinstance(value, fx.Node)
-    ]
+    found: list[tuple[bool, fx.Node]] = []
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is None:
+            continue
+        given = node.args[position : position + 1] or (node.kwargs.get(argument.name),)
+        values = given[0] if isinstance(given[0], (list, tuple)) else given
+        is_written = argument.alias_info.is_write
+        found += [(is_written, value) for value in values if isinstance(value, fx.Node)]
+    return found
 
 
 def _layout(node: fx.Node) -> Any:

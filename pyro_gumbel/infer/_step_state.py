@@ -15,30 +15,49 @@ from pyro_gumbel.estimators.schedules import Schedule
 
 __all__ = ["EstimatorState"]
 
+Place = tuple[Any, ...]  # the number of a module, then keys into its state
+
 
 class EstimatorState:
     """The schedules of some estimators, and the tensors of their ``get_extra_state``.
 
     A recorded step takes both as inputs and returns the latter anew: it reads no state from
-    anywhere else, and so cannot go on with an old one.
+    anywhere else, and so cannot go on with an old one. It knows tensors by their places; what
+    other steps put beside them is left alone.
     """
 
     def __init__(self, estimators: Iterable[Estimator], device: torch.device) -> None:
-        modules: dict[int, nn.Module] = {}
-        for estimator in estimators:
-            modules.update((id(module), module) for module in estimator.modules())
         self.device = device
-        self.schedules = [m for m in modules.values() if isinstance(m, Schedule)]
+        self._estimators = list(estimators)
+        self._modules = self._find_modules()
+        parts = list(dict.fromkeys(self._modules))  # estimators may share some
+        self.schedules = [m for m in parts if isinstance(m, Schedule)]
         self.stateful = [
             m
-            for m in modules.values()
+            for m in parts
             if not isinstance(m, Schedule)
             and type(m).get_extra_state is not nn.Module.get_extra_state
         ]
+        self._places: list[Place] = []
+        self._fixed: set[Place] = set()
+
+    def fix_places(self) -> None:
+        """Decide which tensors are the step's: those that there are now."""
+        self._places = [
+            place for place, leaf in self._leaves().items() if isinstance(leaf, Tensor)
+        ]
+        self._fixed = set(self._places)
+
+    def is_current(self) -> bool:
+        """Tell whether the estimators have the parts, and these the tensors, that they had."""
+        if self._find_modules() != self._modules:
+            return False
+        return not self._places or self._leaves().keys() >= self._fixed
 
     def tensors(self) -> list[Tensor]:
-        """The tensors of the estimators' states, in a fixed order."""
-        return [leaf for leaf in self._leaves() if isinstance(leaf, Tensor)]
+        """The tensors of the step's places, in a fixed order."""
+        found = self._leaves() if self._places else {}
+        return [found[place] for place in self._places]
 
     def inputs(self) -> list[Tensor]:
         """What a recorded step takes: the schedules' values, then :meth:`tensors`."""
@@ -48,9 +67,15 @@ class EstimatorState:
         ]
         return values + self.tensors()
 
-    def numbers(self) -> list[Any]:
+    def places(self) -> set[Place]:
+        """Where there is anything in the estimators' states."""
+        return set(self._leaves())
+
+    def numbers(self) -> dict[Place, Any]:
         """What is no tensor in the estimators' states, and so cannot be an input."""
-        return [leaf for leaf in self._leaves() if not isinstance(leaf, Tensor)]
+        return {
+            place: leaf for place, leaf in self._leaves().items() if not isinstance(leaf, Tensor)
+        }
 
     @contextmanager
     def given(self, inputs: list[Tensor]) -> Iterator[None]:
@@ -66,10 +91,12 @@ class EstimatorState:
                 schedule.stand_in = None
 
     def put(self, tensors: list[Tensor]) -> None:
-        """Give each state the tensors that :meth:`tensors` read from it."""
-        rest = iter(tensors)
-        for module in self.stateful:
-            module.set_extra_state(_replace(module.get_extra_state(), rest))
+        """Put tensors in the places that :meth:`tensors` reads."""
+        if not self._places:
+            return
+        at = dict(zip(self._places, tensors, strict=True))
+        for number, module in enumerate(self.stateful):
+            module.set_extra_state(_replace(module.get_extra_state(), at, (number,)))
 
     def advance(self) -> None:
         """Count a step."""
@@ -86,23 +113,41 @@ class EstimatorState:
             for module, state in kept:
                 module.set_extra_state(state)
 
-    def _leaves(self) -> list[Any]:
-        return [leaf for module in self.stateful for leaf in _leaves(module.get_extra_state())]
+    def _find_modules(self) -> list[nn.Module]:
+        return [module for estimator in self._estimators for module in _modules(estimator)]
+
+    def _leaves(self) -> dict[Place, Any]:
+        found: dict[Place, Any] = {}
+        for number, module in enumerate(self.stateful):
+            _collect(module.get_extra_state(), (number,), found)
+        return found
 
 
-def _leaves(state: Any) -> Iterator[Any]:
+def _modules(module: nn.Module) -> list[nn.Module]:
+    """A module and those within it (several times faster than ``modules()``)."""
+    found = [module]
+    for child in module._modules.values():
+        if child is not None:
+            found += _modules(child)
+    return found
+
+
+def _items(state: Any) -> Iterable[tuple[Any, Any]]:
+    return state.items() if isinstance(state, dict) else enumerate(state)
+
+
+def _collect(state: Any, place: Place, found: dict[Place, Any]) -> None:
     """Walk through nested dicts, lists and tuples (several times faster than torch's pytree)."""
     if isinstance(state, (dict, list, tuple)):
-        for part in state.values() if isinstance(state, dict) else state:
-            yield from _leaves(part)
+        for key, part in _items(state):
+            _collect(part, (*place, key), found)
     else:
-        yield state
+        found[place] = state
 
 
-def _replace(state: Any, tensors: Iterator[Tensor]) -> Any:
-    """Rebuild ``state`` with other tensors."""
-    if isinstance(state, dict):
-        return {name: _replace(part, tensors) for name, part in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(_replace(part, tensors) for part in state)
-    return next(tensors) if isinstance(state, Tensor) else state
+def _replace(state: Any, at: dict[Place, Tensor], place: Place) -> Any:
+    """Rebuild ``state`` with other tensors at some places."""
+    if isinstance(state, (dict, list, tuple)):
+        parts = {key: _replace(part, at, (*place, key)) for key, part in _items(state)}
+        return parts if isinstance(state, dict) else type(state)(parts.values())
+    return at.get(place, state)

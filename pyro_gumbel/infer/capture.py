@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_gumbel.estimators import Call, Estimator
-from pyro_gumbel.infer._captured_step import CapturedStep
+from pyro_gumbel.infer._captured_step import CapturedStep, NewParameters
+from pyro_gumbel.infer._comparison import difference_told
+from pyro_gumbel.infer._program_modules import modules_of
 from pyro_gumbel.infer._record import NotRecordable
+from pyro_gumbel.infer._resting_gradients import RestingGradients
 from pyro_gumbel.infer._rng import set_torch_generators, torch_generators
 from pyro_gumbel.infer.finish import finish_step
 from pyro_gumbel.infer.particle_elbo import ParticleELBO
@@ -25,13 +29,7 @@ from pyro_gumbel.infer.particle_elbo import ParticleELBO
 __all__ = ["CapturedSVI"]
 
 _MANY_KINDS = 32
-# Largest relative difference from an eager step: rounding, and with another compiler's rounding
-# now and then another draw.
-_TOLERANCE = {False: 1e-4, True: 0.1}
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
-
-
-Gradients = tuple[Tensor, list[Tensor | None]]  # a loss, and the gradient of each parameter
 
 
 class CapturedSVI(SVI):
@@ -42,15 +40,20 @@ class CapturedSVI(SVI):
     run alone, on a GPU as one CUDA graph. The random number stream is that of eager steps.
 
     Tensors among the arguments, parameters, schedules of estimators, baselines and learnable
-    estimators are read anew at every step. Other arguments are part of what is recorded: another
-    value is another recording. What else Python computes is frozen as it was:
+    estimators are read anew at every step. Other arguments, the handlers around the step and the
+    mode (``train`` or ``eval``) of the modules that the programs use are part of what is recorded:
+    another value is another recording. What else Python computes is frozen as it was:
 
-    * a program that turns a tensor into a number, selects by a mask, or draws from Python's or
-      NumPy's generator is refused when it is recorded;
+    * a program that turns a tensor into a number, selects by a mask, draws from Python's or
+      NumPy's generator, puts another tensor in a buffer's place, or gives a gradient to what is no
+      parameter of Pyro's is refused when it is recorded;
     * a number kept in an attribute, a global or a closure (an annealing factor, say), and
       structure that depends on one, is noticed when the recorded step is held against an eager
       one of the same random numbers: at the first replay, and every ``check_every`` steps. Pass
       such a number as an argument, as a tensor: ``svi.step(x, torch.tensor(beta))``.
+
+    Data and parameters are validated in the first step of each kind, and wherever a loss is NaN,
+    before the step is applied.
 
     Optimisers that have a fused form use it on a CPU, unless ``fused`` or ``foreach`` was set; on
     a GPU those that can be captured become part of the graph, which is captured again when a
@@ -108,10 +111,14 @@ class CapturedSVI(SVI):
         self.compile = compile
         self.check_every = check_every
         self._steps: dict[Any, CapturedStep] = {}
+        self._resting = RestingGradients()
+        self._modules: tuple[Any, list[nn.Module]] = (None, [])
+        self._last_surroundings: tuple[_Same, ...] = ()
 
     def reset(self) -> None:
         """Forget every recording; the next step of each kind runs as usual."""
         self._steps.clear()
+        self._modules = (None, [])
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take a gradient step and return the loss."""
@@ -119,13 +126,13 @@ class CapturedSVI(SVI):
         key = self._key(leaves, spec)
         call = Call(self.model, self.guide, args, kwargs)
         step = self._steps.get(key)
-        if step is not None and not step.holds_current_params():
-            self.reset()  # the parameter store was cleared or loaded
+        if step is not None and not step.is_current():
+            self.reset()  # the parameter store was cleared or loaded, or an estimator changed
             step = None
         if step is None:
             return self._first_step(key, call)
         if step.recording is None:
-            return self._record(step, call)
+            return self._record(key, step, call)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         return self._replay(step, call, tensors)
 
@@ -140,7 +147,13 @@ class CapturedSVI(SVI):
         loss, params, estimators = self._eager_step(call)
         _prefer_fused(self.optim)
         self._steps[key] = CapturedStep(
-            self.elbo, self.optim, params, estimators, compile=self.compile
+            self.elbo,
+            self.optim,
+            params,
+            estimators,
+            self._find_modules(),
+            self._resting,
+            compile=self.compile,
         )
         return loss.item()
 
@@ -158,30 +171,38 @@ class CapturedSVI(SVI):
                 "CapturedSVI: neither model nor guide has a parameter; write pyro.param(...) or "
                 "pyro.module(...)."
             )
-        for param in params.values():
-            param.grad = None
         if surrogate.requires_grad:
             surrogate.backward()
-        self.optim(dict.fromkeys(params.values()))
+        unique = list({id(param): param for param in params.values()}.values())
+        self.optim(unique)
+        self._resting.lay_down(unique)
         return loss, params, estimators
 
-    def _record(self, step: CapturedStep, call: Call) -> float:
+    def _record(self, key: Any, step: CapturedStep, call: Call) -> float:
         try:
-            return step.record(call).item()
+            return step.record(call, self._look(step, call)).item()
+        except NewParameters:
+            return self._first_step(key, call)
         except NotRecordable as error:
+            told = re.split(r"\s+Trace Shapes:", str(error))[0]  # Pyro adds them to any error
             raise RuntimeError(
-                f"CapturedSVI cannot record this step: {error} Use pyro.infer.SVI instead."
+                f"CapturedSVI cannot record this step: {told} Use pyro.infer.SVI instead."
             ) from error
 
     def _replay(self, step: CapturedStep, call: Call, tensors: list[Tensor]) -> float:
         step.replays += 1  # first, for a comparison that fails would be made for ever
         if step.replays % self.check_every == 1 % self.check_every:
-            self._compare(step.recorded(tensors), step.eager(call))
-        validating = is_validation_enabled()
-        before = torch_generators() if validating else []
+            self._compare(step, call, tensors)
+        return step.replay(tensors, self._look(step, call)).item()
+
+    def _look(self, step: CapturedStep, call: Call) -> Callable[[Tensor], None]:
+        """What is done with a loss before its step is applied."""
+        if not is_validation_enabled():
+            return lambda loss: None
+        before = torch_generators()
 
         def look(loss: Tensor) -> None:
-            if validating and loss.isnan():
+            if loss.isnan():
                 after = torch_generators()
                 set_torch_generators(before)
                 try:
@@ -190,35 +211,40 @@ class CapturedSVI(SVI):
                     set_torch_generators(after)
                 warnings.warn("Encountered NaN: loss", stacklevel=5)
 
-        return step.replay(tensors, look).item()
+        return look
 
-    def _compare(self, recorded: Gradients, eager: Gradients) -> None:
+    def _compare(self, step: CapturedStep, call: Call, tensors: list[Tensor]) -> None:
         """Hold what a replay gives against the eager step of the same random numbers."""
-        tolerance = _TOLERANCE[self.compile]
-        did, should = recorded[0].item(), eager[0].item()
-        error, size = _distance(recorded[1], eager[1])
-        same_loss = did == should or abs(did - should) <= tolerance * (1 + abs(should))
-        same_gradient = error <= tolerance * (size + tolerance)
-        if should != should or (same_loss and same_gradient):
-            return
-        self.reset()
-        raise RuntimeError(
-            f"CapturedSVI: the recorded step gives the loss {did:g} and an eager one with the "
-            f"same random numbers {should:g}; their gradients, of norm {size:g}, differ by "
-            f"{error:g}. Something that the program reads has changed since it was recorded. "
-            "Pass what changes as an argument, as a tensor: svi.step(x, torch.tensor(beta)); or "
-            "call svi.reset() when you change it; or use pyro.infer.SVI."
-        )
+        loss, gradients = step.recorded(tensors)
+        try:
+            should, slopes = step.eager(call)
+        except NewParameters as error:
+            self.reset()
+            raise RuntimeError(
+                f"CapturedSVI: {error}, and a recorded step does not train them. Call svi.reset() "
+                "when you add parameters; it is done for this time."
+            ) from error
+        difference = difference_told(loss, gradients, should, slopes, self.compile)
+        if difference is not None:
+            self.reset()
+            raise RuntimeError(
+                f"CapturedSVI: {difference} Something that the program reads has changed since it "
+                "was recorded, or it draws from a generator of its own. Pass what changes as an "
+                "argument, as a tensor: svi.step(x, torch.tensor(beta)); or call svi.reset() when "
+                "you change it; or use pyro.infer.SVI."
+            )
 
     def _key(self, leaves: list[Any], spec: Any) -> Any:
         """What a recording is good for: shapes, other arguments, modes, handlers."""
         key = (
             spec,
             tuple(_leaf_key(leaf) for leaf in leaves),
-            *(m.training for m in (self.model, self.guide) if isinstance(m, nn.Module)),
-            tuple(id(handler) for handler in _PYRO_STACK),
+            tuple(module.training for module in self._find_modules()),
+            self._surroundings(),
+            (self.elbo.num_particles, self.elbo.vectorize_particles, self.elbo.analytic_kl),
+            torch.is_grad_enabled(),
             torch.get_default_dtype(),
-            torch.is_autocast_enabled(),
+            tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
         )
         try:
             hash(key)
@@ -228,6 +254,36 @@ class CapturedSVI(SVI):
                 "tensors, or use pyro.infer.SVI."
             ) from error
         return key
+
+    def _surroundings(self) -> tuple[_Same, ...]:
+        """The parts of this object and the handlers around the step, by identity."""
+        now = (self.model, self.guide, self.optim, self.elbo, *_PYRO_STACK)
+        last = self._last_surroundings
+        if len(now) != len(last) or any(
+            of is not same.of for of, same in zip(now, last, strict=True)
+        ):
+            self._last_surroundings = tuple(_Same(of) for of in now)
+        return self._last_surroundings
+
+    def _find_modules(self) -> list[nn.Module]:
+        """The modules that the programs use: looked for once for two programs."""
+        programs = (self.model, self.guide)
+        if self._modules[0] != programs:
+            self._modules = (programs, modules_of(*programs))
+        return self._modules[1]
+
+
+class _Same:
+    """Something by its identity, and held, so that no other gets the identity."""
+
+    def __init__(self, of: Any) -> None:
+        self.of = of
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.of is other.of
+
+    def __hash__(self) -> int:
+        return id(self.of)
 
 
 def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
@@ -241,22 +297,6 @@ def _leaf_key(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
     return type(leaf), leaf
-
-
-def _distance(one: Iterable[Tensor | None], other: Iterable[Tensor | None]) -> tuple[float, float]:
-    """The norm of the difference of two lists of gradients, and that of the second."""
-    difference, size = [], []
-    for a, b in zip(one, other, strict=True):
-        present = a if a is not None else b
-        if present is None:
-            continue
-        a = torch.zeros_like(present) if a is None else a
-        b = torch.zeros_like(present) if b is None else b
-        difference.append((a - b).norm())
-        size.append(b.norm())
-    if not size:
-        return 0.0, 0.0
-    return torch.stack(difference).norm().item(), torch.stack(size).norm().item()
 
 
 def _prefer_fused(optim: PyroOptim) -> None:

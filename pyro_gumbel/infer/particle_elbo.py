@@ -203,7 +203,7 @@ class ParticleELBO(ELBO):
 
     def _run_paths(self, call: Call, subsample: SharedSubsample, *, evaluate: bool) -> Paths:
         if self.vectorize_particles:
-            layout = self._trial(call)
+            layout = self.find_structure(call)
             if evaluate:
                 layout = dataclasses.replace(layout, paths=(MAIN,))
             return Paths([self._run_group(call, layout, subsample, evaluate=evaluate)])
@@ -216,7 +216,7 @@ class ParticleELBO(ELBO):
         except PlateNestingNeeded:
             pyro.util.set_rng_state(state)
             subsample.forget()  # as if the run that was broken off had not been
-            layout = Layout(plate_nesting=self._trial(call).plate_nesting)
+            layout = Layout(plate_nesting=self.find_structure(call).plate_nesting)
             return self._run_loop(call, layout, subsample, evaluate=evaluate)
 
     def _run_loop(
@@ -272,7 +272,7 @@ class ParticleELBO(ELBO):
             return self._structure[1].plate_nesting
         return None
 
-    def _trial(self, call: Call) -> Layout:
+    def find_structure(self, call: Call) -> Layout:
         """Find the number of plates and the coupled sites by a run whose draws are taken back."""
         if self._structure is not None and same_programs(self._structure[0], call):
             return self._structure[1]
