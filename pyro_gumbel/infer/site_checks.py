@@ -182,7 +182,8 @@ def _holds(constraint: Any, value: Tensor) -> bool:
         constraint = constraint.base_constraint
     value = value.detach()
     if constraint is constraints.real:
-        total = value.sum()  # NaN if any number is; infinities of both signs are looked at below
+        # NaN if any number is; infinities of both signs are looked at below.
+        total = value.sum().item()
         if total == total:
             return True
     if constraint is constraints.boolean and value.is_floating_point():
