@@ -21,6 +21,8 @@ MODULES = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name: str) -> None:
+    if name.endswith("._fused_draw"):
+        pytest.importorskip("triton")
     module = importlib.import_module(name)
     names = {"dist": dist, "pyro": pyro, "torch": torch, **vars(module)}
     outcome = doctest.testmod(

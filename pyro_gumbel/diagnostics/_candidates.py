@@ -73,8 +73,8 @@ def candidates_for(
     """Make a candidate of each estimator: it serves the sites that it can, a default the others.
 
     Raises:
-        TypeError: If one of ``estimators`` is no estimator.
-        ValueError: If none can serve any site.
+        TypeError: If ``estimators`` is no dict of estimators.
+        ValueError: If none of them can serve any site.
     """
     named = _estimators() if estimators is None else _check(estimators)
     found: dict[str, Candidate] = {}
@@ -107,6 +107,11 @@ def _estimators() -> dict[str, tuple[Estimator, int]]:
 
 
 def _check(estimators: Mapping[str, Any]) -> dict[str, tuple[Estimator, int]]:
+    if not isinstance(estimators, Mapping):
+        raise TypeError(
+            "recommend: candidates must be a dict of labels, such as candidates={'reinmax': "
+            f"ReinMax()}}; got {estimators!r}."
+        )
     for label, estimator in estimators.items():
         if not isinstance(estimator, Estimator):
             raise TypeError(

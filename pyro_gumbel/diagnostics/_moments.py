@@ -29,6 +29,17 @@ class Spread:
     trace_variance: float
     square_trace: float
 
+    @property
+    def carriers(self) -> float:
+        """How many draws carry the trace: the count over the kurtosis of the distances.
+
+        That is a third of normal draws in one dimension, ``k`` where all but ``k`` are alike, and
+        none where all are.
+        """
+        if not self.trace:
+            return 0.0
+        return self.count / (1 + self.count * self.trace_variance / self.trace**2)
+
 
 class Moments:
     """Mean and variance of each coordinate, and the scatter of each block of coordinates.

@@ -51,7 +51,7 @@ def check_dims(dims: Any, leaves: Iterable[str]) -> None:
     if dims is None:
         return
     known = list(leaves)
-    if not isinstance(dims, Mapping) or any(isinstance(own, str) for own in dims.values()):
+    if not isinstance(dims, Mapping) or not all(map(_are_names, dims.values())):
         raise TypeError(
             "dims must be a dict of lists, such as dims={'logits': ['datum', 'category']}; got "
             f"{dims!r}."
@@ -65,6 +65,10 @@ def check_dims(dims: Any, leaves: Iterable[str]) -> None:
                 f"dims: parameter {name!r} cannot have a dimension {taken[0]!r}: the draws have "
                 "one of that name. Choose another."
             )
+
+
+def _are_names(own: Any) -> bool:
+    return isinstance(own, (list, tuple)) and all(isinstance(name, str) for name in own)
 
 
 def dims_of(name: str, rank: int, dims: dict[str, list[str]] | None) -> list[str]:

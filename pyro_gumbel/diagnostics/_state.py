@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pyro_gumbel._integers import is_integer
+
 __all__ = ["Keeper", "preserved", "seed_everything", "seed_torch", "seeds"]
 
 
@@ -23,7 +25,7 @@ def seeds(seed: int, number: int) -> list[int]:
         TypeError: If ``seed`` is no integer.
         ValueError: If it is negative.
     """
-    if not isinstance(seed, (int, np.integer)):
+    if not is_integer(seed):
         raise TypeError(f"seed must be an integer such as seed=0; got {seed!r}.")
     if seed < 0:
         raise ValueError(f"seed must not be negative; got {seed}.")

@@ -16,6 +16,7 @@ __all__ = [
     "Block",
     "blocks_of",
     "check_draws",
+    "check_reference",
     "is_drawn",
     "parameters_of",
     "reference_blocks",
@@ -179,6 +180,19 @@ def rounding_of(dataset: xr.Dataset, size: Any) -> Any:
     return eps * (64 * size + 4 * (finite.mean() if finite.size else 0.0))
 
 
+def check_reference(reference: Any) -> None:
+    """Refuse a reference of another kind.
+
+    Raises:
+        TypeError: If it is no Dataset.
+    """
+    if not isinstance(reference, xr.Dataset):
+        raise TypeError(
+            "reference must be a Dataset: what exact_gradient(...) returns, or draws[label] of an "
+            f"unbiased estimator; got {type(reference).__name__}."
+        )
+
+
 def reference_blocks(
     reference: xr.Dataset, draws: xr.Dataset, names: list[str]
 ) -> dict[str, Block]:
@@ -189,11 +203,7 @@ def reference_blocks(
         ValueError: If a parameter is missing from it, has another shape or other coordinates, or
             is not finite.
     """
-    if not isinstance(reference, xr.Dataset):
-        raise TypeError(
-            "reference must be a Dataset, of exact_gradient(...) or of draws of an unbiased "
-            f"estimator, or the label of one among the draws; got {type(reference).__name__}."
-        )
+    check_reference(reference)
     for name in names:
         if name not in reference:
             raise ValueError(

@@ -10,11 +10,13 @@ import pandas as pd
 import xarray as xr
 
 from pyro_gumbel._arviz import folded_rhat, pareto_khat
+from pyro_gumbel.diagnostics._rare import doubt
 from pyro_gumbel.diagnostics._statistics import Bias, bias_of, cosine_of, snr_of, two_sided_z
 from pyro_gumbel.diagnostics._tables import (
     Block,
     blocks_of,
     check_draws,
+    check_reference,
     parameters_of,
     reference_blocks,
     rounding_of,
@@ -42,7 +44,8 @@ def compare_gradients(
       it exceeds 1.96 standard errors in 5 % of repetitions if there is no bias.
     * ``bias_z``: the normal's two-sided quantile for the probability that noise alone goes as far:
       the smallest of those of the whole gradient and of each parameter's, corrected for their
-      number. Above 5 the estimator is biased; it grows with ``N`` if there is bias.
+      number. Above 5 the estimator is biased, unless rare events were missed (below); it grows
+      with ``N`` if there is bias.
     * ``relative_bias``: ``bias`` over :math:`\|g^*\|`.
     * ``variance``: :math:`\mathrm{tr}\,\Sigma`, the sum of the coordinates' sample variances.
     * ``relative_std``: its root over :math:`\|g^*\|`, or :math:`\|\bar g\|` without a reference;
@@ -56,6 +59,13 @@ def compare_gradients(
     * ``seconds`` and ``evaluations`` of the model, a draw.
     * ``efficiency``: 1 over variance times seconds, the precision that a second buys.
     * ``warning``: what to mind, in words.
+
+    An event that no draw meets leaves no trace in their variance and passes for a bias: a bit of
+    logit -4.5 is off in all of 240 draws in 7 % of repetitions. Where fewer than ten draws carry
+    the variance, ``warning`` says that the bias may be that; where the draws have other noise,
+    nothing in them tells. An event of probability ``p`` is as unlikely to be missed as a
+    ``bias_z`` of 5 from about ``15 / p`` draws on; and with more of them ``bias`` stays only if it
+    is the estimator's.
 
     Monte Carlo standard errors stand beside them (``*_mcse``). Rows are sorted by ``mse``, or by
     ``variance`` where there is no reference; what a reference is needed for is ``nan`` without.
@@ -95,6 +105,8 @@ def compare_gradients(
         if reference not in draws:
             raise ValueError(f"reference: no draws are labelled {reference!r}: {list(draws)}.")
         reference = draws[reference]
+    if reference is not None:
+        check_reference(reference)
     if by is not None and by not in _GROUPINGS:
         raise ValueError(f"by must be one of {_GROUPINGS} or None; got {by!r}.")
     if rhat:
@@ -130,14 +142,15 @@ def _rows(dataset: xr.Dataset, reference: Any, by: str | None) -> dict[str, dict
     parts = ["all"] if by is None else names
     rows = {}
     for part in parts:
-        row = _row(blocks[part], dataset)
+        row, doubtful = _row(blocks[part], dataset), ""
         if others is not None:
             # A part of the gradient is rounded like the whole, however small it is.
             rounding = float(rounding_of(dataset, np.linalg.norm(others["all"].mean)))
             tested = [part] if by or len(names) == 1 else ["all", *names]
             biases = {name: _bias(blocks[name], others[name], rounding) for name in tested}
             row |= _against(blocks[part], others[part], biases)
-        row["warning"] = _warning(row, blocks[part])
+            doubtful = _doubt(biases, blocks)
+        row["warning"] = _warning(row, blocks[part], doubtful)
         rows[part] = row
     return rows
 
@@ -157,9 +170,9 @@ def _row(block: Block, dataset: xr.Dataset) -> dict[str, Any]:
 
 
 def _efficiency(row: dict[str, Any]) -> dict[str, float]:
-    price = row["variance"] * row["seconds"]
-    if price == 0:
+    if 0 in (row["variance"], row["seconds"]):  # though the other may not be known
         return {"efficiency": math.inf, "efficiency_mcse": math.nan}
+    price = row["variance"] * row["seconds"]
     relative = (row["variance_mcse"] / row["variance"]) ** 2
     relative += (row["seconds_mcse"] / row["seconds"]) ** 2
     return {"efficiency": 1 / price, "efficiency_mcse": math.sqrt(relative) / price}
@@ -189,7 +202,17 @@ def _against(block: Block, reference: Block, biases: dict[str, Bias]) -> dict[st
     }
 
 
-def _warning(row: dict[str, Any], block: Block) -> str:
+def _doubt(biases: dict[str, Bias], blocks: dict[str, Block]) -> str:
+    """Doubt a bias unless a block that shows it is beyond doubt."""
+    seen = [
+        blocks[name]
+        for name, bias in biases.items()
+        if two_sided_z([bias.log_tail] * len(biases)) > _VISIBLE
+    ]
+    return min(map(doubt, seen), default="")
+
+
+def _warning(row: dict[str, Any], block: Block, doubtful: str) -> str:
     notes = []
     if not np.isfinite(block.norms).all():
         notes.append("some draws are not finite")
@@ -199,7 +222,8 @@ def _warning(row: dict[str, Any], block: Block) -> str:
             "and all standard errors say little"
         )
     if row["bias_z"] > _VISIBLE:
-        notes.append(f"biased (z {row['bias_z']:.1f})")
+        biased = f"biased (z {row['bias_z']:.1f})"
+        notes.append(f"{biased}, or {doubtful}" if doubtful else biased)
     return "; ".join(notes)
 
 

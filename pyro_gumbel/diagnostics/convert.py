@@ -41,10 +41,16 @@ def to_arviz(draws: Any, reference: xr.Dataset | None = None) -> Any:
             does not fit.
 
     Example:
-        >>> draws = {"noisy": xr.Dataset({"l": (("chain", "draw"), np.zeros((2, 5)))})}
-        >>> group = to_arviz(draws)["gradients"]
-        >>> group["l"].dims
+        >>> noise = np.random.default_rng(0).normal(size=(2, 50))
+        >>> data = to_arviz({"noisy": xr.Dataset({"l": (("chain", "draw"), noise)})})
+        >>> data["gradients"]["l"].dims
         ('chain', 'draw', 'estimator')
+
+        ArviZ looks for a group ``posterior`` unless it is told the name, 0.x and 1.x alike:
+
+        >>> import arviz as az
+        >>> list(az.summary(data, group="gradients").index)
+        ['l[noisy]']
     """
     draws = check_draws(draws)
     _check_sizes(draws)

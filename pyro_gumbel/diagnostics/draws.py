@@ -10,12 +10,18 @@ import xarray as xr
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_gumbel.diagnostics._arguments import (
+    check_coords,
+    check_estimators,
+    check_programs,
+    integer,
+)
 from pyro_gumbel.diagnostics._drawing import Drawer, Plan, survey
 from pyro_gumbel.diagnostics._parameters import Params, check_complete, find_parameters
 from pyro_gumbel.diagnostics._recorder import RESERVED, check_dims
 from pyro_gumbel.diagnostics._replicas import Replica, split_choice
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
-from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.estimators import Call
 
 __all__ = ["gradient_draws"]
 
@@ -104,17 +110,16 @@ def gradient_draws(
         >>> draws["reinmax"]["l"].dims
         ('chain', 'draw')
     """
+    check_programs(model, guide)
+    check_estimators(estimators)
+    check_coords(coords)
     call = Call(model, guide, args, kwargs)
-    _check_estimators(estimators)
-    for name, value, least in (
-        ("num_draws", num_draws, 1),
-        ("num_chains", num_chains, 1),
-        ("num_warmup", num_warmup, 0),
-        ("project", project, 1),
-        ("site_draws", site_draws, 0),
-    ):
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
+    num_draws = integer("num_draws", num_draws, 1)
+    num_chains = integer("num_chains", num_chains, 1)
+    num_warmup = integer("num_warmup", num_warmup, 0)
+    num_particles = integer("num_particles", num_particles, 1)
+    project = None if project is None else integer("project", project, 1)
+    site_draws = None if site_draws is None else integer("site_draws", site_draws, 0)
     first, *chain_seeds = seeds(seed, num_chains + 1)
     total = len(estimators) * num_chains * num_draws
     with preserved() as keep, tqdm(total=total, disable=not progress, unit="draw") as bar:
@@ -175,16 +180,6 @@ def _maker(
 def _particles(choice: Any, num_particles: int) -> int:
     elbo = split_choice(choice)[1]
     return num_particles if elbo is None else int(elbo.num_particles)
-
-
-def _check_estimators(estimators: Any) -> None:
-    if isinstance(estimators, (Estimator, str)) or not isinstance(estimators, Mapping):
-        raise TypeError(
-            "estimators must be a dict of labels, such as estimators={'reinmax': ReinMax()}; got "
-            f"{estimators!r}."
-        )
-    if not estimators:
-        raise ValueError("estimators is empty; write estimators={'reinmax': ReinMax()}.")
 
 
 def _check_names(leaves: dict[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_gumbel.diagnostics._arguments import check_coords, check_programs, integer
 from pyro_gumbel.diagnostics._parameters import (
     Params,
     check_complete,
@@ -70,6 +71,7 @@ def exact_gradient(
         number of ``states``.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If there are more states than ``max_states``, a site of the guide is not
             discrete, or one of the model's latent sites is missing from the guide.
 
@@ -82,6 +84,9 @@ def exact_gradient(
         >>> round(float(exact["l"]), 4)  # (log 0.7 - log 0.3) / 4
         0.2118
     """
+    check_programs(model, guide)
+    check_coords(coords)
+    max_states = integer("max_states", max_states, 1)
     call = Call(model, guide, args, kwargs)
     gradients, attrs = sum_states(call, params, max_states, seed)
     check_dims(dims, gradients)

@@ -12,6 +12,7 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_gumbel._arviz import tail_khat
+from pyro_gumbel.diagnostics._arguments import check_programs, integer
 from pyro_gumbel.diagnostics._programs import Evaluation, evaluate
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
 from pyro_gumbel.estimators import Call
@@ -51,6 +52,7 @@ def guide_khat(
         weights are of fewer than ten sizes (a guide of few states: there is no tail).
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If there are fewer than 25 samples, no plate of that name, or one of the
             model's latent sites is missing from the guide.
 
@@ -66,10 +68,8 @@ def guide_khat(
         >>> guide_khat(model, guide) < 0.5
         True
     """
-    if not isinstance(num_samples, int) or num_samples < 25:
-        raise ValueError(
-            f"guide_khat: num_samples must be at least 25, to have a tail; got {num_samples!r}."
-        )
+    check_programs(model, guide)
+    num_samples = integer("guide_khat: num_samples", num_samples, 25)  # fewer have no tail
     call = Call(model, guide, args, kwargs)
     with preserved() as keep:
         with keep.watch():

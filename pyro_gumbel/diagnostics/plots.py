@@ -6,7 +6,7 @@ matplotlib, and ArviZ's plots, are imported when a picture is drawn.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,14 @@ import pandas as pd
 import xarray as xr
 
 from pyro_gumbel._arviz import plot_forest
+from pyro_gumbel._integers import is_integer
 from pyro_gumbel.diagnostics._tables import check_draws, parameters_of, reference_blocks
 
 __all__ = ["plot_efficiency", "plot_gradients", "plot_training"]
 
 _MAX_ROWS = 40
 _SHOWN = {"elbo", "grad_norm", "seconds"}  # of a training run
+_PLOTTED = ("bias", "bias_mcse", "variance", "variance_mcse", "seconds", "seconds_mcse")
 _MEANS = 20  # rows of averaged draws that a chain is cut into
 
 
@@ -27,7 +29,7 @@ def plot_gradients(
     draws: Any,
     reference: xr.Dataset | None = None,
     *,
-    var_names: Sequence[str] | None = None,
+    var_names: Sequence[str] | str | None = None,
     average: int | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -48,17 +50,13 @@ def plot_gradients(
         ``PlotCollection`` (1.x).
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If draws do not fit together, there are more than 40 rows, or ``average`` is no
             positive number within a chain's length.
     """
     draws = check_draws(draws)
     first = next(iter(draws.values()))
-    names = parameters_of(first) if var_names is None else list(var_names)
-    for name in names:
-        if name not in first:
-            raise ValueError(
-                f"var_names: no parameter {name!r}; there are {parameters_of(first)}."
-            )
+    names = _names(first, var_names)
     rows = sum(math.prod(first[name].shape[2:]) for name in names)
     if rows > _MAX_ROWS:
         raise ValueError(
@@ -68,8 +66,7 @@ def plot_gradients(
         )
     shortest = min(dataset.sizes["draw"] for dataset in draws.values())
     average = max(shortest // _MEANS, 1) if average is None else average
-    if not 1 <= average <= shortest:
-        raise ValueError(f"average must be between 1 and {shortest}, a chain's; got {average!r}.")
+    average = _between("average", average, shortest, "a chain's")
     chains = min(dataset.sizes["chain"] for dataset in draws.values())
     shown = {
         label: _means(dataset[names], average, chains, shortest // average)
@@ -78,6 +75,30 @@ def plot_gradients(
     if reference is not None:
         shown["reference"] = _constant(reference, first, next(iter(shown.values())), names)
     return plot_forest(shown, **kwargs)
+
+
+def _names(draws: xr.Dataset, var_names: Any) -> list[str]:
+    known = parameters_of(draws)
+    if var_names is None:
+        return known
+    chosen = [var_names] if isinstance(var_names, str) else var_names
+    if not isinstance(chosen, Iterable):
+        raise TypeError(
+            f"var_names must be names of parameters, such as var_names={known[:1]}; got "
+            f"{var_names!r}."
+        )
+    names = list(chosen)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"var_names: no parameter {name!r}; there are {known}.")
+    return names
+
+
+def _between(name: str, value: Any, most: int, what: str) -> int:
+    if is_integer(value) and 1 <= value <= most:
+        return int(value)
+    error = ValueError if is_integer(value) else TypeError
+    raise error(f"{name} must be between 1 and {most}, {what}, and an integer; got {value!r}.")
 
 
 def _means(dataset: xr.Dataset, average: int, chains: int, number: int) -> xr.Dataset:
@@ -125,6 +146,7 @@ def plot_training(
         The matplotlib figure.
 
     Raises:
+        TypeError: If ``smooth`` is no integer.
         ValueError: If there is no history, or ``smooth`` is not between one and the steps.
     """
     import matplotlib.pyplot as plt
@@ -132,8 +154,7 @@ def plot_training(
     lines = _lines(histories)
     steps = min(history.sizes["draw"] for history in lines.values())
     smooth = max(steps // 50, 1) if smooth is None else smooth
-    if not 1 <= smooth <= steps:
-        raise ValueError(f"smooth must be between 1 and {steps}, the steps; got {smooth!r}.")
+    smooth = _between("smooth", smooth, steps, "the steps")
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for number, (label, history) in enumerate(lines.items()):
         seconds = _clock(history)
@@ -218,10 +239,12 @@ def plot_efficiency(table: pd.DataFrame) -> Any:
         The matplotlib figure.
 
     Raises:
-        ValueError: If no row has both a variance and a time.
+        TypeError: If it is no table.
+        ValueError: If it lacks a column, or no row has both a variance and a time.
     """
     import matplotlib.pyplot as plt
 
+    _check_table(table)
     timed = table[np.isfinite(table.seconds) & (table.variance > 0)]
     if timed.empty:
         raise ValueError(
@@ -240,6 +263,15 @@ def plot_efficiency(table: pd.DataFrame) -> Any:
     else:
         axes[0, 0].legend(frameon=False, fontsize=8)
     return figure
+
+
+def _check_table(table: Any) -> None:
+    wanted = "the table of compare_gradients(gradient_draws(...))"
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"table must be {wanted}; got {type(table).__name__}.")
+    lacking = [name for name in _PLOTTED if name not in table]
+    if lacking:
+        raise ValueError(f"table must be {wanted}; it has no columns {lacking}.")
 
 
 def _price(axis: Any, timed: pd.DataFrame, colours: dict[Any, str]) -> None:

@@ -9,10 +9,8 @@ from typing import Any
 import xarray as xr
 from tqdm.auto import tqdm
 
-from pyro_gumbel.diagnostics._candidates import (
-    candidates_for,
-    latent_distributions,
-)
+from pyro_gumbel.diagnostics._arguments import check_programs, integer, positive
+from pyro_gumbel.diagnostics._candidates import candidates_for, latent_distributions
 from pyro_gumbel.diagnostics._parameters import Params, find_parameters
 from pyro_gumbel.diagnostics._search import Recommendation, Search
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
@@ -62,7 +60,9 @@ def recommend(
         guide: The guide, at parameters where the choice is to hold: the ranking changes as
             training goes on.
         *args: Arguments of both.
-        budget_seconds: Time that the measurement may take, about.
+        budget_seconds: Time that the measurement may take, about. What has begun is brought to its
+            end, and for an answer at least one candidate has to be looked at and drawn from a few
+            times: where a gradient takes a good part of the budget, it takes longer.
         step_seconds: Time over which noise is averaged; by default that of a hundred draws of the
             cheapest candidate.
         candidates: Estimators by label; by default every one of the package that needs no network.
@@ -79,6 +79,7 @@ def recommend(
         of what is recommended is visible.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If the guide has no latent site, no candidate runs and gives finite gradients,
             or a time is not positive.
 
@@ -91,9 +92,13 @@ def recommend(
         >>> found.config
         {'z': Enumerate()}
     """
-    for name, value in {"budget_seconds": budget_seconds, "step_seconds": step_seconds}.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"recommend: {name} must be positive; got {value!r}.")
+    check_programs(model, guide)
+    budget_seconds = positive("recommend: budget_seconds", budget_seconds)
+    if step_seconds is not None:
+        step_seconds = positive("recommend: step_seconds", step_seconds)
+    if num_particles is not None:
+        num_particles = integer("recommend: num_particles", num_particles, 1)
+    max_states = integer("recommend: max_states", max_states, 1)
     start = time.perf_counter()
     call = Call(model, guide, args, kwargs)
     with preserved() as keep:

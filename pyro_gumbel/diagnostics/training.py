@@ -16,6 +16,12 @@ from pyro.infer.util import torch_item, zero_grads
 from pyro.optim import PyroOptim
 from tqdm.auto import tqdm
 
+from pyro_gumbel.diagnostics._arguments import (
+    check_estimators,
+    check_programs,
+    integer,
+    is_integer,
+)
 from pyro_gumbel.diagnostics._parameters import find_parameters
 from pyro_gumbel.diagnostics._replicas import Replica
 from pyro_gumbel.diagnostics._state import preserved, seed_everything
@@ -65,7 +71,8 @@ def train(
         ``Estimator_ELBO``), ``grad_norm`` and ``seconds`` of the step.
 
     Raises:
-        TypeError: If ``optim`` is no optimiser.
+        TypeError: If ``optim`` is no optimiser, ``batches`` gives no tuple, or another argument
+            is of another kind.
         ValueError: If there is no estimator, step or seed.
 
     Example:
@@ -84,11 +91,11 @@ def train(
         >>> float(history.elbo[0, -1, 0]) > float(history.elbo[0, 0, 0])
         True
     """
+    check_programs(model, guide)
+    check_estimators(estimators)
     numbers = _seeds(seeds)
-    if not isinstance(estimators, Mapping) or not estimators:
-        raise ValueError("estimators must be a dict with at least one label.")
-    if not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"num_steps must be an integer of at least 1; got {num_steps!r}.")
+    num_steps = integer("num_steps", num_steps, 1)
+    num_particles = integer("num_particles", num_particles, 1)
     shape = (len(numbers), num_steps, len(estimators))
     histories = {name: np.empty(shape) for name in ("elbo", "grad_norm", "seconds")}
     total = len(numbers) * num_steps * len(estimators)
@@ -98,14 +105,14 @@ def train(
             for chain, seed in enumerate(numbers):
                 with preserved() as keep:
                     seed_everything(seed)
-                    first = args if batches is None else batches(0)
+                    first = args if batches is None else _batch(batches, 0)
                     call = Call(model, guide, first, kwargs)
                     find_parameters(call, keep)
                     seed_everything(seed)
                     run = _Run(choice, call, _fresh(optim), num_particles, vectorize_particles)
                     for step in range(num_steps):
                         if batches is not None:
-                            run.replica.call = Call(model, guide, batches(step), kwargs)
+                            run.replica.call = Call(model, guide, _batch(batches, step), kwargs)
                         values = run.step()
                         for history, value in zip(histories.values(), values, strict=True):
                             history[chain, step, column] = value
@@ -165,17 +172,38 @@ def _fresh(optim: Any) -> PyroOptim:
         own = copy.copy(optim)
         own.optim_objs, own.grad_clip, own._state_waiting_to_be_consumed = {}, {}, {}
         return own
-    made = optim() if callable(optim) else None
+    wrong = TypeError(
+        "optim must be a Pyro optimiser, such as pyro.optim.Adam({'lr': 1e-3}), or a callable "
+        f"that makes one; got {optim!r}."
+    )
+    try:
+        made = optim() if callable(optim) else None
+    except TypeError as error:  # an optimiser without its settings, such as pyro.optim.Adam
+        raise wrong from error
     if not isinstance(made, PyroOptim):
-        raise TypeError(
-            "optim must be a Pyro optimiser, such as pyro.optim.Adam({'lr': 1e-3}), or a callable "
-            f"that makes one; got {optim!r}."
-        )
+        raise wrong
     return made
 
 
-def _seeds(seeds: int | Iterable[int]) -> list[int]:
-    numbers = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
-    if not numbers:
+def _batch(batches: Any, step: int) -> tuple[Any, ...]:
+    """The arguments at a step."""
+    found = batches(step) if callable(batches) else batches
+    if not callable(batches) or not isinstance(found, (tuple, list)):
+        raise TypeError(
+            "batches must be a callable from the step's number to a tuple of arguments, such as "
+            f"batches=lambda step: (x[step],); got {found!r}."
+        )
+    return tuple(found)
+
+
+def _seeds(seeds: Any) -> list[int]:
+    given = range(int(seeds)) if is_integer(seeds) else seeds
+    found = list(given) if isinstance(given, Iterable) else [given]
+    if not isinstance(given, Iterable) or not all(map(is_integer, found)):
+        raise TypeError(
+            "seeds must be integers, such as seeds=[0, 1, 2], or their number, seeds=3; got "
+            f"{seeds!r}."
+        )
+    if not found:
         raise ValueError("seeds is empty; give seeds=3, or seeds=[0, 1, 2].")
-    return numbers
+    return [int(seed) for seed in found]

@@ -6,8 +6,8 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor, nn
 
+from pyro_gumbel.estimators._arguments import check_num_samples
 from pyro_gumbel.estimators.base import Estimator, Site
-from pyro_gumbel.estimators.coupled import check_num_samples
 from pyro_gumbel.estimators.families import (
     exact_draw,
     is_bit,
@@ -100,9 +100,8 @@ class DoubleControlVariate(DifferentiatingEstimator):
 
     def __init__(self, num_samples: int = 2, *, learn: bool = True) -> None:
         super().__init__()
-        check_num_samples("DoubleControlVariate", num_samples, least=2)
-        self.num_samples = num_samples
-        self.num_values = num_samples
+        self.num_samples = check_num_samples("DoubleControlVariate", num_samples, least=2)
+        self.num_values = self.num_samples
         self.learn = learn
         self.alpha = nn.Parameter(torch.zeros(()), requires_grad=learn)
 
@@ -168,9 +167,8 @@ class Rodeo(DifferentiatingEstimator):
 
     def __init__(self, num_samples: int = 2, *, learn: bool = True, hidden: int = 100) -> None:
         super().__init__()
-        check_num_samples("Rodeo", num_samples, least=2)
-        self.num_samples = num_samples
-        self.num_values = num_samples
+        self.num_samples = check_num_samples("Rodeo", num_samples, least=2)
+        self.num_values = self.num_samples
         self.learn = learn
         self.hidden = hidden
         self.scales = nn.Parameter(torch.zeros(2))

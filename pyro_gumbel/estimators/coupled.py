@@ -7,6 +7,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pyro_gumbel.estimators._arguments import check_num_samples
 from pyro_gumbel.estimators.base import Estimator, Site
 from pyro_gumbel.estimators.families import (
     from_index,
@@ -90,9 +91,7 @@ class ARMS(Estimator):
 
     def __init__(self, num_samples: int = 4) -> None:
         super().__init__()
-        check_num_samples("ARMS", num_samples, least=2)
-        self.num_samples = num_samples
-        self.num_values = num_samples
+        self.num_samples = self.num_values = check_num_samples("ARMS", num_samples, least=2)
 
     def supports(self, fn: Distribution) -> bool:
         return is_bit(fn)
@@ -194,17 +193,3 @@ def _level(alpha: Tensor, first: Tensor, second: Tensor, height: int) -> Tensor:
     both = (turns[0] - turns[1]) * fixed[0].abs().sigmoid() * met[0]
     alone = (turns - fixed.sigmoid()) * met
     return torch.where(nodes[0] == nodes[1], both, alone[0] - alone[1])
-
-
-def check_num_samples(
-    owner: str, num_samples: int, least: int, *, argument: str = "num_samples"
-) -> None:
-    """Refuse a number of samples that is no integer or too small.
-
-    Raises:
-        ValueError: If it is.
-    """
-    if not isinstance(num_samples, int) or num_samples < least:
-        raise ValueError(
-            f"{owner}: {argument} must be an integer of at least {least}; got {num_samples!r}."
-        )

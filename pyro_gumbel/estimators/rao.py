@@ -13,6 +13,7 @@ from pyro_gumbel.distributions._base import plain_eager
 from pyro_gumbel.distributions.gumbel import gumbel_noise
 from pyro_gumbel.distributions.one_hot import draw_one_hot
 from pyro_gumbel.distributions.relaxed import straight_through
+from pyro_gumbel.estimators._arguments import check_num_samples
 from pyro_gumbel.estimators.families import is_one_hot
 from pyro_gumbel.estimators.schedules import Schedule, check_temperature
 from pyro_gumbel.estimators.straight_through import (
@@ -152,13 +153,8 @@ class _Rao(OneHotEstimator):
     def __init__(self, temperature: float | Tensor | Schedule, *, num_samples: int) -> None:
         super().__init__()
         check_temperature(type(self).__name__, "temperature", temperature)
-        if not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(
-                f"{type(self).__name__}: num_samples must be an integer of at least 1; got "
-                f"{num_samples!r}."
-            )
         self.temperature = temperature
-        self.num_samples = num_samples
+        self.num_samples = check_num_samples(type(self).__name__, num_samples, least=1)
 
     def _average(self, logits: Tensor, log_probs: Tensor, hard: Tensor) -> Tensor:
         """Return ``hard`` with the mean Jacobian over scores given it, by the smaller record."""

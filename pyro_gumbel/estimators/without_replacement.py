@@ -10,8 +10,8 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor
 
 from pyro_gumbel.distributions.gumbel import gumbel_noise
+from pyro_gumbel.estimators._arguments import check_num_samples
 from pyro_gumbel.estimators.base import Estimator, Site
-from pyro_gumbel.estimators.coupled import check_num_samples
 from pyro_gumbel.estimators.families import (
     from_index,
     is_categorical,
@@ -101,9 +101,8 @@ class SumAndSample(_WithoutReplacement):
 
     def __init__(self, num_sum: int = 2) -> None:
         super().__init__()
-        check_num_samples("SumAndSample", num_sum, least=1, argument="num_sum")
-        self.num_sum = num_sum
-        self.num_values = num_sum + 1
+        self.num_sum = check_num_samples("SumAndSample", num_sum, least=1, argument="num_sum")
+        self.num_values = self.num_sum + 1
 
     def surrogate(self, site: Site) -> Tensor:
         log_probs, cost = self._drawn(site)
@@ -142,7 +141,7 @@ class UnorderedSet(_WithoutReplacement):
 
     def __init__(self, num_samples: int = 3) -> None:
         super().__init__()
-        check_num_samples("UnorderedSet", num_samples, least=2)
+        num_samples = check_num_samples("UnorderedSet", num_samples, least=2)
         if num_samples > _LARGEST_SET:
             raise ValueError(
                 f"UnorderedSet: num_samples must be at most {_LARGEST_SET}, since the weights "

@@ -15,6 +15,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.util import warn_if_nan
 from torch import Tensor, nn
 
+from pyro_gumbel._integers import is_integer
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.infer._rng import preserved_rng, set_torch_generators, torch_generators
 from pyro_gumbel.infer.apart import check_apart
@@ -62,14 +63,14 @@ class ParticleELBO(ELBO):
         max_plate_nesting: float = float("inf"),
         **kwargs: Any,
     ) -> None:
-        if not isinstance(num_particles, int) or num_particles < 1:
+        if not is_integer(num_particles) or num_particles < 1:
             raise ValueError(
                 f"{type(self).__name__}: num_particles must be an integer of at least 1; got "
                 f"{num_particles!r}."
             )
         check_choice(default, f"{type(self).__name__}: default is")
         super().__init__(
-            num_particles=num_particles, vectorize_particles=vectorize_particles, **kwargs
+            num_particles=int(num_particles), vectorize_particles=vectorize_particles, **kwargs
         )
         self.max_plate_nesting = max_plate_nesting
         self.default: Choice = default

@@ -181,6 +181,19 @@ def test_rare_events_are_no_bias() -> None:
     assert found.z < 5
 
 
+def test_what_may_be_a_missed_event_is_called_so() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Bernoulli(0.3))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(-9.0))))
+
+    match = r"biased: at l .* Or it is short of rare events: about 0 of 240 draws carry the var"
+    pyro.clear_param_store()
+    with pytest.raises(AssertionError, match=match):
+        check_unbiased(model, guide, estimator=Score(None), num_draws=240)
+
+
 def test_one_draw_has_no_variance(problem) -> None:
     with pytest.raises(ValueError, match="num_draws must be an integer of at least 2; got 1"):
         check_unbiased(problem.model, problem.guide, estimator="score", num_draws=1)

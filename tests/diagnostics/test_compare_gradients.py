@@ -252,6 +252,13 @@ def test_no_finite_draw_is_no_silent_number() -> None:
     assert math.isnan(row.variance)
 
 
+def test_equal_draws_of_which_no_time_is_known() -> None:
+    row = compare_gradients({"e": made(np.full((4, 20), 0.1))}).loc["e"]
+    assert row.variance == 0
+    assert row.efficiency == math.inf
+    assert math.isnan(row.seconds)
+
+
 # What the table rests on
 
 
@@ -299,6 +306,58 @@ def test_far_tails_of_the_bias_test() -> None:
     for distance in (0.05, 0.3, 3.0, 300.0):
         found = bias_of(np.array([distance]), [spread], 0.0)
         assert two_sided_z([found.log_tail]) == pytest.approx(distance * 10, rel=1e-6)
+
+
+def test_draws_that_carry_the_variance() -> None:
+    rng = np.random.default_rng(0)
+    few = np.zeros(300)
+    few[[7, 50, 51, 222]] = 9.0
+    laws = {100: rng.normal(size=300), 4: few, 300: np.arange(300) % 2, 0: np.full(300, 0.1)}
+    for expected, values in laws.items():
+        moments = Moments([1])
+        for batch in torch.from_numpy(values.astype(float)).view(-1, 1).split(32):
+            moments.update(batch)
+        assert moments.spread().carriers == pytest.approx(expected, rel=0.2)
+
+
+# Rare events
+
+RARE = 1 / (1 + math.exp(4.5))
+
+
+def met_rarely(rng: np.random.Generator) -> np.ndarray:
+    """The score function of a bit of logit -4.5, less its mean."""
+    return np.where(rng.random((4, 60)) < RARE, 1 - RARE, -RARE)
+
+
+def test_a_missed_event_is_told_from_a_bias() -> None:
+    """In 7 % of repetitions no draw meets it: a bias of no noise that is not the estimator's."""
+    rng = np.random.default_rng(0)
+    zero = xr.Dataset({"a": 0.0})
+    alarms = 0
+    for _ in range(200):
+        row = compare_gradients({"e": made(met_rarely(rng))}, zero).loc["e"]
+        alarms += row.bias_z > 5
+        assert ("biased" in row.warning) == (row.bias_z > 5)
+        assert ("or short of rare events: about" in row.warning) == (row.bias_z > 5)
+    assert 4 <= alarms <= 28
+
+
+def test_a_bias_is_not_excused_where_many_draws_carry_the_variance() -> None:
+    rng = np.random.default_rng(0)
+    zero = xr.Dataset({"a": 0.0})
+    for _ in range(50):
+        row = compare_gradients({"e": made(rng.normal(0.5, 1.0, (4, 60)))}, zero).loc["e"]
+        assert row.warning == f"biased (z {row.bias_z:.1f})"
+    # One of another parameter is beyond doubt, whatever this one has missed.
+    both = made(np.full((4, 60), -RARE), other=rng.normal(1.0, 1.0, (4, 60)))
+    row = compare_gradients({"e": both}, xr.Dataset({"a": 0.0, "other": 0.0})).loc["e"]
+    assert row.warning == f"biased (z {row.bias_z:.1f})"
+    parts = compare_gradients(
+        {"e": both}, xr.Dataset({"a": 0.0, "other": 0.0}), by="parameter"
+    ).warning
+    assert "about 0 of 240 draws carry the variance" in parts["e", "a"]
+    assert "rare" not in parts["e", "other"]
 
 
 # Errors

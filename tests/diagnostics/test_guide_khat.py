@@ -69,7 +69,7 @@ def test_same_seed_same_value() -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"num_samples": 10}, "num_samples must be at least 25"),
+        ({"num_samples": 10}, "num_samples must be an integer of at least 25; got 10"),
         ({"plate": "data", "num_samples": 30}, r"no plate is called 'data'; there are \['n'\]"),
     ],
 )

@@ -89,6 +89,12 @@ def test_statistics_of_arviz() -> None:
     assert xr.concat(list(draws.values()), dim=index)["w"].sizes["estimator"] == 2
 
 
+def test_summary_by_the_name_of_the_group() -> None:
+    draws, _ = drawn()
+    summary = az.summary(to_arviz(draws), group="gradients", kind="diagnostics")
+    assert {"w[score]", "w[reinmax]", "b_logits[score, 0, x]"} <= set(summary.index)
+
+
 def test_projections(tmp_path: Path) -> None:
     draws, exact = drawn(project=2)
     data = to_arviz(draws, exact)

@@ -93,7 +93,7 @@ def test_minibatches() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"estimators": {}}, ValueError, "estimators must be a dict with at least one label"),
+        ({"estimators": {}}, ValueError, "estimators is empty; write"),
         ({"num_steps": 0}, ValueError, "num_steps must be an integer of at least 1; got 0"),
         ({"seeds": []}, ValueError, "seeds is empty"),
         ({"optim": "adam"}, TypeError, "optim must be a Pyro optimiser"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -153,3 +154,15 @@ def test_an_event_of_one_variable_is_one(estimator):
 def test_arguments_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "make", [ARMS, DoubleControlVariate, Rodeo, SumAndSample, UnorderedSet, Estimator_ELBO]
+)
+def test_integers_of_any_library(make):
+    made = make(np.int64(3))
+    numbers = {name: value for name, value in vars(made).items() if name.startswith("num_")}
+    assert numbers
+    assert all(type(value) is int for value in numbers.values())
+    with pytest.raises(ValueError, match="must be an integer of at least .; got True"):
+        make(True)
