@@ -12,7 +12,7 @@ import torch
 from laws import chi_square_p, count_z
 
 from pyro_gumbel.distributions import draw_one_hot, one_hot
-from pyro_gumbel.infer._record import record
+from pyro_gumbel.infer.capture.recording import record
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -11,15 +11,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_gumbel.infer._simplify import as_function, is_view_of, simplify, writes_to
+from pyro_gumbel.infer.capture.simplify import as_function, is_view_of, simplify, writes_to
+from pyro_gumbel.infer.not_recordable import NotRecordable
 
-__all__ = ["NotRecordable", "Recording", "record"]
+__all__ = ["Recording", "record"]
 
 Function = Callable[..., Any]
-
-
-class NotRecordable(RuntimeError):  # noqa: N818
-    """A program asks for the value of a tensor: what it does next depends on it."""
 
 
 class Recording:

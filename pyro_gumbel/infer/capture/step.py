@@ -17,24 +17,24 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_gumbel.estimators import Call, Estimator
-from pyro_gumbel.infer._cuda_graph import (
+from pyro_gumbel.infer._rng import preserved_rng
+from pyro_gumbel.infer.capture.cuda_graph import (
     GraphedStep,
     NotGraphable,
     hyper_parameters,
     make_capturable,
     optimised,
 )
-from pyro_gumbel.infer._record import Recording, record
-from pyro_gumbel.infer._resting_gradients import RestingGradients
-from pyro_gumbel.infer._rng import preserved_rng
-from pyro_gumbel.infer._step_state import EstimatorState
-from pyro_gumbel.infer._undone import (
+from pyro_gumbel.infer.capture.estimator_state import EstimatorState
+from pyro_gumbel.infer.capture.gradients import RestingGradients
+from pyro_gumbel.infer.capture.recording import Recording, record
+from pyro_gumbel.infer.capture.refusals import (
     check_hooks,
     check_other_leaves,
     laid_out,
-    put_back,
     undone_on_failure,
 )
+from pyro_gumbel.infer.capture.restored import restored
 from pyro_gumbel.infer.particle_elbo import ParticleELBO
 
 __all__ = ["CapturedStep", "NewParameters"]
@@ -165,12 +165,8 @@ class CapturedStep:
         if self.recording is not None:
             inputs = [i for i in self.recording.mutated_inputs if i < len(tensors)]
             written = self.recording.mutated + [tensors[i] for i in inputs]
-        kept = [tensor.clone() for tensor in written]
-        try:
-            with preserved_rng(), self.state.preserved():
-                yield
-        finally:
-            put_back(written, kept)
+        with restored(written), preserved_rng(), self.state.preserved():
+            yield
 
     def _function(self, call: Call) -> Any:
         leaves, spec = pytree.tree_flatten((call.args, call.kwargs))

@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_gumbel.estimators import Exponential, GumbelStraightThrough, ReinMax
-from pyro_gumbel.infer import CapturedSVI, Estimator_ELBO, _cuda_graph, config_gradient
-from pyro_gumbel.infer._cuda_graph import GraphedStep, NotGraphable
-from pyro_gumbel.infer._record import record
+from pyro_gumbel.infer import CapturedSVI, Estimator_ELBO, config_gradient
+from pyro_gumbel.infer.capture import cuda_graph
+from pyro_gumbel.infer.capture.cuda_graph import GraphedStep, NotGraphable
+from pyro_gumbel.infer.capture.recording import record
 
 CPU = torch.device("cpu")
 
@@ -141,7 +142,7 @@ def test_the_first_run_is_undone_where_an_operation_is_elsewhere(watched):
 
 
 def test_numbers_on_another_device_are_looked_after(watched, monkeypatch):
-    monkeypatch.setattr(_cuda_graph, "_AllOn", contextlib.nullcontext)
+    monkeypatch.setattr(cuda_graph, "_AllOn", contextlib.nullcontext)
     weight = torch.ones(3, 3, dtype=torch.float64, requires_grad=True)
     beta = torch.tensor(0.5, dtype=torch.float64)
 
@@ -191,7 +192,7 @@ def test_what_cannot_be_a_graph_is_told_once_and_played(monkeypatch):
     def refuse(*args):
         raise NotGraphable("aten.rand.default gives a tensor on cpu")
 
-    monkeypatch.setattr("pyro_gumbel.infer._captured_step.GraphedStep", refuse)
+    monkeypatch.setattr("pyro_gumbel.infer.capture.step.GraphedStep", refuse)
     with pytest.warns(UserWarning, match="one CUDA graph, for aten.rand.default gives") as told:
         captured, *outcome = train(CapturedSVI, ReinMax())
     assert len(told) == 1

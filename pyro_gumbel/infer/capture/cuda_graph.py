@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_gumbel.infer._record import Recording
 from pyro_gumbel.infer._rng import preserved_rng
+from pyro_gumbel.infer.capture.recording import Recording
+from pyro_gumbel.infer.capture.restored import restored
 
 __all__ = ["GraphedStep", "NotGraphable", "hyper_parameters", "make_capturable", "optimised"]
 
@@ -83,7 +83,7 @@ class GraphedStep:
         changed: Sequence[Tensor],
     ) -> None:
         """Let libraries set themselves up outside the capture, on a stream of its own."""
-        with preserved_rng(), _put_back([*recording.mutated, *changed]):
+        with preserved_rng(), restored([*recording.mutated, *changed]):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -107,18 +107,6 @@ class _AllOn(TorchDispatchMode):
             if isinstance(leaf, Tensor) and leaf.device != self._device:
                 raise NotGraphable(f"{func} gives a tensor on {leaf.device}")
         return result
-
-
-@contextmanager
-def _put_back(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Give tensors their values back on leaving."""
-    kept = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, kept, strict=True):
-                tensor.copy_(value)
 
 
 def make_capturable(optim: PyroOptim) -> bool:

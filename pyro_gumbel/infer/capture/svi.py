@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_gumbel.estimators import Call, Estimator
-from pyro_gumbel.infer._captured_step import CapturedStep, NewParameters
-from pyro_gumbel.infer._comparison import difference_told
-from pyro_gumbel.infer._program_modules import modules_of
-from pyro_gumbel.infer._record import NotRecordable
-from pyro_gumbel.infer._resting_gradients import RestingGradients
 from pyro_gumbel.infer._rng import set_torch_generators, torch_generators
+from pyro_gumbel.infer.capture.comparison import difference_told
+from pyro_gumbel.infer.capture.gradients import RestingGradients
+from pyro_gumbel.infer.capture.modules import modules_of
+from pyro_gumbel.infer.capture.step import CapturedStep, NewParameters
 from pyro_gumbel.infer.finish import finish_step
+from pyro_gumbel.infer.not_recordable import NotRecordable
 from pyro_gumbel.infer.particle_elbo import ParticleELBO
 
 __all__ = ["CapturedSVI"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyro_gumbel.infer._record import NotRecordable, record
+from pyro_gumbel.infer.capture.recording import record
+from pyro_gumbel.infer.not_recordable import NotRecordable
 
 
 def both(function, *inputs):

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from pyro_gumbel.infer._record import NotRecordable
-from pyro_gumbel.infer._step_state import EstimatorState
+from pyro_gumbel.infer.capture.estimator_state import EstimatorState
+from pyro_gumbel.infer.not_recordable import NotRecordable
 
-__all__ = ["check_hooks", "check_other_leaves", "laid_out", "put_back", "undone_on_failure"]
+__all__ = ["check_hooks", "check_other_leaves", "laid_out", "undone_on_failure"]
 
 
 def laid_out(
@@ -40,6 +40,7 @@ def laid_out(
 
 
 def check_hooks(leaves: Iterable[Tensor]) -> None:
+    """Refuse hooks that a replay would not run."""
     if any(getattr(leaf, "_post_accumulate_grad_hooks", None) for leaf in leaves):
         raise NotRecordable(
             "a parameter has a hook that runs after its gradient was added, and gradients of a "
@@ -73,12 +74,6 @@ def _python_generators() -> tuple[Any, ...]:
     return random.getstate(), (name, bytes(words), *rest)  # type: ignore[arg-type]
 
 
-def put_back(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
-    with torch.no_grad():
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)
-
-
 @contextmanager
 def undone_on_failure(state: EstimatorState, modules: Sequence[nn.Module]) -> Iterator[None]:
     """Refuse what changes out of a recording's sight, and put back what a refused step changed."""
@@ -105,7 +100,7 @@ def undone_on_failure(state: EstimatorState, modules: Sequence[nn.Module]) -> It
     except BaseException:
         state.put(kept)
         pyro.util.set_rng_state(generators)
-        for module, name, buffer in buffers:
-            module._buffers[name] = buffer
-        put_back([buffer for _, _, buffer in buffers], values)
+        with torch.no_grad():
+            for (module, name, buffer), value in zip(buffers, values, strict=True):
+                module._buffers[name] = buffer.copy_(value)
         raise
