@@ -126,7 +126,8 @@ def config_gradient(
             ``"auto"`` is pathwise where a site can and else the score function with leave-one-out
             (two particles or more) or a moving average; ``"score"`` is the latter at every site.
             The outermost configuration wins, also over ``pyro.sample(..., infer={"gradient":
-            ...})``.
+            ...})``. It is for the losses of this package: Pyro's own, such as ``Trace_ELBO``,
+            know nothing of it and take their own gradient.
 
     Returns:
         The configured guide.

@@ -35,6 +35,9 @@ def difference_told(
     if ought != ought:
         return None  # that is told elsewhere
     errors, sizes = _norms(gradients, slopes, loss)
+    # Where the eager gradient is no number, nor need the recorded one be.
+    errors = errors.where(sizes.isfinite(), 0.0)
+    sizes = sizes.where(sizes.isfinite(), 0.0)
     size, error = sizes.norm(), errors.norm()
     if compiled:
         tolerance = _OTHER_DRAW

@@ -22,6 +22,10 @@ class RestingGradients:
         # By identity: tensors compare elementwise. The parameter is kept, and so its identity.
         self._zeros: dict[int, tuple[Tensor, Tensor, int]] = {}
 
+    def clear(self) -> None:
+        """Let go of the parameters."""
+        self._zeros.clear()
+
     def is_resting(self, parameter: Tensor) -> bool:
         """Tell whether ``.grad`` is as it was left."""
         if parameter.grad is None:
@@ -34,7 +38,8 @@ class RestingGradients:
         left = parameter.grad
         if left is None or (gradient is not None and self.is_resting(parameter)):
             return gradient
-        return left if gradient is None else left + gradient
+        # A copy, for optimisers write to gradients by .data, which no version counts.
+        return left.clone() if gradient is None else left + gradient
 
     @torch.no_grad()
     def lay_down(self, parameters: Iterable[Tensor]) -> None:
@@ -44,7 +49,7 @@ class RestingGradients:
             if gradient is None:
                 continue
             known = self._zeros.get(id(parameter))
-            if known is None or known[1].shape != parameter.shape:
+            if known is None or not _alike(known[1], gradient):
                 zeros = torch.zeros_like(gradient)
             elif known[1]._version != known[2]:
                 zeros = known[1].zero_()
@@ -53,3 +58,7 @@ class RestingGradients:
                 continue
             self._zeros[id(parameter)] = (parameter, zeros, zeros._version)
             parameter.grad = zeros
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)

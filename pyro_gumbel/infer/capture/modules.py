@@ -12,12 +12,14 @@ from torch import nn
 
 __all__ = ["modules_of"]
 
+_MOST = 1000  # longer lists and dicts are data
+
 
 def modules_of(*programs: Any) -> list[nn.Module]:
     """List the modules that programs are, are methods of, or find in their scopes.
 
-    Scopes are closures, defaults, bound arguments and the globals that the code names, those of
-    functions found on the way included.
+    Scopes are closures, defaults, bound arguments, the attributes of a method's object and the
+    globals that the code names, those of functions found on the way included.
     """
     found: dict[nn.Module, None] = {}
     seen: set[int] = set()
@@ -38,6 +40,8 @@ def _within(value: Any) -> Iterator[Any]:
         yield from (value.func, *value.args, *value.keywords.values())
     elif inspect.ismethod(value):
         yield from (value.__self__, value.__func__)
+        if not isinstance(value.__self__, nn.Module):
+            yield from getattr(value.__self__, "__dict__", {}).values()
     elif inspect.isfunction(value):
         yield from value.__defaults__ or ()
         yield getattr(value, "__wrapped__", None)
@@ -48,10 +52,8 @@ def _within(value: Any) -> Iterator[Any]:
                 continue
         names = value.__globals__
         yield from (names[name] for name in _names(value.__code__) if name in names)
-    elif isinstance(value, dict):
-        yield from value.values()
-    elif isinstance(value, (list, tuple)):
-        yield from value
+    elif isinstance(value, (dict, list, tuple)) and len(value) <= _MOST:
+        yield from value.values() if isinstance(value, dict) else value
 
 
 def _names(code: CodeType) -> Iterator[str]:

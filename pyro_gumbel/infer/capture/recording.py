@@ -67,7 +67,7 @@ def record(
         return returned[0]
 
     # An input that is also another one, or held, must not be taken for it.
-    inputs = [tensor.view_as(tensor) for tensor in inputs]
+    inputs = [x.view_as(x) if x.layout == torch.strided else x for x in inputs]
     # On a GPU autograd works in threads of its own, out of the recorder's sight.
     with torch.autograd.set_multithreading_enabled(False):
         graph = make_fx(run)(*inputs)
@@ -82,7 +82,7 @@ class _RefuseReads(TorchFunctionMode):
         if func in _READERS or (makes and _holds_tensor(args[0])):
             raise NotRecordable(
                 f"the program turns a tensor into numbers ({func.__name__}): a recorded step "
-                "would repeat this step's outcome for ever."
+                "would repeat this step's outcome for ever. Of a constant, do it outside."
             )
         return func(*args, **(kwargs or {}))
 

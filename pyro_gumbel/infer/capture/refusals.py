@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 from pyro_gumbel.infer.capture.estimator_state import EstimatorState
 from pyro_gumbel.infer.not_recordable import NotRecordable
 
-__all__ = ["check_hooks", "check_other_leaves", "laid_out", "undone_on_failure"]
+__all__ = ["check_hooks", "laid_out", "undone_on_failure", "warn_of_other_leaves"]
 
 
 def laid_out(
@@ -48,8 +49,8 @@ def check_hooks(leaves: Iterable[Tensor]) -> None:
         )
 
 
-def check_other_leaves(surrogate: Tensor, others: Iterable[Tensor]) -> None:
-    """Refuse a step that gives a gradient to one of the tensors, which are not Pyro's."""
+def warn_of_other_leaves(surrogate: Tensor, others: Iterable[Tensor]) -> None:
+    """Tell of a tensor that would get a gradient from an eager step and is not Pyro's."""
     # While a step is recorded, arguments are views of those given.
     sources = [other if other._base is None else other._base for other in others]
     wanted = {get_gradient_edge(source).node: source for source in sources if source.requires_grad}
@@ -61,11 +62,14 @@ def check_other_leaves(surrogate: Tensor, others: Iterable[Tensor]) -> None:
             continue
         seen.add(node)
         if node in wanted:
-            raise NotRecordable(
-                f"a tensor of shape {tuple(wanted[node].shape)} gets a gradient and is no "
-                "parameter of Pyro's; show it to pyro.param or its module to pyro.module, or "
-                "detach it."
+            warnings.warn(
+                f"CapturedSVI: a tensor of shape {tuple(wanted[node].shape)} takes part with a "
+                "gradient and is no parameter of Pyro's; recorded steps leave its .grad alone. "
+                "To train it, show it to pyro.param or its module to pyro.module; else detach it "
+                "or set requires_grad_(False).",
+                stacklevel=2,
             )
+            return
         waiting.extend(following for following, _ in node.next_functions)
 
 

@@ -30,9 +30,9 @@ from pyro_gumbel.infer.capture.gradients import RestingGradients
 from pyro_gumbel.infer.capture.recording import Recording, record
 from pyro_gumbel.infer.capture.refusals import (
     check_hooks,
-    check_other_leaves,
     laid_out,
     undone_on_failure,
+    warn_of_other_leaves,
 )
 from pyro_gumbel.infer.capture.restored import restored
 from pyro_gumbel.infer.particle_elbo import ParticleELBO
@@ -86,7 +86,9 @@ class CapturedStep:
         self.compile = compile
         self.recording: Recording | None = None
         self.replays = 0
-        self._trained = [param.requires_grad for param in self.params.values()]
+        own = {id(p): p for module in modules for p in module.parameters(recurse=False)}
+        self._freezable = [*self.params.values(), *own.values()]
+        self._trained = [param.requires_grad for param in self._freezable]
         self._enumerates = any(estimator.enumerates for estimator in estimators.values())
         self._graphable = device.type == "cuda"
         self._graphed: GraphedStep | None = None
@@ -98,7 +100,7 @@ class CapturedStep:
         store = pyro.get_param_store()._params
         return (
             all(store.get(name) is param for name, param in self.params.items())
-            and [param.requires_grad for param in self.params.values()] == self._trained
+            and [param.requires_grad for param in self._freezable] == self._trained
             and self.state.is_current()
         )
 
@@ -187,7 +189,8 @@ class CapturedStep:
         new = [name for name in traced.trace.nodes if name not in self.params]
         if new:
             raise NewParameters(f"the parameters {new} were not there in the first step")
-        check_other_leaves(surrogate, self._others(call))
+        if self.recording is None:
+            warn_of_other_leaves(surrogate, self._others(call))
         gradients: tuple[Tensor | None, ...] = (None,) * len(self.leaves)
         if surrogate.requires_grad:
             gradients = torch.autograd.grad(surrogate, self.leaves, allow_unused=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro import poutine
@@ -13,6 +14,7 @@ from pyro.infer import SVI
 from pyro.infer.util import is_validation_enabled
 from pyro.optim import PyroOptim
 from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -37,7 +39,8 @@ class CapturedSVI(SVI):
 
     The first step with arguments of given shapes runs as usual, with every check; the second is
     recorded; from the third on the recorded operations (forward and backward) and the optimiser
-    run alone, on a GPU as one CUDA graph. The random number stream is that of eager steps.
+    run alone, on a GPU as one CUDA graph. The random number stream is that of eager steps; where
+    the very numbers are to be, too, give the optimiser ``"fused": False`` (or ``True``) in both.
 
     Tensors among the arguments, parameters, schedules of estimators, baselines and learnable
     estimators are read anew at every step. Other arguments, the handlers around the step and the
@@ -114,11 +117,14 @@ class CapturedSVI(SVI):
         self._resting = RestingGradients()
         self._modules: tuple[Any, list[nn.Module]] = (None, [])
         self._last_surroundings: tuple[_Same, ...] = ()
+        self._told_of_many = False
 
     def reset(self) -> None:
         """Forget every recording; the next step of each kind runs as usual."""
         self._steps.clear()
+        self._resting.clear()
         self._modules = (None, [])
+        self._last_surroundings = ()
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take a gradient step and return the loss."""
@@ -128,7 +134,7 @@ class CapturedSVI(SVI):
         step = self._steps.get(key)
         if step is not None and not step.is_current():
             self.reset()  # the parameter store was cleared or loaded, or an estimator changed
-            step = None
+            key, step = self._key(leaves, spec), None
         if step is None:
             return self._first_step(key, call)
         if step.recording is None:
@@ -138,12 +144,16 @@ class CapturedSVI(SVI):
 
     def _first_step(self, key: Any, call: Call) -> float:
         if len(self._steps) == _MANY_KINDS:
-            warnings.warn(
-                f"CapturedSVI: {_MANY_KINDS} kinds of arguments so far, each with steps of its "
-                "own to record. Pass numbers that change from step to step as tensors, and "
-                "batches of one size.",
-                stacklevel=3,
-            )
+            if not self._told_of_many:
+                warnings.warn(
+                    f"CapturedSVI: {_MANY_KINDS} kinds of arguments and handlers so far, each "
+                    "with steps of its own to record; from now on the oldest are forgotten. Pass "
+                    "numbers that change from step to step as tensors, and batches of one size, "
+                    "and make handlers around steps once.",
+                    stacklevel=3,
+                )
+            self._told_of_many = True
+            del self._steps[next(iter(self._steps))]
         loss, params, estimators = self._eager_step(call)
         _prefer_fused(self.optim)
         self._steps[key] = CapturedStep(
@@ -274,16 +284,25 @@ class CapturedSVI(SVI):
 
 
 class _Same:
-    """Something by its identity, and held, so that no other gets the identity."""
+    """Something by its identity, and held, so that no other gets the identity.
+
+    A bound method is made anew whenever it is read, and a scale often around each step.
+    """
 
     def __init__(self, of: Any) -> None:
         self.of = of
+        self.identity: Any = id(of)
+        if inspect.ismethod(of):
+            self.identity = id(of.__self__), id(of.__func__)
+        elif type(of) is ScaleMessenger and isinstance(of.scale, (int, float)):
+            self.identity = of.scale
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.of is other.of
+        same_type = isinstance(other, _Same) and type(self.of) is type(other.of)
+        return same_type and self.identity == cast(_Same, other).identity
 
     def __hash__(self) -> int:
-        return id(self.of)
+        return hash(self.identity)
 
 
 def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
@@ -296,7 +315,8 @@ def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], 
 def _leaf_key(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
-    return type(leaf), leaf
+    modes = [m.training for m in leaf.modules()] if isinstance(leaf, nn.Module) else []
+    return type(leaf), leaf, *modes
 
 
 def _prefer_fused(optim: PyroOptim) -> None:
