@@ -52,6 +52,16 @@ def processes(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def check_batches(num_images: int, batch_size: int) -> None:
+    """Refuse batches, the last one included, that leave a process without an image."""
+    smallest = min(batch_size, num_images % batch_size or batch_size)
+    if smallest < world_size():
+        raise ValueError(
+            f"--batch-size {batch_size}: {num_images} images make a batch of {smallest}, and "
+            f"{world_size()} processes share each; choose another batch size"
+        )
+
+
 def share(batch: torch.Tensor) -> torch.Tensor:
     """Take this process's images of a batch."""
     return batch[rank() :: world_size()] if world_size() > 1 else batch

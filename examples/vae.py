@@ -175,6 +175,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         device = find_device(args.device)
         images = load_images(args.data, args.binarize).to(device)
+        if args.smoke:
+            args.epochs, images = min(args.epochs, 2), images.head(200, 50)
+        parallel.check_batches(len(images.train), args.batch_size)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     with parallel.processes(device):
@@ -183,8 +186,6 @@ def main(argv: list[str] | None = None) -> None:
                 make_svi(args, name, images)[2].evaluate_loss(images.train[:1])
         except ValueError as error:
             parser.error(str(error))
-        if args.smoke:
-            args.epochs, images = min(args.epochs, 2), images.head(200, 50)
         try:
             train_all(args, names, seeds, images)
         except checkpoint.CheckpointError as error:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import parallel
 from arguments import count, natural, positive
 from gradients import several
 from image_data import BINARIZE, Images
@@ -30,7 +31,8 @@ def settings_of(
     """List what a run depends on, so that a checkpoint can tell whether it is of the same run."""
     settings = {k: v for k, v in vars(args).items() if k not in NOT_PART_OF_A_RUN}
     data = f"{images.name}, {len(images.train)} images of {images.num_pixels} pixels"
-    return settings | {"gradient": gradient, "seed": seed, "images": data}
+    settings |= {"gradient": gradient, "seed": seed, "images": data}
+    return settings | {"processes": parallel.world_size()}  # each draws from a stream of its own
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

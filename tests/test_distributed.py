@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,32 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         torch.testing.assert_close(two["module"][name], value, rtol=1e-3, atol=1e-4)
     for mine, theirs in zip(one["epochs"], two["epochs"], strict=True):
         assert theirs["train_loss"] == pytest.approx(mine["train_loss"], rel=1e-4)
+
+
+def test_processes_draw_latents_of_their_own_and_images_in_one_order(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    latents, orders = [], []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        for epoch in range(2):
+            parallel.seed_share(7, epoch)
+            latents.append(torch.rand(50))
+            with parallel.same_everywhere(7, epoch):
+                orders.append(torch.randperm(50))
+    for one, other in itertools.combinations(latents, 2):
+        assert not torch.equal(one, other)
+    assert torch.equal(orders[0], orders[2])
+    assert torch.equal(orders[1], orders[3])
+
+
+def test_a_batch_smaller_than_the_processes_is_told(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ValueError, match="1500 images make a batch of 1, and 2"
+    ):
+        parallel.check_batches(1500, 1499)
+    parallel.check_batches(1500, 1500)
+    parallel.check_batches(1500, 100)
 
 
 def test_without_torchrun_nothing_changes() -> None:
