@@ -153,7 +153,9 @@ class CapturedSVI(SVI):
                     stacklevel=3,
                 )
             self._told_of_many = True
-            del self._steps[next(iter(self._steps))]
+            # Rather one that came once than one that is replayed.
+            once = (key for key, step in self._steps.items() if step.recording is None)
+            del self._steps[next(once, next(iter(self._steps)))]
         loss, params, estimators = self._eager_step(call)
         _prefer_fused(self.optim)
         self._steps[key] = CapturedStep(

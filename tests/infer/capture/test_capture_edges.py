@@ -655,12 +655,14 @@ def test_recordings_that_are_never_used_again_are_forgotten():
 
     def scaled_steps():
         for number in range(100):
-            with poutine.scale(scale=1.0 + number):
+            svi.step(X[0])
+            with poutine.scale(scale=1.5 + number):
                 svi.step(X[0])
 
     with pytest.warns(UserWarning, match="handlers so far.*make handlers around steps once"):
         scaled_steps()
     assert len(svi._steps) <= 32
+    assert next(iter(svi._steps.values())).replays == 98  # what comes again is kept
 
 
 def test_parameters_of_a_cleared_store_are_let_go():
