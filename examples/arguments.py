@@ -20,12 +20,12 @@ def natural(text: str) -> int:
     return int(text)
 
 
-def make_folder(parser: argparse.ArgumentParser, path: Path) -> None:
+def make_folder(parser: argparse.ArgumentParser, path: Path, option: str = "--out") -> None:
     """Make the folder to write to: if it cannot be made, a long run should not find that out."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"--out: no folder can be made at {path} ({error})")
+        parser.error(f"{option}: no folder can be made at {path} ({error})")
 
 
 def positive(text: str) -> float:

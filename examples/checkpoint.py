@@ -36,7 +36,6 @@ def save(path: Path, svi: SVI, module: nn.Module, settings: dict[str, Any], epoc
         "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
     partial = path.with_suffix(path.suffix + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, partial)
     partial.replace(path)
 

@@ -19,6 +19,7 @@ from pyro.infer import SVI
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pyro_gumbel.estimators import MovingAverage
 from pyro_gumbel.infer import Estimator_ELBO
 
 
@@ -81,6 +82,23 @@ def seed_share(seed: int, epoch: int) -> None:
         pyro.set_rng_seed((1_000_003 * seed + epoch) * world_size() + rank())
 
 
+def same_averages(everything: nn.Module, num_images: int) -> None:
+    """Make moving averages of costs those of all processes' images, ``num_images`` of them here.
+
+    An average is linear in the costs: the processes' averages, weighted by their images, are what
+    one process with all the images would hold.
+    """
+    total = torch.tensor(float(num_images))
+    averages = [module for module in everything.modules() if isinstance(module, MovingAverage)]
+    for average in averages:
+        state = average.get_extra_state()
+        for site, mean in state["sums"].items():
+            parts = torch.stack([mean * num_images, total.to(mean)])
+            dist.all_reduce(parts)
+            state["sums"][site] = parts[0] / parts[1]
+        average.set_extra_state(state)
+
+
 class _Loss(nn.Module):
     """The ELBO's loss as a module that has every parameter: what is distributed."""
 
@@ -107,12 +125,13 @@ def make_svi(
         return SVI(model, guide, optimizer, loss=elbo)
     module = _Loss(elbo, model, guide, everything)
     if any(parameter.requires_grad for parameter in module.parameters()):
-        module = DistributedDataParallel(module, broadcast_buffers=False)
+        module = DistributedDataParallel(module)
 
     def loss_and_grads(model: Any, guide: Any, batch: torch.Tensor) -> torch.Tensor:
         # DistributedDataParallel averages gradients, and the loss is a sum over images.
         loss = module(batch) * world_size()
         loss.backward()
+        same_averages(everything, len(batch))
         total = loss.detach() / world_size()
         dist.all_reduce(total)
         return total

@@ -123,6 +123,11 @@ def train(
     settings = settings_of(args, gradient, seed, images)
     if args.checkpoint and args.checkpoint.exists():
         epochs = checkpoint.load(args.checkpoint, svi, everything, settings)
+        if len(epochs) > args.epochs:
+            raise checkpoint.CheckpointError(
+                f"the checkpoint {args.checkpoint} has {len(epochs)} epochs behind it, and "
+                f"--epochs asks for {args.epochs}: write --epochs {len(epochs)} or more"
+            )
     num_batches = -(-len(images.train) // args.batch_size)
     bar = tqdm(
         total=num_batches * args.epochs,
@@ -165,6 +170,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__.splitlines()[0])
     args = parser.parse_args(argv)
     make_folder(parser, args.out)
+    if args.checkpoint:
+        make_folder(parser, args.checkpoint.parent, "--checkpoint")
     torch.set_num_threads(1)  # layers this small lose time to more
     names = args.compare or [args.gradient]
     seeds = range(args.seed, args.seed + args.seeds)

@@ -24,15 +24,16 @@ EXACT = ["--gradient", "enumerate", "--latents", "1", "--categories", "3", "--hi
 FLAGS = [*EXACT, "--smoke", "--num-samples", "5", "--optimizer", "adam", "--batch-size", "50"]
 
 
-def gradients(estimator: str, batch: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """The loss and its gradient from fixed initial parameters, without a step."""
+def gradients(estimator: str, batch: torch.Tensor) -> tuple[float, torch.Tensor, dict]:
+    """Loss, gradient and the estimator's state from fixed initial parameters, without a step."""
     args = make_parser("").parse_args([*EXACT, "--num-particles", "1"])
     images = image_data.load_images(None, "threshold")
     pyro.set_rng_seed(3)
     fitted, chosen, svi = vae.make_svi(args, estimator, images)
     loss = svi.loss_and_grads(fitted.model, svi.guide, batch)
     parameters = [p for p in nn.ModuleList([fitted, chosen]).parameters() if p.grad is not None]
-    return float(loss), torch.cat([p.grad.flatten() for p in parameters])
+    gradient = torch.cat([p.grad.flatten() for p in parameters])
+    return float(loss), gradient, chosen.state_dict()
 
 
 def worker(rank: int, folder: str, port: int, estimator: str) -> None:
@@ -59,13 +60,22 @@ def free_port() -> int:
 def test_gradients_are_those_of_one_process(tmp_path: Path) -> None:
     """Exact gradients (no draws), on 31 images: 16 in one process and 15 in the other."""
     images = image_data.load_images(None, "threshold")
-    loss, expected = gradients("enumerate", images.train[:31])
+    loss, expected, _ = gradients("enumerate", images.train[:31])
     mp.spawn(worker, (str(tmp_path), free_port(), "enumerate"), nprocs=2)
     for rank in range(2):
-        found_loss, found = torch.load(tmp_path / f"{rank}.pt")
+        found_loss, found, _ = torch.load(tmp_path / f"{rank}.pt")
         assert found_loss == pytest.approx(loss, rel=1e-5)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert expected.norm() > 1
+
+
+def test_moving_averages_are_of_the_images_of_all_processes(tmp_path: Path) -> None:
+    """A first step leaves a tenth of its mean cost, which is minus the loss an image."""
+    mp.spawn(worker, (str(tmp_path), free_port(), "score"), nprocs=2)
+    for rank in range(2):
+        loss, _, state = torch.load(tmp_path / f"{rank}.pt")
+        (average,) = state["baseline._extra_state"]["sums"].values()
+        assert float(average) == pytest.approx(-0.1 * loss / 31, rel=1e-5)
 
 
 def run(folder: Path, *launcher: str, flags: list[str] = FLAGS) -> dict:

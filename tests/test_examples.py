@@ -438,6 +438,14 @@ def test_checkpoint_of_another_run(tmp_path: Path) -> None:
         run(*saving, gradient="score")
 
 
+def test_checkpoint_with_more_epochs_than_asked_for(tmp_path: Path) -> None:
+    saving = ["--checkpoint", str(tmp_path / "run.pt")]
+    run(*saving, "--epochs", "2")
+    match = "has 2 epochs behind it, and --epochs asks for 1: write --epochs 2 or more"
+    with pytest.raises(checkpoint.CheckpointError, match=match):
+        run(*saving, "--epochs", "1")
+
+
 # The commands
 
 
@@ -476,6 +484,7 @@ def test_folder_of_images_from_the_command_line(tmp_path: Path, capsys) -> None:
         (["--hidden", "8,x"], "--hidden: expected a whole number of at least 1, got 'x'"),
         (["--lr", "-1"], "--lr: expected a number above 0, got '-1'"),
         (["--out", f"{__file__}/pictures"], "--out: no folder can be made at"),
+        (["--checkpoint", f"{__file__}/x.pt"], "--checkpoint: no folder can be made at"),
         (["--lr", "much"], "--lr: expected a number above 0, got 'much'"),
     ],
 )
