@@ -121,11 +121,11 @@ def run_programs(
     """
     guide, model = in_rows(call.guide, draw.layout), in_rows(call.model, draw.layout)
     traced_guide = poutine.trace(guide)
-    with subsample, draw, checks:
+    with _left_dimensions_explained(draw), subsample, draw, checks:
         traced_guide(*call.args, **call.kwargs)
     guide_trace = traced_guide.trace
     traced_model = poutine.trace(poutine.replay(model, trace=guide_trace))
-    with subsample, checks:
+    with _left_dimensions_explained(draw), subsample, checks:
         traced_model(*call.args, **call.kwargs)
     model_trace = traced_model.trace
     if is_validation_enabled():
@@ -142,6 +142,28 @@ def in_rows(program: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
     if layout.particle_dim is None:
         return program
     return pyro.plate(_PARTICLES, layout.num_rows, dim=layout.particle_dim)(program)
+
+
+@contextmanager
+def _left_dimensions_explained(draw: DrawMessenger) -> Iterator[None]:
+    """Add to errors over shapes which dimensions the values have that the program did not make."""
+    try:
+        yield
+    except (IndexError, RuntimeError, ValueError) as error:
+        left = []
+        if (dim := draw.layout.particle_dim) is not None:
+            left += [f"{draw.layout.num_rows} particles or coupled draws at {dim}"]
+        left += [f"every value of {name!r} at {at}" for name, at in draw.enumerated.items()]
+        over_shapes = not isinstance(error, ValueError) or "Shape mismatch" in str(error)
+        if left and over_shapes:
+            error.add_note(
+                f"Values came with dimensions on the left of the plates: {' and '.join(left)} of "
+                "the batch shape. Write operations that broadcast over them, such as "
+                "Vindex(loc)[..., z] (pyro.ops.indexing) for loc[z], or "
+                "(z.unsqueeze(-2) @ weight).squeeze(-2) for z @ weight; or use "
+                "vectorize_particles=False and no enumeration."
+            )
+        raise
 
 
 def _collect(

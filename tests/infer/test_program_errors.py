@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pyro
 import pyro.distributions as dist
@@ -241,3 +242,49 @@ def test_a_score_that_no_estimator_can_serve(validate: bool) -> None:
         pytest.raises(ValueError, match=r"'own' of the guide is a factor with has_rsample=False"),
     ):
         Estimator_ELBO().loss_and_grads(model, guide)
+
+
+def indexed_by_a_latent(loc: torch.Tensor) -> None:
+    z = pyro.sample("z", dist.Categorical(torch.ones(3)))
+    pyro.sample("x", dist.Normal(loc[z], 1.0), obs=torch.zeros(6))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "left"),
+    [
+        ("score", r"4 particles or coupled draws at -2 of"),
+        ("disarm_tree", r"8 particles or coupled draws at -2 of"),
+        ("enumerate", r"4 particles or coupled draws at -2 and every value of 'z' at -3 of"),
+    ],
+)
+def test_an_index_that_does_not_broadcast_is_explained(estimator: str, left: str) -> None:
+    def model() -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        with pyro.plate("n", 6):
+            indexed_by_a_latent(loc)
+
+    def guide() -> None:
+        pyro.sample("loc", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("n", 6):
+            pyro.sample("z", dist.Categorical(torch.ones(3)), infer={"gradient": estimator})
+
+    elbo = Estimator_ELBO(4, vectorize_particles=True, max_plate_nesting=1)
+    with pytest.raises(ValueError, match="Shape mismatch") as told:
+        elbo.loss_and_grads(model, guide)
+    (note,) = told.value.__notes__
+    assert re.search(left, note)
+    assert "Vindex(loc)[..., z]" in note
+
+
+def test_only_what_has_dimensions_on_the_left_is_explained() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Bernoulli(0.3))
+        with pyro.plate("n", 5):
+            pyro.sample("x", dist.Normal(torch.zeros(6), 1.0), obs=torch.zeros(6))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Bernoulli(0.4))
+
+    with pytest.raises(ValueError, match="Shape mismatch") as told:
+        Estimator_ELBO().loss_and_grads(model, guide)
+    assert not hasattr(told.value, "__notes__")
