@@ -11,7 +11,8 @@ from pyro_gumbel.estimators import Estimator, LeaveOneOut, MovingAverage, Pathwi
 from pyro_gumbel.infer import config_gradient
 
 _CLASSES = {name.lower(): getattr(estimators, name) for name in estimators.__all__}
-CHOICE = re.compile(r"(?P<name>[a-z_]+)(@(?P<temperature>[\d.e+-]+))?(:(?P<particles>\d+))?")
+NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
+CHOICE = re.compile(rf"(?P<name>[a-z_]+)(@(?P<temperature>{NUMBER}))?(:(?P<particles>\d+))?")
 
 
 def parse(

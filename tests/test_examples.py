@@ -242,6 +242,8 @@ def test_evaluation_leaves_the_generator_alone() -> None:
         ("score:1", ("Score(MovingAverage(0.9))", 1)),
         ("auto", ("Score(LeaveOneOut())", 2)),
         ("reinmax@1.3", ("ReinMax(1.3)", 2)),
+        ("reinmax@.5", ("ReinMax(0.5)", 2)),
+        ("reinmax@5e-1", ("ReinMax(0.5)", 2)),
         ("gumbel_rao@0.5:3", ("GumbelRao(0.5, num_samples=10)", 3)),
     ],
 )
@@ -266,6 +268,7 @@ def test_auto_is_pathwise_where_it_can_be() -> None:
         ("score@0.5", "score has no temperature"),
         ("reinmax:0", "at least 1"),
         ("ReinMax()", "write NAME, NAME@TEMPERATURE or NAME:K"),
+        ("reinmax@1.3.2", "write NAME, NAME@TEMPERATURE or NAME:K"),
         ("reinmax@-1", "temperature must be positive"),
     ],
 )
