@@ -13,9 +13,9 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import nn
 
-__all__ = ["EvaluationCounter"]
+from pyro_gumbel.infer.particles import PARTICLE_PLATE
 
-_PARTICLES = "num_particles_vectorized"
+__all__ = ["EvaluationCounter"]
 
 
 class EvaluationCounter(Messenger):
@@ -47,7 +47,7 @@ class EvaluationCounter(Messenger):
         fn: Any = msg["fn"]
         batch = list(fn.batch_shape)
         for frame in msg["cond_indep_stack"]:
-            own = frame.vectorized and frame.name != _PARTICLES
+            own = frame.vectorized and frame.name != PARTICLE_PLATE
             if own and frame.dim is not None and len(batch) >= -frame.dim:
                 batch[frame.dim] = 1
         self._rows = max(self._rows, math.prod(batch))

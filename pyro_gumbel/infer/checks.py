@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro.distributions as dist
@@ -10,9 +13,10 @@ import torch.distributions as torch_dist
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 
-from pyro_gumbel.estimators.families import unwrap
+from pyro_gumbel.estimators.families import is_bit, is_categorical, is_one_hot, unwrap
+from pyro_gumbel.infer.particles import PARTICLE_PLATE
 
-__all__ = ["check_programs", "latent_sites"]
+__all__ = ["check_programs", "latent_sites", "misfits_named"]
 
 _PYRO_STRAIGHT_THROUGH = (
     dist.RelaxedOneHotCategoricalStraightThrough,
@@ -29,26 +33,58 @@ def latent_sites(trace: Trace) -> dict[str, Any]:
     }
 
 
-def check_programs(model_trace: Trace, guide_trace: Trace) -> None:
-    """Check that each latent site of the model has a guide's site of the same shape and measure.
+def check_programs(model_trace: Trace, guide_trace: Trace, nesting: int | None) -> None:
+    """Check that each latent site of the model has a guide's site that fits it.
+
+    Args:
+        model_trace: A run of the model on the guide's values.
+        guide_trace: The run of the guide.
+        nesting: Number of dimensions of the programs' plates; those further left are of particles
+            and of enumerated values. ``None``: there are none of these.
 
     Raises:
         ValueError: If a latent site is missing from the guide, an observed one is in it, shapes
-            differ, or a density faces a mass.
+            or plates differ, a density faces a mass, or the guide draws what the model cannot.
     """
     model, guide = latent_sites(model_trace), latent_sites(guide_trace)
-    for name, site in model.items():
+    for name in model:
         if name not in guide:
             raise ValueError(
                 f"The model's latent site {name!r} is missing from the guide, whose sites are "
                 f"{list(guide)}. Sample it in the "
                 "guide, observe it in the model, or marginalise it out of the model."
             )
-        _check_event(name, site["fn"], guide[name]["fn"])
-        _check_measure(name, site["fn"], guide[name]["fn"])
+    _check_common_sites(model, guide, nesting)
     for name, site in guide.items():
         if name not in model:
             _check_guide_only(name, site, model_trace)
+
+
+@contextmanager
+def misfits_named(traced_model: Any, guide_trace: Trace, nesting: int | None) -> Iterator[None]:
+    """Where a model fails, name a guide's value that does not fit its site: the likelier cause.
+
+    Raises:
+        ValueError: As :func:`check_programs` does, for the sites that the model has come to.
+    """
+    try:
+        yield
+    except (IndexError, RuntimeError, ValueError):
+        model, guide = latent_sites(traced_model.trace), latent_sites(guide_trace)
+        _check_common_sites(model, guide, nesting)
+        for name in model.keys() & guide.keys():
+            _check_index(name, model[name], guide[name]["fn"])
+        raise
+
+
+def _check_common_sites(model: dict[str, Any], guide: dict[str, Any], nesting: int | None) -> None:
+    for name, site in model.items():
+        if name not in guide:
+            continue
+        _check_event(name, site["fn"], guide[name]["fn"])
+        _check_measure(name, site["fn"], guide[name]["fn"])
+        _check_values(name, site["fn"], guide[name]["fn"])
+        _check_batch(name, site, guide[name], nesting)
 
 
 def _check_guide_only(name: str, site: Any, model_trace: Trace) -> None:
@@ -102,6 +138,64 @@ def _check_measure(name: str, model_fn: Any, guide_fn: Any) -> None:
         f"{_name(discrete)}(...), and choose how the "
         f"gradient passes: config_gradient(guide, {{{name!r}: ReinMax()}}) or another estimator."
     )
+
+
+def _check_values(name: str, model_fn: Any, guide_fn: Any) -> None:
+    """Refuse a guide whose draws have no mass under the model's one-hots or bits.
+
+    Their formulas would score them all the same; other families look at the values they score.
+    """
+    model, guide = unwrap(model_fn), unwrap(guide_fn)
+    if isinstance(guide, dist.Delta) or _is_within(guide, model):
+        return
+    raise ValueError(
+        f"At site {name!r}, the guide's {_name(guide)} draws values that have no mass under the "
+        f"model's {_name(model)}: their ratio is no ELBO. Write {_name(model)} in the guide, too."
+    )
+
+
+def _check_index(name: str, site: Any, guide_fn: Any) -> None:
+    fn = unwrap(site["fn"])
+    if is_categorical(fn) and not bool(fn.support.check(site["value"]).all()):
+        raise ValueError(
+            f"At site {name!r}, the guide's {_name(guide_fn)} drew {int(site['value'].max())}, "
+            f"and the model's {_name(fn)} has the values 0 to {fn.param_shape[-1] - 1}. Give both "
+            "the same number of categories."
+        )
+
+
+def _is_within(guide: Any, model: Any) -> bool:
+    if is_one_hot(model):
+        return is_one_hot(guide)
+    if is_bit(model):
+        binary = is_categorical(guide) and guide.param_shape[-1] <= 2
+        return is_bit(guide) or is_one_hot(guide) or binary
+    return True
+
+
+def _check_batch(name: str, model_site: Any, guide_site: Any, nesting: int | None) -> None:
+    """Refuse plates that one program has and the other lacks."""
+    model, guide = (
+        _plate_shape(site["fn"].batch_shape, nesting) for site in (model_site, guide_site)
+    )
+    pairs = itertools.zip_longest(reversed(model), reversed(guide), fillvalue=1)
+    if any(one != other for one, other in pairs):
+        raise ValueError(
+            f"At site {name!r}, model and guide disagree on the batch shape: the model's "
+            f"{_name(model_site['fn'])} has {tuple(model)} in {_plates(model_site)}, the guide's "
+            f"{_name(guide_site['fn'])} has {tuple(guide)} in {_plates(guide_site)}. Write the "
+            "same `with pyro.plate(name, size):` around it in both."
+        )
+
+
+def _plate_shape(shape: Any, nesting: int | None) -> Any:
+    return shape if nesting is None else shape[max(0, len(shape) - nesting) :]
+
+
+def _plates(site: Any) -> str:
+    frames = [frame for frame in site["cond_indep_stack"] if frame.name != PARTICLE_PLATE]
+    plates = [f"plate {frame.name!r} of {frame.size}" for frame in frames if frame.vectorized]
+    return " and ".join(plates) or "no plate"
 
 
 def _refuse_pyro_straight_through(name: str, fn: Any, program: str) -> None:

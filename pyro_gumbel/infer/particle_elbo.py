@@ -19,6 +19,7 @@ from pyro_gumbel._integers import is_integer
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.infer._rng import preserved_rng, set_torch_generators, torch_generators
 from pyro_gumbel.infer.apart import check_apart
+from pyro_gumbel.infer.checks import misfits_named
 from pyro_gumbel.infer.finish import finish_step
 from pyro_gumbel.infer.names import Auto, Choice, check_choice
 from pyro_gumbel.infer.particles import (
@@ -282,8 +283,9 @@ class ParticleELBO(ELBO):
         with preserved_rng(), poutine.block():
             with draw:
                 guide_trace = poutine.trace(call.guide).get_trace(*call.args, **call.kwargs)
-            replayed = poutine.replay(call.model, trace=guide_trace)
-            model_trace = poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
+            traced_model = poutine.trace(poutine.replay(call.model, trace=guide_trace))
+            with misfits_named(traced_model, guide_trace, None):
+                model_trace = traced_model.get_trace(*call.args, **call.kwargs)
         nesting = self.max_plate_nesting
         if nesting == float("inf"):
             nesting = max(_plate_nesting(guide_trace), _plate_nesting(model_trace))

@@ -42,7 +42,17 @@ from pyro_gumbel.infer.config import resolve
 from pyro_gumbel.infer.names import Auto, Choice
 from pyro_gumbel.infer.not_recordable import NotRecordable
 
-__all__ = ["MAIN", "DrawMessenger", "Layout", "Path", "PlateNestingNeeded", "SharedSubsample"]
+__all__ = [
+    "MAIN",
+    "PARTICLE_PLATE",
+    "DrawMessenger",
+    "Layout",
+    "Path",
+    "PlateNestingNeeded",
+    "SharedSubsample",
+]
+
+PARTICLE_PLATE = "num_particles_vectorized"  # the name that Pyro's own losses give it
 
 
 class PlateNestingNeeded(Exception):

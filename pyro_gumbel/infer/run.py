@@ -20,14 +20,12 @@ from torch.distributions import Independent
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.estimators.families import event_dims, log_mass, unwrap
 from pyro_gumbel.infer.analytic_kl import analytic_kls
-from pyro_gumbel.infer.checks import check_programs, latent_sites
+from pyro_gumbel.infer.checks import check_programs, latent_sites, misfits_named
 from pyro_gumbel.infer.costs import Costs, EnumeratedSite, Term, site_frames
-from pyro_gumbel.infer.particles import DrawMessenger, Layout, SharedSubsample
+from pyro_gumbel.infer.particles import PARTICLE_PLATE, DrawMessenger, Layout, SharedSubsample
 from pyro_gumbel.infer.site_checks import SiteChecks
 
 __all__ = ["Run", "in_rows", "run_programs"]
-
-_PARTICLES = "num_particles_vectorized"
 
 
 class Run:
@@ -125,11 +123,17 @@ def run_programs(
         traced_guide(*call.args, **call.kwargs)
     guide_trace = traced_guide.trace
     traced_model = poutine.trace(poutine.replay(model, trace=guide_trace))
-    with _left_dimensions_explained(draw), subsample, checks:
+    nesting = draw.layout.plate_nesting
+    with (
+        misfits_named(traced_model, guide_trace, nesting),
+        _left_dimensions_explained(draw),
+        subsample,
+        checks,
+    ):
         traced_model(*call.args, **call.kwargs)
     model_trace = traced_model.trace
     if is_validation_enabled():
-        check_programs(model_trace, guide_trace)
+        check_programs(model_trace, guide_trace, nesting)
     return _collect(model_trace, guide_trace, draw, analytic_kl, full_scores)
 
 
@@ -141,7 +145,7 @@ def in_rows(program: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
     """
     if layout.particle_dim is None:
         return program
-    return pyro.plate(_PARTICLES, layout.num_rows, dim=layout.particle_dim)(program)
+    return pyro.plate(PARTICLE_PLATE, layout.num_rows, dim=layout.particle_dim)(program)
 
 
 @contextmanager

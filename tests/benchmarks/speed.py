@@ -116,7 +116,7 @@ def leave_one_out_steps(args: argparse.Namespace, device: torch.device) -> list[
 
 def main() -> None:
     parser = make_parser(__doc__.splitlines()[0])
-    parser.epilog = "ratio: what / against; reach: the largest ratio to aim for; met: if it is kept"
+    parser.epilog = "ratio: what / against; reach: the largest to aim for; met: whether it is kept"
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--compile", action="store_true", help="compiled captured steps, too")

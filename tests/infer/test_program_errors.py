@@ -11,10 +11,12 @@ import pytest
 import torch
 from faulty import (
     BIT,
+    HALF,
     INDEX,
     LOGITS,
     NORMAL,
     ONE_HOT,
+    PLATED_ONE_HOT,
     PYRO_HARD,
     PYRO_HARD_BIT,
     PYRO_SOFT,
@@ -134,6 +136,28 @@ ROWS = {
         ValueError,
         r"the guide's OneHotCategorical has a mass and the model's RelaxedOneHot has a density",
     ),
+    "a plate in the model alone": (
+        step(plated(lambda: dist.Normal(0.0, 1.0), size=6), NORMAL),
+        ValueError,
+        r"At site 'z', model and guide disagree on the batch shape: the model's Normal has \(6,\) "
+        r"in plate 'rows' of 6, the guide's Normal has \(\) in no plate. Write the same `with",
+    ),
+    "a plate in the guide alone": (
+        step(ONE_HOT, PLATED_ONE_HOT),
+        ValueError,
+        r"the model's OneHotCategorical has \(\) in no plate, .* has \(2,\) in plate 'rows' of 2",
+    ),
+    "bits for a one-hot": (
+        step(ONE_HOT, site(lambda: dist.Bernoulli(P).to_event(1))),
+        ValueError,
+        r"At site 'z', the guide's Bernoulli draws values that have no mass under the model's "
+        r"OneHotCategorical: their ratio is no ELBO. Write OneHotCategorical in the guide, too",
+    ),
+    "counts for a bit": (
+        step(BIT, site(lambda: dist.Poisson(1.0))),
+        ValueError,
+        r"the guide's Poisson draws values that have no mass under the model's Bernoulli",
+    ),
     "Pyro's relaxed facing a mass": (
         step(ONE_HOT, PYRO_SOFT),
         ValueError,
@@ -174,6 +198,36 @@ ROWS = {
         r"call loss or loss_and_grads",
     ),
 }
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+@pytest.mark.parametrize(
+    ("latent", "guide", "pattern"),
+    [
+        (ONE_HOT, site(lambda: dist.OneHotCategorical(torch.ones(4))), "disagree on the event sh"),
+        (ONE_HOT, INDEX, "disagree on event_dim"),
+        (
+            INDEX,
+            site(lambda: dist.Categorical(logits=torch.eye(4)[3] * 9)),
+            "drew 3, and .* has the values 0 to 2",
+        ),
+    ],
+)
+def test_a_value_that_breaks_the_model_is_named_first(latent, guide, pattern, vectorize):
+    def model():
+        z = latent()
+        mean = z @ P if z.dtype == P.dtype else P[z]
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=HALF)
+
+    elbo = Estimator_ELBO(3, vectorize_particles=vectorize)
+    with pytest.raises(ValueError, match=pattern):
+        elbo.loss_and_grads(model, guide)
+
+
+def test_one_family_may_stand_for_another_that_has_its_values():
+    step(BIT, site(lambda: dist.Categorical(torch.ones(2))))()
+    step(INDEX, site(lambda: dist.Categorical(torch.ones(2))))()
+    step(site(lambda: dist.Bernoulli(P).to_event(1)), ONE_HOT)()
 
 
 @pytest.mark.parametrize("row", ROWS)
