@@ -38,7 +38,8 @@ class Estimator_ELBO(ParticleELBO):  # noqa: N801
             moving average.
         vectorize_particles: Evaluate all particles at once, as rows of a plate left of the
             programs' own; else one after the other, for programs that do not broadcast or whose
-            structure varies. The estimator is the same.
+            structure varies. The estimator is the same, but for the weights of several coupled
+            sites' paths in the loss.
         max_plate_nesting: Bound on the number of nested plates; found by a trial run where it is
             not given.
         analytic_kl: Put the closed-form KL divergence in place of a site's sampled ``log p - log

@@ -35,11 +35,33 @@ class Paths:
 
     def elbo(self) -> Tensor:
         """Average the ELBO over repetitions and over their paths that are draws of the guide."""
-        means = []
-        for group in self.groups:
-            draws = [rows for run in group for rows in self._draws(run)]
-            means.append((draws[0] if len(draws) == 1 else torch.cat(draws)).mean())
+        means = [
+            self._rows_mean(group) if group[0].layout.vectorized else self._runs_mean(group)
+            for group in self.groups
+        ]
         return means[0] if len(means) == 1 else torch.stack(means).mean()
+
+    def _rows_mean(self, group: list[Run]) -> Tensor:
+        """Average paths that are the same in every step."""
+        draws = [rows for run in group for rows in self._draws(run)]
+        return (draws[0] if len(draws) == 1 else torch.cat(draws)).mean()
+
+    def _runs_mean(self, group: list[Run]) -> Tensor:
+        """Average paths of which there may be more or fewer, as the values drawn decide.
+
+        The weight of a path must not depend on what comes after the values at which it branches
+        off: from the last owner to the first, its branches are averaged with what is behind it.
+        """
+        main, *branches = group
+        mean = main.totals.mean()
+        owned: dict[str, list[Tensor]] = {}
+        for run in branches:
+            (path,) = run.layout.paths
+            if path.owner is not None and self.estimators[path.owner].branches_are_draws:
+                owned.setdefault(path.owner, []).append(run.totals.mean())
+        for totals in reversed(owned.values()):
+            mean = torch.stack([mean, *totals]).mean()
+        return mean
 
     def is_nan(self) -> bool:
         """Tell whether the ELBO of some path is NaN."""

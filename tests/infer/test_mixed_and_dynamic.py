@@ -95,10 +95,19 @@ def test_mixed_sites(estimator):
 # Structure that varies.
 
 
-def test_dynamic_structure():
-    """Bits in a chain, each there where the one before was 1. 1,250 steps of 4 looped particles.
+@pytest.mark.parametrize(
+    ("estimators", "num_particles", "steps"),
+    [
+        (lambda name: "auto", 4, 800),
+        (lambda name: "disarm", 1, 1000),
+        ({"z0": "arms", "z1": "double_control_variate", "z2": "disarm"}.get, 2, 500),
+    ],
+    ids=["auto", "one coupled pair a site", "coupled in several ways"],
+)
+def test_dynamic_structure(estimators, num_particles, steps):
+    """Bits in a chain, each there where the one before was 1; a model's parameter, too.
 
-    Looped steps are dear: the standard error is held below 3 % of the gradient here.
+    Looped steps are dear: the standard error is held below 5 % of the gradient here.
     """
     depth = 3
 
@@ -107,18 +116,19 @@ def test_dynamic_structure():
         if step + 1 < depth and z > 0:
             model(step + 1)
         else:
-            mean = constant(float(step), POINTS) + 2 * z
+            mean = constant(float(step), POINTS) + pyro.param("slope") * z
             pyro.sample("x", dist.Normal(mean, 1.0), obs=constant(2.0, POINTS))
 
-    @config_gradient(config="auto")
-    def guide(step=0):
+    def chain(step=0):
         z = pyro.sample(f"z{step}", dist.Bernoulli(logits=pyro.param("logits")[step]))
         if step + 1 < depth and z > 0:
-            guide(step + 1)
+            chain(step + 1)
 
     logits = torch.tensor([0.3, -0.4, 0.6], dtype=DOUBLE)
     pyro.param("logits", logits)
+    pyro.param("slope", torch.tensor(2.0, dtype=DOUBLE))
     leaf = logits.clone().requires_grad_()
+    slope = torch.tensor(2.0, dtype=DOUBLE, requires_grad=True)
     elbo = torch.zeros((), dtype=DOUBLE)
     log_q, log_p = torch.zeros((), dtype=DOUBLE), 0.0
     for step in range(depth):
@@ -129,21 +139,23 @@ def test_dynamic_structure():
             if z > 0 and step + 1 < depth:
                 next_q, next_p = here_q, here_p
                 continue
-            likelihood = dist.Normal(step + 2 * bit, 1.0).log_prob(constant(2.0, leaf))
+            likelihood = dist.Normal(step + slope * bit, 1.0).log_prob(constant(2.0, leaf))
             elbo = elbo + here_q.exp() * (here_p + likelihood - here_q)
         log_q, log_p = next_q, next_p
-    (gradient,) = torch.autograd.grad(-elbo, leaf)
+    gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(-elbo, [leaf, slope])])
 
-    loss = Estimator_ELBO(num_particles=4)
+    loss = Estimator_ELBO(num_particles=num_particles)
+    guide = config_gradient(chain, lambda site: estimators(site["name"]))
     draws, losses = [], []
-    parameter = pyro.get_param_store()._params["logits"]
-    for _ in range(1250):
+    parameters = [pyro.get_param_store()._params[name] for name in ("logits", "slope")]
+    for _ in range(steps):
         losses.append(float(loss.loss_and_grads(model, guide)))
-        draws.append(parameter.grad.clone())
-        parameter.grad = None
+        draws.append(torch.cat([p.grad.reshape(-1) for p in parameters]))
+        for parameter in parameters:
+            parameter.grad = None
     draws = torch.stack(draws)
     assert draws.isfinite().all()
-    assert relative_error(draws, gradient) < 0.03
+    assert relative_error(draws, gradient) < 0.05
     assert worst_z(draws, gradient) < 5
     check_loss(torch.tensor(losses, dtype=DOUBLE), elbo.item())
 
