@@ -75,7 +75,11 @@ def one_hot_log_probs(distribution: Any) -> Tensor:
     """Log-probabilities of a one-hot distribution, ours, Pyro's or torch's, exact at zeros."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution._parameters.log_probs
-    categorical = distribution._categorical
+    return categorical_log_probs(distribution._categorical)
+
+
+def categorical_log_probs(categorical: Any) -> Tensor:
+    """Log-probabilities of torch's distribution over indices, exact at zeros."""
     if _gives_probs(categorical):  # torch's own logits of these would hide the zeros
         return CategoricalParameters(categorical.probs, None).log_probs
     logits = categorical.logits

@@ -6,6 +6,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor, nn
 
+from pyro_gumbel.distributions._noise import noise_dtype
 from pyro_gumbel.estimators._arguments import check_num_samples
 from pyro_gumbel.estimators.base import Estimator, Site
 from pyro_gumbel.estimators.families import (
@@ -110,6 +111,8 @@ class DoubleControlVariate(DifferentiatingEstimator):
 
     def surrogate(self, site: Site) -> Tensor:
         slopes = site.value_gradients()
+        # Sums of the steep slopes of impossible values overflow in half precision.
+        slopes = slopes.to(noise_dtype(slopes.dtype))
         values = site.values.detach()
         mean = _mean(site)
         deviation = values - mean.detach()

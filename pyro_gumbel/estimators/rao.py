@@ -152,7 +152,14 @@ class _Rao(OneHotEstimator):
 
     def __init__(self, temperature: float | Tensor | Schedule, *, num_samples: int) -> None:
         super().__init__()
-        check_temperature(type(self).__name__, "temperature", temperature)
+        name = type(self).__name__
+        check_temperature(name, "temperature", temperature)
+        if isinstance(temperature, Tensor) and temperature.requires_grad:
+            raise ValueError(
+                f"{name}: temperature requires a gradient, and Jacobians averaged over draws pass "
+                f"none to it. Write {name}(temperature.detach()), or use GumbelStraightThrough or "
+                "ReinMax, which can learn theirs."
+            )
         self.temperature = temperature
         self.num_samples = check_num_samples(type(self).__name__, num_samples, least=1)
 
@@ -180,11 +187,12 @@ class GumbelRao(_Rao):
     variable.
 
     Args:
-        temperature: Positive number, tensor or schedule.
+        temperature: Positive number, tensor without gradient, or schedule.
         num_samples: Number ``K`` of conditional draws.
 
     Raises:
-        ValueError: If the temperature is not positive, or ``num_samples`` is below 1.
+        ValueError: If the temperature is not positive or requires a gradient, or ``num_samples``
+            is below 1.
 
     References:
         Rao-Blackwellizing the Straight-Through Gumbel-Softmax Gradient Estimator (Paulus,
@@ -219,11 +227,12 @@ class ReinMaxRao(_Rao):
     *Costs*: one evaluation, and ``num_samples`` softmaxes at the site.
 
     Args:
-        temperature: Positive number, tensor or schedule.
+        temperature: Positive number, tensor without gradient, or schedule.
         num_samples: Number ``K`` of conditional draws.
 
     Raises:
-        ValueError: If the temperature is not positive, or ``num_samples`` is below 1.
+        ValueError: If the temperature is not positive or requires a gradient, or ``num_samples``
+            is below 1.
 
     References:
         Wang, Bui (2026), https://arxiv.org/abs/2603.08257

@@ -128,8 +128,8 @@ class LocalExpectation(Estimator):
         steps = torch.arange(1, categories, device=index.device)
         moved = (index.unsqueeze(-1) + steps) % categories
         # Differences from the main path's cost: probabilities sum to one, rounding stays small.
-        gain = (site.cost[1:] - site.cost[0]).unflatten(0, (-1, categories - 1))
         joined = index.shape[index.dim() - site.event_dims :]
+        gain = (site.cost[1:] - site.cost[0]).unflatten(0, (joined.numel(), categories - 1))
         gain = gain.movedim((0, 1), (-2, -1))
         gain = gain.reshape(gain.shape[:-2] + joined + (categories - 1,))
         weight = probs.gather(-1, moved)

@@ -156,6 +156,43 @@ def test_extreme_logits(make):
     assert logits.grad.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("make", FOR_ONE_HOT, ids=name_of)
+def test_an_impossible_category_in_half_precision(make):
+    logits = torch.tensor([0.3, -math.inf, 1.0, 0.1], dtype=torch.float16, requires_grad=True)
+    levels = torch.tensor([0.5, 1.0, -0.7, 0.2], dtype=torch.float16)
+
+    def model():
+        z = pyro.sample("z", dist.OneHotCategorical(torch.ones(4, dtype=torch.float16)))
+        pyro.factor("x", (z * levels).sum(-1) ** 2)
+
+    guide = config_gradient(
+        lambda: pyro.sample("z", dist.OneHotCategorical(logits=logits)), make()
+    )
+    for _ in range(10):
+        Estimator_ELBO(2).loss_and_grads(model, guide)
+    assert logits.grad.isfinite().all()
+    assert logits.grad[1] == 0
+    assert logits.grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "make", [DisARMTree, LocalExpectation, MuProp, DoubleControlVariate, Rebar], ids=name_of
+)
+def test_a_single_category_has_no_gradient(make):
+    logits = torch.tensor([0.3], requires_grad=True)
+
+    def model():
+        z = pyro.sample("z", dist.OneHotCategorical(torch.ones(1)))
+        pyro.factor("x", 1.7 * z.sum(-1))
+
+    guide = config_gradient(
+        lambda: pyro.sample("z", dist.OneHotCategorical(logits=logits)), make()
+    )
+    loss = Estimator_ELBO().loss_and_grads(model, guide)
+    assert float(loss) == pytest.approx(-1.7)
+    assert logits.grad.abs().max() < 1e-6
+
+
 @vectorized
 def test_one_particle_in_nested_plates_without_graph(vectorize):
     """A single row of the main path, further rows in later passes, at sites of fewer plates."""

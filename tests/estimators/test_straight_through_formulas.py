@@ -286,3 +286,9 @@ def test_gumbel_softmax_differentiates_the_relaxed_objective(temperature):
     assert set(hard.tolist()) == {0.0, 1.0}
     exact = -((3 * hard[0]).sin() + (hard * (prior.log() - log_q.detach())).sum())
     torch.testing.assert_close(loss, exact, **EXACT)
+
+
+@pytest.mark.parametrize("estimator", [GumbelRao, ReinMaxRao])
+def test_a_temperature_that_would_get_no_gradient_is_refused(estimator):
+    with pytest.raises(ValueError, match=rf"{estimator.__name__}\(temperature.detach\(\)\), or"):
+        estimator(torch.tensor(0.7, requires_grad=True))

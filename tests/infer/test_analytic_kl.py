@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -93,3 +95,50 @@ def test_analytic_kl_not_where_the_order_of_sites_differs():
     draws, losses = draw_gradients(problem, "auto", 100, num_particles=1000, analytic_kl=True)
     check(draws, gradient)
     check_loss(losses, elbo)
+
+
+@pytest.mark.parametrize("family", [dist.Categorical, dist.OneHotCategorical])
+def test_an_impossible_category_leaves_a_gradient(family):
+    logits = torch.tensor([0.4, -math.inf, -0.3], dtype=DOUBLE, requires_grad=True)
+    prior = torch.tensor([0.5, 0.2, 0.3], dtype=DOUBLE)
+    Estimator_ELBO(analytic_kl=True).loss_and_grads(
+        lambda: pyro.sample("z", family(prior)), lambda: pyro.sample("z", family(logits=logits))
+    )
+    possible = logits.detach()[[0, 2]].requires_grad_()
+    log_q = possible.log_softmax(-1)
+    (log_q.exp() * (log_q - prior[[0, 2]].log())).sum().backward()
+    torch.testing.assert_close(logits.grad[[0, 2]], possible.grad, rtol=1e-10, atol=0)
+    assert logits.grad[1] == 0
+
+
+@pytest.mark.parametrize("certain", [1.0, 0.0])
+@pytest.mark.parametrize("given", ["logits", "probs"])
+def test_a_certain_bit_leaves_a_gradient(given, certain):
+    value = torch.tensor(certain if given == "probs" else math.inf * (2 * certain - 1))
+    value.requires_grad_()
+    loss = Estimator_ELBO(analytic_kl=True).loss_and_grads(
+        lambda: pyro.sample("z", dist.Bernoulli(0.3)),
+        lambda: pyro.sample("z", dist.Bernoulli(**{given: value})),
+    )
+    assert float(loss) == pytest.approx(-math.log(0.3 if certain else 0.7), rel=1e-6)
+    assert value.grad.isfinite()
+
+
+@pytest.mark.parametrize("family", [dist.Bernoulli, dist.Categorical, dist.OneHotCategorical])
+@pytest.mark.parametrize("given", ["logits", "probs"])
+def test_closed_forms_equal_those_of_torch(family, given):
+    sizes = (3,) if family is dist.Bernoulli else (3, 4)
+    pyro.set_rng_seed(0)
+    q, p = torch.rand(2, *sizes, dtype=DOUBLE)
+    q = q.requires_grad_()
+
+    def program(parameter):
+        with pyro.plate("n", 3):
+            pyro.sample("z", family(**{given: parameter}))
+
+    elbo = Estimator_ELBO(analytic_kl=True)
+    loss = elbo.loss_and_grads(lambda: program(p), lambda: program(q))
+    fns = (family(**{given: parameter}) for parameter in (q, p))
+    exact = torch.distributions.kl_divergence(*fns).sum()
+    assert float(loss) == pytest.approx(exact.item(), rel=1e-10)
+    torch.testing.assert_close(q.grad, torch.autograd.grad(exact, q)[0], rtol=1e-8, atol=1e-12)
