@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from captured import DATA, batches, one_hot_programs, replayed
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 
@@ -36,30 +38,6 @@ from pyro_gumbel.infer import (
     config_gradient,
 )
 
-DATA = 6
-
-
-def one_hot_programs(dtype=torch.float64):
-    """Latents in a plate under a prior that is not uniform; a linear decoder."""
-    pyro.set_rng_seed(3)
-    encoder = torch.nn.Linear(4, 2 * 3, dtype=dtype)
-    decoder = torch.nn.Linear(2 * 3, 4, dtype=dtype)
-    prior = torch.tensor([0.2, 0.3, 0.5], dtype=dtype)
-
-    def model(x):
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.OneHotCategorical(prior.expand(2, 3)).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=decoder(z.flatten(-2))).to_event(1), obs=x)
-
-    def guide(x):
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x)):
-            logits = encoder(x).unflatten(-1, (2, 3))
-            pyro.sample("z", dist.OneHotCategorical(logits=logits).to_event(1))
-
-    return model, guide, [*encoder.parameters(), *decoder.parameters()]
-
 
 def bit_programs(dtype=torch.float64):
     """The same with bits."""
@@ -82,12 +60,6 @@ def bit_programs(dtype=torch.float64):
     return model, guide, [*encoder.parameters(), *decoder.parameters()]
 
 
-def batches(number, dtype=torch.float64, size=DATA):
-    generator = torch.Generator().manual_seed(5)
-    draws = torch.rand(number, size, 4, generator=generator, dtype=dtype)
-    return (draws < 0.4).to(dtype)
-
-
 def train(svi_class, programs, estimator, steps=100, dtype=torch.float64, lr=None, **options):
     """Losses, parameters and estimator after some steps from the same seed."""
     pyro.clear_param_store()
@@ -100,7 +72,8 @@ def train(svi_class, programs, estimator, steps=100, dtype=torch.float64, lr=Non
     optim = pyro.optim.Adam({"lr": 0.01}) if lr is None else lr()
     svi = svi_class(model, config_gradient(guide, {"z": estimator}), optim, elbo, **captured)
     pyro.set_rng_seed(11)
-    losses = [svi.step(batch) for batch in batches(steps, dtype)]
+    with replayed() if svi_class is CapturedSVI else nullcontext():
+        losses = [svi.step(batch) for batch in batches(steps, dtype)]
     return torch.tensor(losses), [p.detach().clone() for p in parameters], svi
 
 
@@ -220,6 +193,7 @@ def test_optimizers(lr):
     assert_same(*runs)
 
 
+@replayed()
 def test_learning_rate_schedule_moves_on():
     runs = []
     for svi_class in (SVI, CapturedSVI):
@@ -250,6 +224,7 @@ def test_one_recording_for_each_shape():
     assert all(step.recording is not None for step in svi._steps.values())
 
 
+@replayed()
 def test_subsampling_draws_anew():
     seen = []
     data = torch.arange(20.0)
@@ -268,6 +243,7 @@ def test_subsampling_draws_anew():
     assert len(seen) > 6
 
 
+@replayed()
 def test_buffers_that_the_program_changes():
     """Batch norm's running mean: moved once a step, by comparisons with eager steps too."""
     runs = []
@@ -305,6 +281,7 @@ def test_parameter_store_that_is_cleared_is_noticed():
 PRIOR = dist.Normal(0.0, 1.0).expand([3]).to_event(1)  # checks its values, whoever turns that off
 
 
+@replayed()
 def test_prior_that_was_made_before():
     def model(x):
         z = pyro.sample("z", PRIOR)
@@ -446,6 +423,7 @@ def test_structure_that_changes_is_noticed():
         take_steps(svi, 4)
 
 
+@replayed()
 def test_arguments_that_are_no_tensors_are_part_of_the_recording():
     def model(scale):
         loc = pyro.param("loc", torch.tensor(0.0))
@@ -469,6 +447,7 @@ def test_many_kinds_of_arguments_are_told():
         take_steps(svi, 33, lambda number: (1.0 + number,))
 
 
+@replayed()
 def test_module_in_another_mode_is_another_recording():
     class Model(torch.nn.Module):
         def __init__(self):
@@ -490,6 +469,7 @@ def test_module_in_another_mode_is_another_recording():
     assert len({svi.step() for _ in range(6)}) == 1
 
 
+@replayed()
 def test_nan_parameters_are_reported():
     model, guide, parameters = one_hot_programs()
     svi = make(model, config_gradient(guide, ReinMax()))

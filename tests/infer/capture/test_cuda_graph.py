@@ -7,8 +7,8 @@ import contextlib
 import pyro
 import pytest
 import torch
+from captured import batches, one_hot_programs
 from pyro.infer import SVI
-from test_capture import batches, one_hot_programs
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
