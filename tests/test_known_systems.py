@@ -1,4 +1,4 @@
-"""A lecture on reparameterisation and the Gumbel-max trick, each system with its oracle."""
+"""Gumbel tricks, two gradients, changes of variables, games: each against a known answer."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from two_gradients import A, B, gaussian_kl, gradients
 DOUBLE = torch.float64
 
 
-# L1: the Gumbel distribution
+# The Gumbel distribution
 
 
 @pytest.mark.parametrize(("loc", "scale"), [(0.0, 1.0), (-1.5, 0.4), (30.0, 7.0)])
-def test_l1_gumbel_against_scipy(loc: float, scale: float) -> None:
+def test_gumbel_against_scipy(loc: float, scale: float) -> None:
     ours = Gumbel(torch.tensor(loc, dtype=DOUBLE), torch.tensor(scale, dtype=DOUBLE))
     theirs = scipy.stats.gumbel_r(loc, scale)
     value = torch.linspace(loc - 3 * scale, loc + 20 * scale, 101, dtype=DOUBLE)
@@ -49,7 +49,7 @@ def test_l1_gumbel_against_scipy(loc: float, scale: float) -> None:
     assert scipy.stats.kstest(draws, theirs.cdf).pvalue > 2e-5
 
 
-# L2: the Gumbel-max trick
+# The Gumbel-max trick
 
 
 def count(logits: Tensor, draws: int) -> Tensor:
@@ -63,7 +63,7 @@ def count(logits: Tensor, draws: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["logits", "classes", "words"])
-def test_l2_arg_max_is_a_softmax_draw(kind: str) -> None:
+def test_arg_max_is_a_softmax_draw(kind: str) -> None:
     pyro.set_rng_seed(7)
     if kind == "logits":
         logits, draws = torch.tensor([1.0, 0.0, -1.0, 0.5, 2.0]), 100_000
@@ -81,7 +81,7 @@ def test_l2_arg_max_is_a_softmax_draw(kind: str) -> None:
     assert pvalue > 2e-5
 
 
-def test_l2_the_largest_of_many_is_below_a_value() -> None:
+def test_the_largest_of_many_is_below_a_value() -> None:
     """P(max over i != k of Z_i <= z) is a product of distribution functions."""
     locs = torch.tensor([0.3, -1.0, 0.8])
     draws = Gumbel(locs).sample((100_000,)).amax(-1)
@@ -91,13 +91,13 @@ def test_l2_the_largest_of_many_is_below_a_value() -> None:
         assert abs((draws <= z).float().mean().item() - exact) < 5 * error
 
 
-# L3: the score function on a trajectory
+# The score function on a trajectory
 
 
 @pytest.mark.parametrize(
     ("baseline", "particles"), [(None, 1), (MovingAverage(), 1), (LeaveOneOut(), 4)], ids=repr
 )
-def test_l3_policy_gradient_against_enumeration(baseline: Any, particles: int) -> None:
+def test_policy_gradient_against_enumeration(baseline: Any, particles: int) -> None:
     task = Decisions(states=3, actions=2, horizon=3)
     with torch.no_grad():
         task.logits.copy_(torch.randn(3, 2, generator=torch.Generator().manual_seed(1)))
@@ -115,7 +115,7 @@ def test_l3_policy_gradient_against_enumeration(baseline: Any, particles: int) -
     assert (error < 0.05 * exact.norm()).all()
 
 
-def test_l3_a_learnt_policy_is_the_best_one() -> None:
+def test_a_learnt_policy_is_the_best_one() -> None:
     task = Decisions()
     elbo = Estimator_ELBO(4, vectorize_particles=True, max_plate_nesting=1)
     guide = config_gradient(task.guide, Score(LeaveOneOut()))
@@ -127,18 +127,18 @@ def test_l3_a_learnt_policy_is_the_best_one() -> None:
     assert gained > 0.95 * (task.best_value() - first)
 
 
-# L4: two gradients of one expectation
+# Two gradients of one expectation
 
 
 @pytest.mark.parametrize("theta", [-2.0, -B / A, 1.0])
 @pytest.mark.parametrize("label", ["score, no baseline", "score, leave-one-out of 4", "pathwise"])
-def test_l4_both_gradients_are_the_exact_one(label: str, theta: float) -> None:
+def test_both_gradients_are_the_exact_one(label: str, theta: float) -> None:
     drawn = gradients(theta, label, 50_000).double()
     error = drawn.std() / len(drawn) ** 0.5
     assert abs(drawn.mean() - 2 * A * (A * theta + B)) < 5 * error
 
 
-def test_l4_variances_are_those_of_the_closed_forms() -> None:
+def test_variances_of_both_gradients_are_those_of_the_closed_forms() -> None:
     """With f = z^2, m = a theta + b: pathwise 2 a z has 4 a^2; z^2 a (z - m) has more."""
     theta = 1.0
     m = A * theta + B
@@ -151,7 +151,7 @@ def test_l4_variances_are_those_of_the_closed_forms() -> None:
     assert score == pytest.approx(second - (2 * A * m) ** 2, rel=0.05)
 
 
-def test_l4_descent_stops_at_the_optimum() -> None:
+def test_descent_by_pathwise_gradients_stops_at_the_optimum() -> None:
     theta = torch.tensor([2.0], requires_grad=True)
 
     def guide() -> None:
@@ -173,10 +173,10 @@ def test_l4_descent_stops_at_the_optimum() -> None:
     assert abs(theta.item() + B / A) < 5 * sd
 
 
-# L5: change of variables
+# Change of variables
 
 
-def test_l5_relaxed_bit_is_a_logistic_moved_by_autograds_jacobian() -> None:
+def test_relaxed_bit_is_a_logistic_moved_by_autograds_jacobian() -> None:
     temperature, log_odds = 0.7, 0.4
     y = torch.linspace(0.01, 0.99, 99, dtype=DOUBLE, requires_grad=True)
     noise = temperature * y.logit() - log_odds
@@ -187,7 +187,7 @@ def test_l5_relaxed_bit_is_a_logistic_moved_by_autograds_jacobian() -> None:
 
 
 @pytest.mark.parametrize("categories", [2, 3, 5])
-def test_l5_simplex_and_log_simplex_differ_by_the_jacobian(categories: int) -> None:
+def test_simplex_and_log_simplex_differ_by_the_jacobian(categories: int) -> None:
     """From log ratios to the first coordinates of the simplex."""
     logits = torch.randn(categories, dtype=DOUBLE)
     ratios = torch.randn(categories - 1, dtype=DOUBLE)
@@ -202,11 +202,11 @@ def test_l5_simplex_and_log_simplex_differ_by_the_jacobian(categories: int) -> N
     torch.testing.assert_close(law, log_law - jacobian.slogdet().logabsdet)
 
 
-# L6: the auto-encoder's bound
+# The auto-encoder's bound
 
 
 @pytest.mark.parametrize("analytic", [False, True], ids=["sampled KL", "closed-form KL"])
-def test_l6_elbo_of_a_linear_gaussian_model(analytic: bool) -> None:
+def test_elbo_of_a_linear_gaussian_model(analytic: bool) -> None:
     """The bound is E[log P(x | z)] - KL(Q(z | x) || N(0, 1)), and log P(x) at the posterior."""
     x, weight = torch.tensor([0.5, -1.2, 2.0], dtype=DOUBLE), 0.8
 
@@ -238,7 +238,7 @@ def test_l6_elbo_of_a_linear_gaussian_model(analytic: bool) -> None:
     assert abs(at_best.mean() + evidence) < 5 * at_best.std() / 20**0.5 + 1e-9
 
 
-def test_l6_closed_form_kl_of_one_hot_latents() -> None:
+def test_closed_form_kl_of_one_hot_latents() -> None:
     q, p = torch.tensor([0.2, 0.5, 0.3], dtype=DOUBLE), torch.tensor([0.6, 0.3, 0.1], dtype=DOUBLE)
     expected = (q * (q / p).log()).sum()
     elbo = Estimator_ELBO(analytic_kl=True)
@@ -246,10 +246,10 @@ def test_l6_closed_form_kl_of_one_hot_latents() -> None:
     assert loss == pytest.approx(expected.item(), rel=1e-9)
 
 
-# L7: the KL divergence of Gaussians
+# The KL divergence of Gaussians
 
 
-def test_l7_full_covariance() -> None:
+def test_gaussian_kl_of_full_covariances() -> None:
     generator = torch.Generator().manual_seed(0)
     factors = torch.randn(2, 4, 4, generator=generator, dtype=DOUBLE)
     cov1, cov2 = factors @ factors.mT + 0.3 * torch.eye(4, dtype=DOUBLE)
@@ -262,7 +262,7 @@ def test_l7_full_covariance() -> None:
     assert abs(ratio.mean() - exact) < 5 * ratio.std() / len(ratio) ** 0.5
 
 
-def test_l7_diagonal_to_standard() -> None:
+def test_gaussian_kl_of_a_diagonal_to_the_standard_one() -> None:
     loc, scale = torch.tensor([0.3, -1.0], dtype=DOUBLE), torch.tensor([0.5, 2.0], dtype=DOUBLE)
     simple = 0.5 * (scale**2 + loc**2 - 1 - (scale**2).log()).sum()
     zero, one = torch.zeros(2, dtype=DOUBLE), torch.eye(2, dtype=DOUBLE)
@@ -275,11 +275,11 @@ def test_l7_diagonal_to_standard() -> None:
     assert loss == pytest.approx(simple.item(), rel=1e-9)
 
 
-# L8: the Concrete distribution
+# The Concrete distribution
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
-def test_l8_density_integrates_to_one(temperature: float) -> None:
+def test_relaxed_density_integrates_to_one(temperature: float) -> None:
     two = RelaxedOneHot(temperature, logits=torch.tensor([0.4, -0.3], dtype=DOUBLE))
 
     def density(log_odds: float) -> float:
@@ -298,7 +298,7 @@ def test_l8_density_integrates_to_one(temperature: float) -> None:
     assert (weight.sum() * (line[1] - line[0]) ** 2).item() == pytest.approx(1, abs=1e-4)
 
 
-def test_l8_density_at_temperature_one_depends_on_the_value() -> None:
+def test_relaxed_density_at_temperature_one_depends_on_the_value() -> None:
     """(n - 1)! prod_k e^mu_k x_k^-2 / sum_i e^mu_i x_i^-1."""
     mu = torch.tensor([0.4, -0.3, 1.0], dtype=DOUBLE)
     x = torch.tensor([[0.2, 0.3, 0.5], [0.7, 0.2, 0.1]], dtype=DOUBLE)
@@ -309,7 +309,7 @@ def test_l8_density_at_temperature_one_depends_on_the_value() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_l8_limits_of_the_temperature(dtype: torch.dtype) -> None:
+def test_limits_of_the_temperature(dtype: torch.dtype) -> None:
     logits = torch.tensor([0.4, -0.3, 1.0], dtype=dtype)
     draws = 50_000
     cold, hot = (RelaxedOneHot(t, logits=logits).sample((draws,)) for t in (1e-3, 1e3))
@@ -321,7 +321,7 @@ def test_l8_limits_of_the_temperature(dtype: torch.dtype) -> None:
     assert (hot - 1 / 3).abs().max() < 0.02
 
 
-def test_l8_straight_through_is_hard_forward_and_soft_backward() -> None:
+def test_straight_through_is_hard_forward_and_soft_backward() -> None:
     logits = torch.tensor([0.4, -0.3, 1.0], dtype=DOUBLE, requires_grad=True)
     weight = torch.tensor([1.0, -2.0, 0.5], dtype=DOUBLE)
     state = torch.get_rng_state()
@@ -335,10 +335,10 @@ def test_l8_straight_through_is_hard_forward_and_soft_backward() -> None:
     torch.testing.assert_close(backward, expected)
 
 
-# L9: an adversarial game with discrete strings
+# An adversarial game with discrete strings
 
 
-def test_l9_the_language_is_what_its_grammar_draws() -> None:
+def test_the_language_is_what_its_grammar_draws() -> None:
     strings, probs = grammar.all_strings()
     assert len(set(strings)) == 1365
     assert probs.sum().item() == pytest.approx(1, abs=1e-6)
@@ -365,7 +365,7 @@ def test_l9_the_language_is_what_its_grammar_draws() -> None:
     )
 
 
-def test_l9_the_generators_probabilities_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_generators_probabilities_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar, "LENGTH", 3)
     generator = sequence_gan.Generator(8)
     symbols = len(grammar.ALPHABET)
@@ -384,7 +384,7 @@ def test_l9_the_generators_probabilities_are_exact(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-def test_l9_the_game_is_won() -> None:
+def test_the_adversarial_game_is_won() -> None:
     pyro.enable_validation(False)
     args = argparse.Namespace(
         steps=1000,

@@ -1,6 +1,6 @@
 """Known defects of relaxed distributions and losses elsewhere, each with a test that we lack it.
 
-Crashes, leaks and gaps, b09 to b21; wrong answers, b01 to b08, are in ``test_pyro_defects``.
+Crashes, leaks and gaps; wrong answers are in ``test_pyro_defects``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def plated_guide(x):
         pyro.sample("z", dist.Bernoulli(logits=odds.expand(len(x))))
 
 
-def test_b09_a_running_baseline_leaks_nothing_and_takes_any_minibatch():
+def test_a_running_baseline_leaks_nothing_and_takes_any_minibatch():
     """Optimiser objects stay one a parameter; a smaller last minibatch; one number a site."""
     baseline = MovingAverage()
     optimiser = pyro.optim.Adam({"lr": 0.01})
@@ -72,7 +72,7 @@ def test_b09_a_running_baseline_leaks_nothing_and_takes_any_minibatch():
     assert {name: mean.shape for name, mean in baseline._sums.items()} == {"z": ()}
 
 
-def test_b10_neural_baseline_with_vectorised_particles():
+def test_neural_baseline_with_vectorised_particles():
     network = nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 1))
     guide = config_gradient(plated_guide, Score(NeuralBaseline(network, "x")))
     elbo = Estimator_ELBO(3, vectorize_particles=True)
@@ -86,7 +86,7 @@ def test_b10_neural_baseline_with_vectorised_particles():
 @pytest.mark.parametrize(
     "infer", [{"baseline": {"typo": 1}}, {"baselinee": {}}, {"estimator": "nonsense"}]
 )
-def test_b11_unknown_options_are_refused(infer):
+def test_unknown_options_are_refused(infer):
     def guide(x):
         with pyro.plate("d", len(x)):
             pyro.sample("z", dist.Bernoulli(torch.tensor(0.5)), infer=infer)
@@ -96,7 +96,7 @@ def test_b11_unknown_options_are_refused(infer):
 
 
 @pytest.mark.parametrize("make", [Estimator_ELBO, ImportanceWeighted_ELBO])
-def test_b12_losses_are_modules(make):
+def test_losses_are_modules(make):
     """``elbo(model, guide)(x).backward()``, which needs a differentiable loss."""
 
     class Guide(nn.Module):
@@ -118,7 +118,7 @@ def test_b12_losses_are_modules(make):
 
 
 @pytest.mark.parametrize("size", [10, 50])
-def test_b13_leave_one_out_is_there_and_lowers_the_variance(size):
+def test_leave_one_out_is_there_and_lowers_the_variance(size):
     """120 steps of 4 particles: by far more than half (16.5 and 44 times were reported)."""
     variances = []
     for estimator in (Score(), Score(LeaveOneOut())):
@@ -156,7 +156,7 @@ def test_b13_leave_one_out_is_there_and_lowers_the_variance(size):
     ],
     ids=["10", "100", "1000", "saturated"],
 )
-def test_b14_own_samples_score_finite(logits, temperature, dtype):
+def test_own_samples_score_finite(logits, temperature, dtype):
     logits = logits.to(dtype).requires_grad_()
     d = RelaxedOneHot(temperature, logits=logits)
     score = d.log_prob(d.rsample((200,)))
@@ -165,7 +165,7 @@ def test_b14_own_samples_score_finite(logits, temperature, dtype):
     assert gradient.isfinite().all()
 
 
-def test_b14_temperatures_are_read_by_batch_and_checked():
+def test_temperatures_are_read_by_batch_and_checked():
     assert RelaxedOneHot(torch.ones(5, 1), logits=torch.zeros(5, 3)).batch_shape == (5,)
     assert RelaxedOneHot(torch.ones(5), logits=torch.zeros(5, 3)).batch_shape == (5,)
     hot_and_cold = RelaxedOneHot(torch.tensor([0.01, 100.0, 1.0]), logits=torch.zeros(3, 3))
@@ -177,14 +177,14 @@ def test_b14_temperatures_are_read_by_batch_and_checked():
             RelaxedOneHot(temperature, logits=torch.zeros(3))
 
 
-def test_b14_straight_through_passes_its_own_validation():
+def test_straight_through_passes_its_own_validation():
     d = RelaxedOneHot(0.1, logits=torch.zeros(10), straight_through=True, validate_args=True)
     for _ in range(50):
         assert d.log_prob(d.rsample()).isfinite()
 
 
 @pytest.mark.parametrize("straight_through", [False, True])
-def test_b15_reparameterised_initial_values_round_trip(straight_through):
+def test_reparameterised_initial_values_round_trip(straight_through):
     """And a straight-through site stays hard."""
     value = torch.tensor([0.7, 0.2, 0.1])
 
@@ -201,7 +201,7 @@ def test_b15_reparameterised_initial_values_round_trip(straight_through):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_b16_gumbel_noise_keeps_its_law_in_low_precision(dtype):
+def test_gumbel_noise_keeps_its_law_in_low_precision(dtype):
     """A million draws: mean 0.5772 and variance 1.6449, within 1 %; the upper tail is there."""
     draws = Gumbel(torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)).sample((10**6,))
     draws = draws.double()
@@ -211,13 +211,13 @@ def test_b16_gumbel_noise_keeps_its_law_in_low_precision(dtype):
     assert gumbel_noise((), dtype).dtype == torch.float32
 
 
-def test_b16_gumbel_cdf_is_defined_everywhere():
+def test_gumbel_cdf_is_defined_everywhere():
     x = torch.tensor([-10.0, -4.0, -3.0, 100.0], dtype=DOUBLE)
     expected = torch.exp(-torch.exp(-x))
     torch.testing.assert_close(Gumbel(0.0, 1.0).cdf(x), expected, rtol=1e-12, atol=0.0)
 
 
-def test_b17_straight_through_under_vmap():
+def test_straight_through_under_vmap():
     def draw(logits):
         return RelaxedOneHot(0.5, logits=logits, straight_through=True).rsample()
 
@@ -231,13 +231,13 @@ def test_b17_straight_through_under_vmap():
     torch.testing.assert_close(grads, torch.tensor([2.0, -1.0, -1.0]).expand(4, 3) / 9)
 
 
-def test_b18_a_latent_missing_from_the_guide_is_named():
+def test_a_latent_missing_from_the_guide_is_named():
     with pytest.raises(ValueError, match=r"latent site 'z' is missing from the guide"):
         Estimator_ELBO().loss_and_grads(plated_model, lambda x: None, DATA)
 
 
 @pytest.mark.parametrize("make", [AutoNormal, AutoDiagonalNormal, AutoDelta, AutoNormalMessenger])
-def test_b19_autoguides_never_soften_a_straight_through_prior(make):
+def test_autoguides_never_soften_a_straight_through_prior(make):
     """A continuous guide of a hard site is refused by whoever is asked first."""
 
     def model():
@@ -248,7 +248,7 @@ def test_b19_autoguides_never_soften_a_straight_through_prior(make):
         Estimator_ELBO().loss_and_grads(model, make(model))
 
 
-def test_b20_draws_and_histories_are_read_by_arviz():
+def test_draws_and_histories_are_read_by_arviz():
     az = pytest.importorskip("arviz")
     from pyro_gumbel.diagnostics import gradient_draws, to_arviz
 
@@ -266,7 +266,7 @@ def test_b20_draws_and_histories_are_read_by_arviz():
     assert to_arviz(draws) is not None
 
 
-def test_b21_closed_forms_of_hard_distributions():
+def test_closed_forms_of_hard_distributions():
     """Entropy, moments, mode, KL and shapes where they exist; a clear refusal where not."""
     for d in (OneHot(PRIOR), RelaxedOneHot(0.5, probs=PRIOR, straight_through=True)):
         torch.testing.assert_close(d.entropy(), -(PRIOR * PRIOR.log()).sum())
