@@ -16,7 +16,21 @@ __all__ = ["Baseline", "LeaveOneOut", "MovingAverage", "NeuralBaseline"]
 
 
 class Baseline(nn.Module):
-    """What is subtracted from a particle's cost; it must not depend on the particle's draw."""
+    """What is subtracted from a particle's cost; it must not depend on the particle's draw.
+
+    Example:
+        One of your own: the least cost of any other particle, for each element of a plate.
+
+        >>> class LeastOfOthers(Baseline):
+        ...     min_particles = 2
+        ...     def forward(self, site):
+        ...         least = site.cost[0].topk(2, 0, largest=False).values
+        ...         is_least = site.cost[0] == least[0]
+        ...         return torch.where(is_least, least[1], least[0]), None
+        >>> from pyro_gumbel.estimators import Score
+        >>> Score(LeastOfOthers())
+        Score(LeastOfOthers())
+    """
 
     min_particles: int = 1
 
@@ -33,9 +47,16 @@ class LeaveOneOut(Baseline):
     .. math:: b_r = \frac{1}{R - 1} \sum_{s \ne r} f_s
 
     No state, no network; each element of a plate has its own. Needs ``num_particles >= 2``; where
-    structure varies, a particle that is alone in having the site has no baseline. In one
-    dimension the variance falls as :math:`1 / (R (R - 1))`-times a constant where the plain score
-    function's falls as :math:`1 / R`.
+    structure varies, a particle that is alone in having the site has no baseline. For one bit that
+    is 1 with probability :math:`\theta`, whose costs are :math:`f_0, f_1`, the variance in the
+    logit is
+
+    .. math::
+        \frac{v}{R} \Bigl((1 - 2 \theta)^2 + \frac{2 v}{R - 1}\Bigr) (f_1 - f_0)^2, \quad
+        v = \theta (1 - \theta),
+
+    which near :math:`\theta = 1/2` falls faster than :math:`1 / R`. The plain score function's is
+    :math:`\frac{v}{R} (\theta f_0 + (1 - \theta) f_1)^2`, so it grows with what the costs share.
 
     References:
         Buy 4 REINFORCE Samples, Get a Baseline for Free! (Kool, van Hoof, Welling, 2019),
