@@ -12,6 +12,7 @@ import pandas as pd
 import xarray as xr
 
 from pyro_gumbel.diagnostics._candidates import Candidate, swap
+from pyro_gumbel.diagnostics._rare import doubt_in
 from pyro_gumbel.diagnostics._state import seeds
 from pyro_gumbel.diagnostics._trial import Problem, Trial, table_of, time_together
 from pyro_gumbel.estimators import Estimator
@@ -25,6 +26,7 @@ _SCREENING = 0.5  # of the time
 _LOOKING = 0.2  # of the time, at most, for prices that are sure
 _PATIENCE = 3.0  # how many times its share of the time a mixture may take
 _DESPERATE = 4  # draws, where there is no time for more
+_NAMED = 3  # of those within noise
 _HORIZON = 100  # draws of the cheapest candidate that noise is averaged over, by default
 
 
@@ -35,9 +37,23 @@ class Recommendation:
     Attributes:
         config: The estimator of each site, for :func:`~pyro_gumbel.infer.config_gradient`.
         num_particles: The particles that it needs, for ``Estimator_ELBO``.
-        table: One row a candidate, best first.
+        table: One row a candidate, best first; those that could not be measured come last, their
+            reason in ``warning``.
         within_noise: Whether another candidate could as well be the best.
         message: All that in words.
+
+    Example:
+        >>> from pyro_gumbel.diagnostics import recommend
+        >>> from pyro_gumbel.infer import config_gradient
+        >>> def model():
+        ...     pyro.sample("z", dist.Bernoulli(0.3))
+        >>> def guide():
+        ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.0))))
+        >>> found = recommend(model, guide, budget_seconds=4.0, progress=False)
+        >>> loss = found.elbo().loss(model, config_gradient(guide, found.config))
+        >>> config, table = found
+        >>> print(found.message)
+        Recommended: {'z': Enumerate()} with num_particles=1. ...
     """
 
     config: dict[str, Estimator]
@@ -56,7 +72,9 @@ class Recommendation:
 
     def __str__(self) -> str:
         columns = ["error", "error_mcse", "relative_bias", "bias_z", "variance", "seconds"]
-        return f"{self.message}\n{self.table[columns].to_string()}"
+        failed = self.table[self.table.error.isna()].warning
+        reasons = [f"{label}: {reason}" for label, reason in failed.items()]
+        return "\n".join([self.message, self.table[columns].to_string(), *reasons])
 
 
 class Search:
@@ -220,14 +238,18 @@ class Search:
         if best.row.get("bias_z", 0.0) > 5:
             text += (
                 f" Its bias is visible: {best.row['relative_bias']:.1%} of the gradient's norm "
-                f"(z {best.row['bias_z']:.1f})."
+                f"(z {best.row['bias_z']:.1f})"
             )
+            doubt = doubt_in(best.row["warning"])
+            text += f", or its draws are {doubt}." if doubt else "."
         trials = self.trials.values()
         skipped = [trial for trial in trials if trial.draws is None and trial.skipped]
         if skipped:
             text += f" The budget was too short for {len(skipped)} of {len(trials)} candidates."
         if close:
-            text += f" Within noise: {', '.join(close)} may be as good."
+            named = "; ".join(close[:_NAMED])  # labels of mixtures have commas of their own
+            more = f" and {len(close) - _NAMED} more" if len(close) > _NAMED else ""
+            text += f" Within noise: {named}{more} may be as good."
         return text
 
 

@@ -73,8 +73,8 @@ class Trial:
         spent: Seconds of drawing behind ``draws``.
         row: Its row of the comparison.
         bounds: Between which ``error`` lies, two standard errors either way.
-        error: The mean squared error after averaging, by which candidates are ranked.
-        error_mcse: Its standard error.
+        error: The mean squared error after averaging.
+        error_mcse: Its standard error; candidates are ranked by the sum of the two.
     """
 
     def __init__(self, problem: Problem, candidate: Candidate) -> None:

@@ -39,11 +39,14 @@ def recommend(
     r"""Measure the estimators that can serve a guide's sites, and recommend one for each.
 
     Candidates are ranked by the mean squared error of the gradient after ``step_seconds`` of
-    averaging their draws,
+    averaging their draws (``error`` in the table),
 
     .. math:: \|\mathrm{bias}\|^2 + \mathrm{tr}\,\Sigma \cdot s / t
 
-    with ``s`` the seconds that one draw takes and ``t`` those of ``step_seconds``.
+    with ``s`` the seconds that one draw takes and ``t`` those of ``step_seconds``, plus its
+    own standard error (``error_mcse``), so that none leads that was measured little and was lucky;
+    those that cannot see a part of the cost come after the others.
+
     Training averages noise over steps, but not bias: a longer ``step_seconds`` favours estimators
     without bias, a shorter one those with little noise.
     The reference for the bias is the exact gradient, where the states are few enough to be summed

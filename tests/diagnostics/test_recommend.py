@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -212,6 +213,44 @@ def test_equal_candidates_are_within_noise(clock: Clock) -> None:
     assert list(found.table.seconds) == pytest.approx([1e-3, 1e-3])
     assert found.within_noise
     assert "Within noise" in found.message
+
+
+def test_those_within_noise_are_told_apart_and_few(clock: Clock) -> None:
+    """Labels may have commas, as those of mixtures do."""
+    labels = ["a, z: b", "c, z: d", "e", "f", "g", "h"]
+    candidates = {label: Score(MovingAverage(0.9 + i / 100)) for i, label in enumerate(labels)}
+    found = quick(candidates=candidates, make=clock.on(bits_program))
+    others = list(found.table.index[1:])
+    told = f" Within noise: {'; '.join(others[:3])} and 2 more may be as good."
+    assert found.message.endswith(told)
+
+
+def test_what_failed_is_printed_with_its_reason(clock: Clock) -> None:
+    found = quick(
+        clock.on(black_box, 0.01),
+        candidates={"score": Score(), "sixteen": DoubleControlVariate(16)},
+    )
+    assert str(found).splitlines()[-1] == (
+        "sixteen: too slow for the budget: 0.16 seconds a gradient"
+    )
+    assert "score:" not in str(found)
+
+
+def test_a_bias_may_be_events_that_no_draw_met(clock: Clock) -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        pyro.factor("f", 500 * z)
+
+    def guide() -> None:
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(-7.0))))
+
+    found = quick(clock.on(lambda: (model, guide, ()), 1e-2), candidates={"score": Score()})
+    assert "short of rare events" in found.table.loc["score", "warning"]
+    assert re.search(
+        r"Its bias is visible: .* \(z .*\), or its draws are short of rare events: about 0 of "
+        r"\d+ draws carry the variance, so see whether the bias stays with many more\.$",
+        found.message,
+    )
 
 
 def test_long_run_as_reference() -> None:
