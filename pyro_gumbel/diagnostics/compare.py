@@ -77,10 +77,10 @@ def compare_gradients(
             seed of their own, whose standard errors then are allowed for; or the label of such an
             estimator among ``draws``.
         by: ``"parameter"`` or ``"coordinate"`` for a row for each of these; ``"site"`` for the
-            part of the variance that the sampling at each site answers for
-            (:func:`site_effects` has the definition): ``variance``, its standard error, and
-            ``share`` of the total. Shares
-            add up to more than one where sites act together.
+            part of the variance that the sampling at each site answers for: ``variance``, half the
+            mean squared distance of two gradients that share all noise but the site's (as many
+            pairs as the ``site_draws`` of :func:`gradient_draws`), its standard error, and
+            ``share`` of the total. Shares add up to more than one where sites act together.
         rhat: Add the column ``rhat``, the folded split R-hat of the gradient's norm: above 1.01
             the draws are not exchangeable, as when a baseline is still moving.
 

@@ -53,6 +53,11 @@ def plot_gradients(
         TypeError: If an argument is of another kind.
         ValueError: If draws do not fit together, there are more than 40 rows, or ``average`` is no
             positive number within a chain's length.
+
+    Example:
+        >>> noise = np.random.default_rng(0).normal(size=(4, 500, 2))
+        >>> draws = {"noisy": xr.Dataset({"l": (("chain", "draw", "i"), noise)})}
+        >>> axes = plot_gradients(draws, xr.Dataset({"l": ("i", [0.0, 0.0])}), average=25)
     """
     draws = check_draws(draws)
     first = next(iter(draws.values()))
@@ -148,6 +153,20 @@ def plot_training(
     Raises:
         TypeError: If ``smooth`` is no integer.
         ValueError: If there is no history, or ``smooth`` is not between one and the steps.
+
+    Example:
+        >>> from pyro_gumbel.diagnostics import train
+        >>> def model():
+        ...     pyro.sample("z", dist.Bernoulli(0.3))
+        >>> def guide():
+        ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.0))))
+        >>> optim = pyro.optim.Adam({"lr": 0.1})
+        >>> history = train(
+        ...     model, guide, estimators={"s": "score"}, optim=optim, num_steps=20, progress=False
+        ... )
+        >>> figure = plot_training(history, smooth=5)
+        >>> [axis.get_ylabel() for axis in figure.axes]
+        ['ELBO', 'ELBO', 'norm of the gradient']
     """
     import matplotlib.pyplot as plt
 
@@ -241,6 +260,15 @@ def plot_efficiency(table: pd.DataFrame) -> Any:
     Raises:
         TypeError: If it is no table.
         ValueError: If it lacks a column, or no row has both a variance and a time.
+
+    Example:
+        >>> from pyro_gumbel.diagnostics import compare_gradients
+        >>> noise = np.random.default_rng(0).normal(size=(4, 500))
+        >>> timed = {"seconds": 1e-3, "seconds_mcse": 1e-5}
+        >>> draws = {"noisy": xr.Dataset({"l": (("chain", "draw"), noise)}, attrs=timed)}
+        >>> figure = plot_efficiency(compare_gradients(draws))
+        >>> figure.axes[0].get_ylabel()
+        'variance of a draw'
     """
     import matplotlib.pyplot as plt
 

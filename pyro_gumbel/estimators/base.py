@@ -19,7 +19,21 @@ __all__ = ["Call", "Estimator", "Site", "SiteReader"]
 
 @dataclass(frozen=True)
 class Call:
-    """The programs of one step and what they were called with."""
+    """The programs of one step and what they were called with.
+
+    An estimator or baseline finds it as ``site.call``.
+
+    Attributes:
+        model: The model.
+        guide: The guide.
+        args: Arguments of both.
+        kwargs: Keyword arguments of both.
+
+    Example:
+        >>> call = Call(print, print, args=(1, 2), kwargs={"sep": " + "})
+        >>> call.guide(*call.args, **call.kwargs)
+        1 + 2
+    """
 
     model: Callable[..., Any]
     guide: Callable[..., Any]
@@ -52,6 +66,35 @@ class Site:
         fn: The main path's distribution without ``to_event`` and ``mask``.
         event_dims: How many of its batch dimensions ``to_event`` joined.
         call: The programs and their arguments.
+        values: The coupled values, ``(K, R) + batch_shape + event_shape``.
+        cost: The detached cost that each value met, ``(K, R) + batch_shape``.
+        live_cost: The same with its gradient.
+        totals: The whole ELBO of each value's path, with gradient, ``(K, R)``.
+        later_scores: What ``totals`` lacks for its gradient to be an expectation's, ``(K,)``.
+        log_prob: ``log q`` of the first value, ``(R,) + batch_shape``.
+        logits: Of a discrete site, with gradient: ``(R,) + batch_shape + joined + (C,)``.
+
+    Example:
+        The score function without a baseline. A user's estimator meets sites like this one in
+        its :meth:`~Estimator.surrogate`.
+
+        >>> class Plain(Estimator):
+        ...     unbiased, sites = True, "any distribution"
+        ...     def supports(self, fn):
+        ...         return True
+        ...     def surrogate(self, site):
+        ...         print(site.name, tuple(site.values.shape), tuple(site.cost.shape))
+        ...         return site.cost[0] * site.log_prob
+        >>> from pyro_gumbel.infer import Estimator_ELBO
+        >>> def model():
+        ...     with pyro.plate("data", 4):
+        ...         pyro.sample("z", dist.Bernoulli(0.3))
+        >>> def guide():
+        ...     logit = pyro.param("logit", torch.tensor(0.0))
+        ...     with pyro.plate("data", 4):
+        ...         pyro.sample("z", dist.Bernoulli(logits=logit), infer={"gradient": Plain()})
+        >>> loss = Estimator_ELBO(num_particles=2).loss_and_grads(model, guide)
+        z (1, 2, 4) (1, 2, 4)
     """
 
     def __init__(

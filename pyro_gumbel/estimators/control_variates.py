@@ -45,8 +45,7 @@ class MuProp(DifferentiatingEstimator):
 
     References:
         MuProp: Unbiased Backpropagation for Stochastic Neural Networks (Gu, Levine, Sutskever,
-            Mnih,
-        2016), https://arxiv.org/abs/1511.05176
+        Mnih, 2016), https://arxiv.org/abs/1511.05176
 
     Example:
         >>> MuProp()

@@ -18,6 +18,22 @@ class Schedule(nn.Module):
     :class:`~pyro_gumbel.infer.Estimator_ELBO` advances every schedule of the estimators it used by
     one, once for each call that computes a gradient; evaluating a loss does not advance it. The
     count is part of ``state_dict``.
+
+    Example:
+        One of your own has a ``value`` that depends on ``step_count``.
+
+        >>> class InverseRoot(Schedule):
+        ...     def __init__(self, start):
+        ...         super().__init__()
+        ...         self.start = start
+        ...     @property
+        ...     def value(self):
+        ...         return self.start / (1 + self.step_count) ** 0.5
+        >>> temperature = InverseRoot(1.0)
+        >>> for _ in range(3):
+        ...     temperature.advance()
+        >>> temperature, temperature.value
+        (InverseRoot(1.0), 0.5)
     """
 
     def __init__(self) -> None:

@@ -65,7 +65,12 @@ class Auto:
 
 
 def estimator_names() -> list[str]:
-    """Return every name that stands for an estimator."""
+    """Return every name that stands for an estimator.
+
+    Example:
+        >>> "reinmax" in estimator_names()
+        True
+    """
     return sorted([*CLASSES, "auto", "score"])
 
 
