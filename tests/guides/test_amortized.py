@@ -70,17 +70,27 @@ def test_exact_posterior_gives_the_evidence_in_every_draw(
     assert loss == pytest.approx(-log_joint(x).logsumexp(-1).sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("gradient", ["enumerate", "reinmax", "score"])
-def test_training_finds_the_posterior(gradient: str) -> None:
+# At the posterior each draw gives the evidence, so the score function, like a sum, has no noise
+# there, and training comes to rest. ReinMax has: with these particles, a standard deviation of up
+# to 0.008 in a probability, over ten seeds.
+AT_REST = 1e-4
+FIVE_DEVIATIONS_OF_REINMAX = 0.04
+
+
+@pytest.mark.parametrize(
+    ("gradient", "distance"),
+    [("enumerate", AT_REST), ("score", AT_REST), ("reinmax", FIVE_DEVIATIONS_OF_REINMAX)],
+)
+def test_training_finds_the_posterior(gradient: str, distance: float) -> None:
     guide = AutoAmortized(
         mixture, nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 8)), gradient=gradient
     )
-    elbo = Estimator_ELBO(4, vectorize_particles=True, max_plate_nesting=1)
+    elbo = Estimator_ELBO(64, vectorize_particles=True, max_plate_nesting=1)
     svi = SVI(mixture, guide, pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.99}), elbo)
     for _ in range(400):
         svi.step(X)
     probs = guide.posterior(X)["z"].probs
-    torch.testing.assert_close(probs, log_joint(X).softmax(-1), rtol=0, atol=0.03)
+    torch.testing.assert_close(probs, log_joint(X).softmax(-1), rtol=0, atol=distance)
 
 
 def coupled_bits(x: Tensor) -> None:

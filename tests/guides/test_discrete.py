@@ -70,15 +70,31 @@ def test_what_is_asked_of_the_guide_is_of_all_elements() -> None:
     assert guide(X, 2)["z"].shape == (2, 3)  # a step's is of its subsample, as before
 
 
-@pytest.mark.parametrize("gradient", ["enumerate", "reinmax", ReinMax(), {"z": "score"}])
-def test_training_finds_the_posterior(gradient: Any) -> None:
+# At the posterior each draw gives the evidence, so the score function, like a sum, has no noise
+# there, and what is left is the rest of the way. ReinMax has noise: with these particles, a
+# standard deviation of up to 0.006 in a probability, over ten seeds.
+REST_OF_THE_WAY = 2e-3
+FIVE_DEVIATIONS_OF_REINMAX = 0.03
+
+
+@pytest.mark.parametrize(
+    ("gradient", "distance"),
+    [
+        ("enumerate", REST_OF_THE_WAY),
+        ({"z": "score"}, REST_OF_THE_WAY),
+        ("reinmax", FIVE_DEVIATIONS_OF_REINMAX),
+        (ReinMax(), FIVE_DEVIATIONS_OF_REINMAX),
+    ],
+)
+def test_training_finds_the_posterior(gradient: Any, distance: float) -> None:
     guide = AutoDiscrete(mixture, gradient=gradient)
-    elbo = Estimator_ELBO(4, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(mixture, guide, pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.99}), elbo)
+    elbo = Estimator_ELBO(64, vectorize_particles=True, max_plate_nesting=1)
+    optim = pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.99, "betas": (0.9, 0.95)})
+    svi = SVI(mixture, guide, optim, elbo)
     for _ in range(400):
         svi.step(X)
     probs = guide.posterior(X)["z"].probs
-    torch.testing.assert_close(probs, log_joint(X).softmax(-1), rtol=0, atol=0.03)
+    torch.testing.assert_close(probs, log_joint(X).softmax(-1), rtol=0, atol=distance)
     assert torch.equal(guide.median(X)["z"].argmax(-1), log_joint(X).argmax(-1))
 
 
