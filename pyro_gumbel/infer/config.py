@@ -35,6 +35,8 @@ class GradientMessenger(Messenger):
         self._names: list[str] = []
         # One object for each name, so that a named estimator keeps its state from step to step.
         self._named: dict[str, Estimator] = {}
+        for choice in self._choices():
+            self._name(choice)
 
     def __enter__(self) -> GradientMessenger:
         self._names = []
@@ -73,9 +75,21 @@ class GradientMessenger(Messenger):
         else:
             choice = config(msg)
             check_choice(choice, f"at site {msg['name']!r}, the config callable returned")
-        if isinstance(choice, str) and choice in CLASSES:
-            return self._named.setdefault(choice, CLASSES[choice]())
-        return choice
+        return self._name(choice)
+
+    def _name(self, choice: Choice) -> Choice:
+        """Return the estimator that a name stands for here, or whatever else was chosen."""
+        if not isinstance(choice, str) or choice not in CLASSES:
+            return choice
+        if choice not in self._named:
+            self._named[choice] = CLASSES[choice]()
+        return self._named[choice]
+
+    def _choices(self) -> list[Choice]:
+        """What the config names outright: all that it can, unless it is a callable."""
+        if isinstance(self.config, Mapping):
+            return list(self.config.values())
+        return [self.config] if isinstance(self.config, (Estimator, str)) else []
 
     def _refuse_unknown_sites(self) -> None:
         unknown = sorted(self._unseen)
@@ -88,9 +102,9 @@ class GradientMessenger(Messenger):
         )
 
     def estimators(self) -> list[Estimator]:
-        """Return the estimator objects that the config names outright."""
-        values = self.config.values() if isinstance(self.config, Mapping) else [self.config]
-        return [value for value in values if isinstance(value, Estimator)]
+        """Return the estimators that the config names outright, or has made of names so far."""
+        named = [choice for choice in self._choices() if isinstance(choice, Estimator)]
+        return named + list(self._named.values())
 
 
 def _check_config(config: Config) -> Config:

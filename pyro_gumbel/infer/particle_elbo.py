@@ -21,7 +21,8 @@ from pyro_gumbel.infer._rng import preserved_rng, set_torch_generators, torch_ge
 from pyro_gumbel.infer.apart import check_apart
 from pyro_gumbel.infer.checks import misfits_named
 from pyro_gumbel.infer.finish import finish_step
-from pyro_gumbel.infer.names import Auto, Choice, check_choice
+from pyro_gumbel.infer.loss_module import LossModule
+from pyro_gumbel.infer.names import CLASSES, Auto, Choice, check_choice
 from pyro_gumbel.infer.particles import (
     MAIN,
     DrawMessenger,
@@ -83,14 +84,22 @@ class ParticleELBO(ELBO):
         self._site_checks = SiteChecks()
 
     def __call__(self, model: nn.Module, guide: nn.Module) -> ELBOModule:
-        """Return a module that calls :meth:`differentiable_loss` and holds estimators."""
-        module = ELBOModule(model, guide, self)
+        """Return a module that calls :meth:`differentiable_loss` and holds estimators.
+
+        Those that stand in ``infer`` or come from a callable are found by its first call, like
+        parameters that a program makes as it runs: call it once before an optimiser is made.
+        """
+        return LossModule(model, guide, self)
+
+    def known_estimators(self, guide: Any) -> list[Estimator]:
+        """List the estimators that are known before any program has run."""
         messenger = getattr(guide, "gradient_messenger", None)
         estimators = messenger.estimators() if messenger is not None else []
         default = self.default
+        if isinstance(default, str) and default in CLASSES:
+            default = self._auto.named(default)
         estimators.append(default if isinstance(default, Estimator) else self._auto.moving_average)
-        module.estimators = nn.ModuleList(estimators)
-        return module
+        return estimators
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the estimators that names and ``"auto"`` stand for."""
@@ -119,8 +128,12 @@ class ParticleELBO(ELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Estimate the negative bound by a scalar whose gradient is the estimators'."""
-        loss, surrogate = self._step(Call(model, guide, args, kwargs))
-        return loss + (surrogate - surrogate.detach())
+        return self.differentiable(Call(model, guide, args, kwargs))[0]
+
+    def differentiable(self, call: Call) -> tuple[Tensor, dict[str, Estimator]]:
+        """Return what :meth:`differentiable_loss` does, and each site's estimator."""
+        loss, surrogate, estimators = self._step(call)
+        return loss + (surrogate - surrogate.detach()), estimators
 
     def loss_and_grads(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -130,7 +143,7 @@ class ParticleELBO(ELBO):
         Returns:
             The loss, a detached scalar left on its device.
         """
-        loss, surrogate = self._step(Call(model, guide, args, kwargs))
+        loss, surrogate, _ = self._step(Call(model, guide, args, kwargs))
         if surrogate.requires_grad:
             surrogate.backward(retain_graph=self.retain_graph)
         return loss
@@ -148,13 +161,13 @@ class ParticleELBO(ELBO):
     def _estimate(self, paths: Paths, call: Call) -> tuple[Tensor, Tensor]:
         """Estimate the bound, and give a surrogate with the gradient's estimate."""
 
-    def _step(self, call: Call) -> tuple[Tensor, Tensor]:
-        """Return the detached loss and the surrogate loss, and count an optimisation step."""
+    def _step(self, call: Call) -> tuple[Tensor, Tensor, dict[str, Estimator]]:
+        """Do as :meth:`estimate_step`, and count an optimisation step."""
         loss, surrogate, estimators = self.estimate_step(call)
         finish_step(estimators)
         if is_validation_enabled():
             warn_if_nan(loss, "loss")
-        return loss, surrogate
+        return loss, surrogate, estimators
 
     def estimate_step(self, call: Call) -> tuple[Tensor, Tensor, dict[str, Estimator]]:
         """Return the detached loss, the surrogate loss and each site's estimator.

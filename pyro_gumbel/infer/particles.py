@@ -39,6 +39,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from pyro_gumbel.estimators import Estimator
 from pyro_gumbel.estimators.families import event_dims, exact_draw, on_own_logits, unwrap
 from pyro_gumbel.infer.config import resolve
+from pyro_gumbel.infer.learnable import adopt_stored
 from pyro_gumbel.infer.names import Auto, Choice
 from pyro_gumbel.infer.not_recordable import NotRecordable
 
@@ -153,6 +154,7 @@ class DrawMessenger(Messenger):
             return
         name = cast(str, msg["name"])
         estimator = resolve(msg, self.auto, self.default, self.num_particles)
+        adopt_stored(name, estimator)
         self.sizes[name] = estimator.block_size(unwrap(msg["fn"]), event_dims(msg["fn"]))
         msg["value"] = self._value(name, estimator, msg)
         self.estimators[name] = estimator

@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
@@ -18,6 +19,7 @@ from pyro_gumbel.estimators import (
     Enumerate,
     LeaveOneOut,
     NeuralBaseline,
+    Rebar,
     ReinMax,
     Score,
 )
@@ -185,6 +187,35 @@ def test_loss_module_resumes_bit_for_bit():
     resumed = run(loss, optimiser, range(5, 10))
     assert resumed[0] == straight[0]
     assert all(torch.equal(a, b) for a, b in zip(resumed[1], straight[1], strict=True))
+
+
+@pytest.mark.parametrize("place", ["dict", "name in a dict", "callable", "infer", "default"])
+def test_a_loss_module_has_the_parameters_of_estimators(place):
+    rebar = Rebar()
+
+    class Configured(Guide):
+        def forward(self, x):
+            with poutine.infer_config(config_fn=lambda site: {"gradient": rebar}):
+                super().forward(x)
+
+    guide = {
+        "dict": lambda: config_gradient(Guide(), {"z": rebar}),
+        "name in a dict": lambda: config_gradient(Guide(), {"z": "rebar"}),
+        "callable": lambda: config_gradient(Guide(), lambda site: rebar),
+        "infer": Configured,
+        "default": Guide,
+    }[place]()
+    loss = Estimator_ELBO(default="rebar" if place == "default" else "auto")(ModelModule(), guide)
+    loss(DATA)
+    names = [name.rpartition(".")[2] for name, _ in loss.named_parameters()]
+    assert names.count("log_temperature") == 1
+    optimiser = torch.optim.Adam(loss.parameters(), lr=0.1)
+    before = {name: value.clone() for name, value in loss.state_dict().items() if "log_" in name}
+    for _ in range(3):
+        optimiser.zero_grad()
+        loss(DATA).backward()
+        optimiser.step()
+    assert all(not torch.equal(loss.state_dict()[name], value) for name, value in before.items())
 
 
 def test_neural_baseline_is_trained_by_the_users_optimiser():

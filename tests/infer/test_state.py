@@ -23,6 +23,7 @@ from pyro_gumbel.estimators import (
     MovingAverage,
     NeuralBaseline,
     ReinMax,
+    Rodeo,
     Score,
     StraightThrough,
 )
@@ -300,6 +301,59 @@ def test_half_precision_logits(name, dtype):
     rounding = 50 * torch.finfo(dtype).eps
     error = (half.var(0) / 10 + full.var(0) / 10).sqrt() + rounding
     assert ((half.mean(0) - full.mean(0)).abs() / error).max() < 5
+
+
+def by_name(estimators):
+    return lambda site: estimators.get(site["name"])
+
+
+@pytest.mark.parametrize(
+    "configure",
+    [
+        lambda: config_gradient(guide, {"b": "rodeo"}),
+        lambda: config_gradient(guide, {"b": Rodeo(2)}),
+        lambda: config_gradient(guide, by_name({"b": Rodeo(2)})),
+    ],
+    ids=["name", "object", "callable"],
+)
+def test_a_loaded_store_brings_the_estimators_parameters_back(configure, tmp_path):
+    def start():
+        pyro.clear_param_store()
+        optimiser = pyro.optim.Adam({"lr": 0.05})
+        elbo = Estimator_ELBO(2, vectorize_particles=True)
+        return SVI(model, configure(), optimiser, elbo), optimiser
+
+    svi, optimiser = start()
+    for _ in range(5):
+        svi.step(X)
+    pyro.get_param_store().save(tmp_path / "store")
+    state, generators = copy.deepcopy(optimiser.get_state()), torch.get_rng_state()
+    straight = [svi.step(X) for _ in range(5)]
+    ends = {name: value.clone() for name, value in pyro.get_param_store().items()}
+    assert any(name.startswith("gradient$b$$$network") for name in ends)
+
+    svi, optimiser = start()
+    pyro.get_param_store().load(tmp_path / "store")
+    optimiser.set_state(state)
+    torch.set_rng_state(generators)
+    assert [svi.step(X) for _ in range(5)] == straight
+    for name, value in ends.items():
+        assert torch.equal(pyro.param(name), value)
+
+
+def test_two_estimators_of_one_site_keep_apart():
+    """Taking turns, each goes on with parameters of its own."""
+    first, second = Rodeo(2), Rodeo(2)
+    svis = [
+        SVI(model, config_gradient(guide, {"b": estimator}), pyro.optim.Adam({}), Estimator_ELBO())
+        for estimator in (first, second)
+    ]
+    second.scales.data.fill_(3.0)
+    for _ in range(3):
+        for svi in svis:
+            svi.step(X)
+    assert (first.scales < 1).all()
+    assert (second.scales > 2).all()
 
 
 def test_a_new_estimator_is_trained_where_the_store_knows_another():
