@@ -16,7 +16,7 @@ import compare_estimators
 import vae
 from pyro_gumbel._arviz import group
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "examples/README.md").read_text()
 
 

@@ -1,0 +1,261 @@
+"""The auto-encoder trains, stops, goes on, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import image_data
+import pyro_comparison
+import vae
+from evaluation import held_out_bounds
+from pyro_gumbel.infer import estimator_names
+from vae_options import make_parser
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--smoke", "--latents", "3", "--categories", "4", "--hidden", "16", "--num-samples", "5"]
+QUICK = ["--epochs", "12", "--lr", "0.01"]
+NAMES = [
+    "auto",
+    "disarm_tree",
+    "double_control_variate",
+    "enumerate",
+    "gapped_straight_through",
+    "gumbel_rao",
+    "gumbel_softmax",
+    "gumbel_straight_through",
+    "local_expectation",
+    "muprop",
+    "rebar",
+    "reinmax",
+    "reinmax_rao",
+    "score",
+    "score:3",
+    "straight_through",
+    "sum_and_sample",
+    "unordered_set",
+]
+OF_ONE_LATENT = ("enumerate", "sum_and_sample", "unordered_set")
+NAMES_FOR_BITS = ["arms", "disarm", "rodeo"]
+
+
+# Training
+
+
+def run(*flags: str, gradient: str = "reinmax", seed: int = 0):
+    args = make_parser("").parse_args([*TINY, *flags])
+    images = image_data.load_images(args.data, args.binarize).head(120, 20)
+    return vae.train(args, gradient, seed, images)
+
+
+def parameters(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def test_every_name_is_tried() -> None:
+    names = {gradient.partition(":")[0] for gradient in (*NAMES, *NAMES_FOR_BITS, "pathwise")}
+    assert names == set(estimator_names())
+
+
+@pytest.mark.parametrize("gradient", NAMES)
+def test_every_name_trains(gradient: str) -> None:
+    latents = ["--latents", "1"] if gradient in OF_ONE_LATENT else []
+    fitted, epochs = run(*QUICK, *latents, gradient=gradient)
+    losses = [epoch["held_out_loss"] for epoch in epochs]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 3
+    assert torch.isfinite(parameters(fitted)).all()
+
+
+@pytest.mark.parametrize(
+    ("latent", "gradient"),
+    [
+        *(("bernoulli", name) for name in (*NAMES_FOR_BITS, "reinmax", "score:2")),
+        ("normal", "pathwise"),
+    ],
+)
+@pytest.mark.parametrize("kl", [[], ["--analytic-kl"]], ids=["sampled-kl", "analytic-kl"])
+def test_other_latents_train(latent: str, gradient: str, kl: list[str]) -> None:
+    _, epochs = run("--latent", latent, *QUICK, *kl, gradient=gradient)
+    assert epochs[-1]["held_out_loss"] < epochs[0]["held_out_loss"] - 3
+
+
+@pytest.mark.parametrize("binarize", ["threshold", "stochastic", "none"])
+def test_targets(binarize: str) -> None:
+    _, epochs = run("--binarize", binarize, "--epochs", "3")
+    assert all(math.isfinite(epoch["train_loss"]) for epoch in epochs)
+
+
+def test_same_seed_same_run() -> None:
+    (one, first), (two, second) = run("--epochs", "2"), run("--epochs", "2")
+    assert torch.equal(parameters(one), parameters(two))
+    assert first[-1]["train_loss"] == second[-1]["train_loss"]
+    assert not torch.equal(parameters(one), parameters(run("--epochs", "2", seed=1)[0]))
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "radam"])
+@pytest.mark.parametrize(
+    "gradient", ["reinmax", "score", "score:3", "gumbel_straight_through@0.7"]
+)
+def test_interrupted_run_equals_uninterrupted(
+    tmp_path: Path, gradient: str, optimizer: str
+) -> None:
+    flags = ["--optimizer", optimizer, "--binarize", "stochastic"]
+    whole, expected = run(*flags, "--epochs", "4", gradient=gradient)
+    saving = [*flags, "--checkpoint", str(tmp_path / "run.pt")]
+    run(*saving, "--epochs", "2", gradient=gradient)
+    torch.rand(7)  # whatever happens in between
+    resumed, epochs = run(*saving, "--epochs", "4", gradient=gradient)
+    assert torch.equal(parameters(whole), parameters(resumed))
+    for key in ("train_loss", "held_out_loss"):
+        assert [e[key] for e in epochs] == [e[key] for e in expected]
+
+
+def test_estimator_with_a_network_resumes(tmp_path: Path) -> None:
+    flags = ["--latent", "bernoulli"]
+    whole, _ = run(*flags, "--epochs", "4", gradient="rodeo")
+    saving = [*flags, "--checkpoint", str(tmp_path / "run.pt")]
+    run(*saving, "--epochs", "2", gradient="rodeo")
+    resumed, _ = run(*saving, "--epochs", "4", gradient="rodeo")
+    assert torch.equal(parameters(whole), parameters(resumed))
+
+
+def test_finished_run_is_only_read(tmp_path: Path) -> None:
+    saving = ["--epochs", "2", "--checkpoint", str(tmp_path / "run.pt")]
+    first, _ = run(*saving)
+    second, epochs = run(*saving)
+    assert len(epochs) == 2
+    assert torch.equal(parameters(first), parameters(second))
+
+
+def not_a_checkpoint(path: Path) -> None:
+    path.write_bytes(b"\x89PNG nothing of the kind")
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def no_bytes(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def somebody_elses(path: Path) -> None:
+    torch.save({"epoch": 3, "state_dict": {}}, path)
+
+
+def a_tensor(path: Path) -> None:
+    torch.save(torch.zeros(3), path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (not_a_checkpoint, "is no whole checkpoint"),
+        (cut_short, "is no whole checkpoint"),
+        (no_bytes, "is no whole checkpoint"),
+        (somebody_elses, "was not written by this example"),
+        (a_tensor, "was not written by this example"),
+    ],
+)
+def test_bad_checkpoint(tmp_path: Path, spoil, match: str) -> None:
+    path = tmp_path / "run.pt"
+    run("--epochs", "1", "--checkpoint", str(path))
+    spoil(path)
+    with pytest.raises(checkpoint.CheckpointError, match=match):
+        run("--epochs", "2", "--checkpoint", str(path))
+
+
+def test_checkpoint_of_another_run(tmp_path: Path) -> None:
+    saving = ["--epochs", "1", "--checkpoint", str(tmp_path / "run.pt")]
+    run(*saving, "--latents", "3")
+    with pytest.raises(checkpoint.CheckpointError, match="latents 3 there, 5 here"):
+        run(*saving, "--latents", "5")
+    with pytest.raises(checkpoint.CheckpointError, match="gradient 'reinmax' there, 'score' here"):
+        run(*saving, gradient="score")
+
+
+def test_checkpoint_with_more_epochs_than_asked_for(tmp_path: Path) -> None:
+    saving = ["--checkpoint", str(tmp_path / "run.pt")]
+    run(*saving, "--epochs", "2")
+    match = "has 2 epochs behind it, and --epochs asks for 1: write --epochs 2 or more"
+    with pytest.raises(checkpoint.CheckpointError, match=match):
+        run(*saving, "--epochs", "1")
+
+
+# The commands
+
+
+def test_vae_command(tmp_path: Path) -> None:
+    command = [sys.executable, "examples/vae.py", *TINY, "--out", str(tmp_path / "out")]
+    compare = ["--compare", "reinmax,score:2", "--seeds", "2", "--device", "cpu"]
+    done = subprocess.run(
+        [*command, *compare], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("rein", "sco"))]
+    assert [row[0] for row in rows] == ["reinmax", "score:2"]
+    for name in ("reconstructions.png", "samples.png", "training.png", "history.nc"):
+        assert name in done.stdout
+        assert (tmp_path / "out" / name).stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["--data", "nowhere"], "no folder nowhere"),
+        (["--gradient", "reinmx"], "names no estimator"),
+        (["--compare", "reinmax,reinmx"], "Did you mean 'reinmax'"),
+        (["--compare", "reinmax,reinmax"], "'reinmax,reinmax' has an estimator twice"),
+        (["--gradient", "pathwise"], "cannot serve a OneHotCategorical"),
+        (["--latent", "bernoulli", "--gradient", "reinmax_rao"], "cannot serve"),
+        (["--compare", "reinmax,score", "--checkpoint", "x.pt"], "--checkpoint is for one run"),
+        (["--gradient", "reinmax", "--temperature", "0"], "temperature must be positive"),
+        (["--batch-size", "0"], "--batch-size: expected a whole number of at least 1, got '0'"),
+        (["--hidden", "8,x"], "--hidden: expected a whole number of at least 1, got 'x'"),
+        (["--lr", "-1"], "--lr: expected a number above 0, got '-1'"),
+        (["--out", f"{__file__}/pictures"], "--out: no folder can be made at"),
+        (["--checkpoint", f"{__file__}/x.pt"], "--checkpoint: no folder can be made at"),
+        (["--lr", "much"], "--lr: expected a number above 0, got 'much'"),
+    ],
+)
+def test_bad_flags(capsys, flags: list[str], match: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        vae.main([*TINY, *flags])
+    assert stopped.value.code == 2
+    assert match in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_gpu(capsys) -> None:
+    with pytest.raises(SystemExit):
+        vae.main([*TINY, "--device", "cuda"])
+    assert "write --device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.cuda
+def test_vae_on_the_gpu(tmp_path: Path) -> None:
+    vae.main([*TINY, "--device", "cuda", "--out", str(tmp_path)])
+    assert (tmp_path / "samples.png").exists()
+
+
+@pytest.mark.slow
+def test_straight_through_is_near_the_best_on_digits() -> None:
+    """The model has a plain one-hot prior, under which Pyro's own class learns nothing."""
+    args = make_parser("").parse_args([])
+    images = image_data.load_images(None, "threshold")
+    losses = {}
+    for name in ("straight_through", "reinmax", "gumbel_straight_through", "score:4"):
+        fitted, _ = vae.train(args, name, 0, images)
+        losses[name] = -held_out_bounds(fitted.model, fitted.guide, images.test).elbo
+    assert losses["straight_through"] < min(losses.values()) + 3
+    assert max(losses.values()) < pyro_comparison.mean_image_loss(images) - 3
