@@ -279,7 +279,8 @@ def plot_efficiency(table: pd.DataFrame) -> Any:
             "plot_efficiency: no row has a positive variance and seconds; take the table of "
             "compare_gradients(gradient_draws(...))."
         )
-    biased = bool(table.bias.notna().any())
+    barred = table[table.bias.notna()]
+    biased = not barred.empty
     figure, axes = plt.subplots(
         1, 1 + biased, figsize=(5.5 + 4.5 * biased, 4), squeeze=False, layout="constrained"
     )
@@ -287,9 +288,11 @@ def plot_efficiency(table: pd.DataFrame) -> Any:
     colours = {label: f"C{number % 10}" for number, label in enumerate(sorted(table.index))}
     _price(axes[0, 0], timed, colours)
     if biased:
-        _bias(axes[0, 1], table[table.bias.notna()], colours)
-    else:
-        axes[0, 0].legend(frameon=False, fontsize=8)
+        _bias(axes[0, 1], barred, colours)
+    points = zip(*axes[0, 0].get_legend_handles_labels(), strict=True)
+    unnamed = [point for point, label in points if label not in set(map(str, barred.index))]
+    if unnamed:  # a reference, or all where there is none
+        axes[0, 0].legend(handles=unnamed, frameon=False, fontsize=8)
     return figure
 
 
@@ -303,8 +306,6 @@ def _check_table(table: Any) -> None:
 
 
 def _price(axis: Any, timed: pd.DataFrame, colours: dict[Any, str]) -> None:
-    from matplotlib.ticker import LogFormatter
-
     for label, row in timed.iterrows():
         axis.errorbar(
             1e3 * row.seconds,
@@ -316,15 +317,30 @@ def _price(axis: Any, timed: pd.DataFrame, colours: dict[Any, str]) -> None:
             label=label,
         )
     axis.set(xscale="log", yscale="log", xlabel="milliseconds a draw", ylabel="variance of a draw")
-    for scale in (axis.xaxis, axis.yaxis):
-        scale.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-        scale.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     low, high = axis.get_xlim()
     bottom, top = axis.get_ylim()
     x = np.array([low, high])
     for price in np.geomspace(low * bottom, high * top, 8)[1:-1]:
         axis.plot(x, price / x, color="0.85", linewidth=0.8, zorder=0)
     axis.set(xlim=(low, high), ylim=(bottom, top))
+    _label_ticks(axis.xaxis, low, high)
+    _label_ticks(axis.yaxis, bottom, top)
+
+
+def _label_ticks(axis: Any, low: float, high: float) -> None:
+    """Label as many ticks of a logarithmic axis as fit, all in one form."""
+    from matplotlib.ticker import LogFormatter
+
+    plain = low >= 1e-4 and high < 1e6
+
+    class OneForm(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            if not super().__call__(x, pos):
+                return ""
+            return f"{x:g}" if plain else np.format_float_scientific(x, precision=3, trim="-")
+
+    axis.set_major_formatter(OneForm(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    axis.set_minor_formatter(OneForm(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
 
 
 def _bias(axis: Any, table: pd.DataFrame, colours: dict[Any, str]) -> None:

@@ -227,6 +227,25 @@ def test_plot_efficiency() -> None:
         plot_efficiency(table.assign(seconds=np.nan))
 
 
+def test_plot_efficiency_names_a_row_without_bias() -> None:
+    draws, _ = drawn()
+    first, *others = draws
+    points, bars = plot_efficiency(compare_gradients(draws, first)).axes
+    assert [text.get_text() for text in points.get_legend().get_texts()] == [first]
+    assert {text.get_text() for text in bars.get_yticklabels()} == set(others)
+
+
+@pytest.mark.parametrize("largest", [4e4, 3e6])
+def test_plot_efficiency_labels_ticks_in_one_form(largest: float) -> None:
+    draws, exact = drawn()
+    table = compare_gradients(draws, exact)
+    table["variance"] = np.geomspace(largest / 30, largest, len(table))
+    figure = plot_efficiency(table)
+    figure.canvas.draw()
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels(which="both")]
+    assert len({"e" in label for label in labels if label}) == 1
+
+
 def test_nothing_plots_at_import() -> None:
     program = (
         "import sys, pyro_gumbel.diagnostics\n"
