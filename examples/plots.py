@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import xarray as xr
 
-mpl.use("Agg")  # no display is needed
-import matplotlib.pyplot as plt  # noqa: E402
+import style
 
 
 def image_grid(rows: dict[str, torch.Tensor], shape: tuple[int, int], path: Path) -> Path:
@@ -31,7 +30,7 @@ def image_grid(rows: dict[str, torch.Tensor], shape: tuple[int, int], path: Path
         line[0].text(
             -0.15, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=9
         )
-    return _write(figure, path)
+    return style.write(figure, path)
 
 
 def sample_grid(images: torch.Tensor, shape: tuple[int, int], path: Path) -> Path:
@@ -45,33 +44,28 @@ def sample_grid(images: torch.Tensor, shape: tuple[int, int], path: Path) -> Pat
     figure, axis = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
     axis.imshow(canvas, cmap="gray_r", vmin=0, vmax=1)
     axis.set_axis_off()
-    return _write(figure, path)
+    return style.write(figure, path)
 
 
 def training_curves(history: xr.Dataset, path: Path) -> Path:
-    """Draw the loss of every epoch, training and held out; one colour an estimator."""
-    panels = {"train_loss": "training images", "held_out_loss": "held-out images"}
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    for axis, (variable, title) in zip(axes, panels.items(), strict=True):
-        for number, gradient in enumerate(history.gradient.values):
+    """Draw the loss of every epoch, training and held out: mean over seeds, and their range."""
+    titles = {"train_loss": "training images", "held_out_loss": "held-out images"}
+    colors = style.colors(map(str, history.gradient.values))
+    figure, axes = style.panels(1, 2, (4.5, 3.4), sharey=True)
+    for axis, (variable, title) in zip(axes[0], titles.items(), strict=True):
+        for gradient, color in colors.items():
             curves = history[variable].sel(gradient=gradient)
-            mean = curves.mean("chain")
-            axis.plot(history.draw, mean, color=f"C{number}", label=str(gradient))
-            if history.sizes["chain"] > 1:
-                axis.fill_between(
-                    history.draw,
-                    curves.min("chain"),
-                    curves.max("chain"),
-                    color=f"C{number}",
-                    alpha=0.2,
-                    linewidth=0,
-                )
+            axis.plot(history.draw, curves.mean("chain"), color=color, label=gradient)
+            low, high = curves.min("chain"), curves.max("chain")
+            axis.fill_between(history.draw, low, high, color=color, alpha=0.2, linewidth=0)
         axis.set(title=title, xlabel="epoch")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("negative ELBO, nats an image")
-    axes[0].set_ylim(*_limits(history))
-    axes[1].legend(frameon=False, fontsize=9)
-    return _write(figure, path)
+        style.whole_numbers(axis)
+    axes[0, 0].set_ylabel("negative ELBO, nats an image")
+    axes[0, 0].set_ylim(*_limits(history))
+    number = history.sizes["chain"]
+    several = f"mean of {number} seeds; bands: their range" if number > 1 else None
+    style.legend_outside(figure, axes[0], title=several)
+    return style.write(figure, path)
 
 
 def _limits(history: xr.Dataset) -> tuple[float, float]:
@@ -80,9 +74,3 @@ def _limits(history: xr.Dataset) -> tuple[float, float]:
     low = float(np.nanmin(losses))
     high = float(np.nanmax(losses[:, :, losses.shape[2] // 10 :]))
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
-
-
-def _write(figure: mpl.figure.Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,15 @@ import matplotlib.pyplot as plt  # noqa: E402
 # Okabe and Ito's colours, in an order that keeps neighbours far apart in lightness too.
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442"]
 MARKERS = "osD^vPX*"
+ESTIMATORS = (  # with a colour of their own, in the order of COLORS
+    "reinmax",
+    "gumbel_straight_through",
+    "straight_through",
+    "score",
+    "gumbel_rao",
+    "reinmax_rao",
+    "disarm_tree",
+)
 EXACT = {"color": "black", "linewidth": 1, "linestyle": "--"}
 
 _RC = {
@@ -30,6 +42,32 @@ _RC = {
 }
 
 
+def colors(labels: Iterable[str]) -> dict[str, str]:
+    """Give an estimator the same colour in every picture, and other labels what is left.
+
+    Of several with one name, such as ``score:2`` and ``score:4``, the first has the name's colour.
+    """
+    labels = list(labels)
+    own = dict(zip(ESTIMATORS, COLORS, strict=False))
+    chosen: dict[str, str] = {}
+    for label in labels:
+        color = own.pop(re.split("[@:]", label)[0], None)
+        if color:
+            chosen[label] = color
+    left = itertools.cycle([c for c in COLORS if c not in chosen.values()] or COLORS)
+    return {label: chosen.get(label) or next(left) for label in labels}
+
+
+def color_cycle(labels: Iterable[str]) -> AbstractContextManager[None]:
+    """Lend :func:`colors` to pictures that take matplotlib's colours in the order of labels."""
+    return mpl.rc_context({"axes.prop_cycle": mpl.cycler(color=[*colors(labels).values(), "0.5"])})
+
+
+def whole_numbers(axis: Any) -> None:
+    """Tick epochs and the like at whole numbers."""
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
 def panels(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
     """Make a figure of ``rows`` times ``columns`` axes, each of ``size`` inches."""
     with mpl.rc_context(_RC):
@@ -43,15 +81,14 @@ def panels(rows: int, columns: int, size: tuple[float, float], **options: Any) -
         )
 
 
-def legend_outside(figure: Any, axes: Iterable[Any], columns: int = 4) -> None:
+def legend_outside(figure: Any, axes: Iterable[Any], columns: int = 4, **options: Any) -> None:
     """Put one legend for all axes below them, each label once."""
     entries: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False
-    )
+    options |= {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    figure.legend(entries.values(), entries.keys(), **options)
 
 
 def write(figure: Any, path: Path) -> Path:
