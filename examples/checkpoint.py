@@ -71,9 +71,15 @@ def read(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}")
+    if path.is_dir():
+        raise CheckpointError(
+            f"the checkpoint {path} is a folder: name a file, such as {path / 'run.pt'}"
+        )
     try:
         # weights_only: a file from elsewhere must not be able to run code.
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise CheckpointError(f"the checkpoint {path} cannot be read ({error})") from error
     except DAMAGED as error:
         raise CheckpointError(
             f"{path} is no whole checkpoint ({type(error).__name__}): remove it, or name another "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
+from collections.abc import Callable, Iterable
 
 from pyro_gumbel import estimators
 from pyro_gumbel.estimators import Estimator, LeaveOneOut, MovingAverage, Pathwise, Score
@@ -13,6 +14,9 @@ from pyro_gumbel.infer import config_gradient
 _CLASSES = {name.lower(): getattr(estimators, name) for name in estimators.__all__}
 NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
 CHOICE = re.compile(rf"(?P<name>[a-z_]+)(@(?P<temperature>{NUMBER}))?(:(?P<particles>\d+))?")
+
+FORM = "NAME[@T][:K]"
+HELP = "estimator; at temperature T, with K particles"
 
 
 def parse(
@@ -45,8 +49,8 @@ def parse(
     num_particles = int(match["particles"] or num_particles)
     if num_particles < 1:
         raise ValueError(f"{text!r}: the number of particles is at least 1; got {num_particles}")
-    kind = _CLASSES.get(name.replace("_", ""))
-    has_temperature = kind is not None and "temperature" in inspect.signature(kind).parameters
+    kind = _class(name)
+    has_temperature = _has_temperature(kind)
     if match["temperature"] and not has_temperature:
         raise ValueError(f"{text!r}: {name} has no temperature; write {name!r}")
     if has_temperature and (match["temperature"] or temperature is not None):
@@ -58,17 +62,46 @@ def parse(
     return kind(), num_particles
 
 
-def several(text: str) -> list[str]:
-    """Read estimators that are separated by commas, as the type of a command line's argument."""
-    names = text.split(",")
+def takes_temperature(text: str) -> bool:
+    """Whether the estimator has a temperature that ``text`` leaves open."""
+    match = CHOICE.fullmatch(text)
+    return not match["temperature"] and _has_temperature(_class(match["name"]))
+
+
+def one(text: str) -> str:
+    """Check an estimator, as the type of a command line's argument."""
     try:
-        for name in names:
-            parse(name)
+        parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def several(text: str) -> list[str]:
+    """Read estimators that are separated by commas, as the type of a command line's argument."""
+    names = [one(name) for name in text.split(",")]
     if len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text!r} has an estimator twice")
     return names
+
+
+def try_all(
+    parser: argparse.ArgumentParser, names: Iterable[str], attempt: Callable[[str], object]
+) -> None:
+    """Attempt each estimator: what cannot work says so before the first run, not after it."""
+    try:
+        for name in names:
+            attempt(name)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _class(name: str) -> type[Estimator] | None:
+    return _CLASSES.get(name.replace("_", ""))
+
+
+def _has_temperature(kind: type[Estimator] | None) -> bool:
+    return kind is not None and "temperature" in inspect.signature(kind).parameters
 
 
 def _no_guide() -> None:

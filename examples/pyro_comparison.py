@@ -22,7 +22,7 @@ from pyro.optim import Adam
 from torch import nn
 from tqdm import tqdm
 
-from arguments import count, natural, positive
+from arguments import count, natural, new_parser, positive
 from evaluation import held_out_bounds
 from image_data import Images, load_images
 from pyro_gumbel.estimators import ReinMax
@@ -131,14 +131,14 @@ def mean_image_loss(images: Images) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     """Train the three programs and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--data", metavar="DIR", help="IDX files (default: scikit-learn's digits)")
-    parser.add_argument("--epochs", type=count, default=100)
-    parser.add_argument("--batch-size", type=count, default=100)
-    parser.add_argument("--lr", type=positive, default=1e-3)
+    parser.add_argument("--epochs", type=count, default=100, help="of each program")
+    parser.add_argument("--batch-size", type=count, default=100, help="images a step")
+    parser.add_argument("--lr", type=positive, default=1e-3, help="step size of Adam")
     parser.add_argument("--temperature", type=positive, default=0.5, help="of Pyro's classes")
     parser.add_argument("--num-samples", type=count, default=10, help="hard draws, held-out ELBO")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=natural, default=0, help="of each program")
     parser.add_argument("--smoke", action="store_true", help="two epochs of a few images")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

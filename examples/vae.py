@@ -179,6 +179,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(
             "--checkpoint is for one run: name one --gradient, and no --compare or --seeds"
         )
+    if args.temperature is not None and not any(map(gradients.takes_temperature, names)):
+        parser.error(
+            f"--temperature: {', '.join(names)} would ignore it, having none or an own @T: "
+            "leave it out"
+        )
     try:
         device = find_device(args.device)
         images = load_images(args.data, args.binarize).to(device)
@@ -188,11 +193,10 @@ def main(argv: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     with parallel.processes(device):
-        try:
-            for name in names:  # what cannot work says so before the first run, not after it
-                make_svi(args, name, images)[2].evaluate_loss(images.train[:1])
-        except ValueError as error:
-            parser.error(str(error))
+        one = images.train[:1]
+        gradients.try_all(
+            parser, names, lambda name: make_svi(args, name, images)[2].evaluate_loss(one)
+        )
         try:
             train_all(args, names, seeds, images)
         except checkpoint.CheckpointError as error:

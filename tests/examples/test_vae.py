@@ -184,6 +184,11 @@ def test_checkpoint_of_another_run(tmp_path: Path) -> None:
         run(*saving, gradient="score")
 
 
+def test_folder_as_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(checkpoint.CheckpointError, match="is a folder: name a file, such as .*pt"):
+        run("--epochs", "1", "--checkpoint", str(tmp_path))
+
+
 def test_checkpoint_with_more_epochs_than_asked_for(tmp_path: Path) -> None:
     saving = ["--checkpoint", str(tmp_path / "run.pt")]
     run(*saving, "--epochs", "2")
@@ -223,8 +228,11 @@ def test_vae_command(tmp_path: Path) -> None:
         (["--batch-size", "0"], "--batch-size: expected a whole number of at least 1, got '0'"),
         (["--hidden", "8,x"], "--hidden: expected a whole number of at least 1, got 'x'"),
         (["--lr", "-1"], "--lr: expected a number above 0, got '-1'"),
-        (["--out", f"{__file__}/pictures"], "--out: no folder can be made at"),
-        (["--checkpoint", f"{__file__}/x.pt"], "--checkpoint: no folder can be made at"),
+        (["--out", f"{__file__}/pictures"], "--out: nothing can be written to the folder"),
+        (["--checkpoint", f"{__file__}/x.pt"], "--checkpoint: nothing can be written to"),
+        (["--gradient", "score", "--temperature", "0.3"], "--temperature: score would ignore it"),
+        (["--gradient", "reinmax@1", "--temperature", "0.3"], "reinmax@1 would ignore it"),
+        (["--compare", "reinmax,score", "--gradient", "rebar"], "not allowed with argument"),
         (["--lr", "much"], "--lr: expected a number above 0, got 'much'"),
     ],
 )
@@ -233,6 +241,12 @@ def test_bad_flags(capsys, flags: list[str], match: str) -> None:
         vae.main([*TINY, *flags])
     assert stopped.value.code == 2
     assert match in capsys.readouterr().err
+
+
+def test_temperature_goes_to_those_of_several_that_have_one(tmp_path: Path, capsys) -> None:
+    some = ["--compare", "reinmax,score", "--temperature", "0.3", "--epochs", "1"]
+    vae.main([*TINY, *some, "--out", str(tmp_path)])
+    assert "written:" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
