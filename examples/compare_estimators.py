@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import checkpoint
 import gradients
-from arguments import count, make_folder, natural
+from arguments import at_least, count, make_folder, natural, new_parser
 from compare_report import show, write_draws, write_tables
 from image_data import Images, load_images
 from pyro_gumbel.diagnostics import compare_gradients, exact_gradient, gradient_draws
@@ -34,10 +34,14 @@ from vae import VAE, find_device
 from vae_options import make_parser
 
 _FEWEST = 16
-ESTIMATORS = (
-    "straight_through,gumbel_straight_through,gumbel_rao@0.5,reinmax,reinmax_rao@1.0,"
-    "disarm_tree,score:4"
-)
+ESTIMATORS = {  # those that serve the latents, where none are named
+    "onehot": "straight_through,gumbel_straight_through,gumbel_rao@0.5,reinmax,reinmax_rao@1.0,"
+    "disarm_tree,score:4",
+    "bernoulli": "straight_through,gumbel_straight_through,gumbel_rao@0.5,reinmax,disarm,score:4",
+    "normal": "pathwise,score:4",
+}
+# What a model is trained with, where there is no --checkpoint.
+TRAINING = {"epochs": [1, 5, 10, 20], "latents": 4, "categories": 8, "hidden": 128}
 
 
 def make_vae(args: argparse.Namespace, images: Images) -> VAE:
@@ -75,14 +79,14 @@ def choices(names: list[str]) -> dict[str, Any]:
     }
 
 
-def check_choices(vae: VAE, images: Images, names: list[str]) -> None:
-    """Take a gradient with each of the estimators: what cannot work says so before the run.
+def attempt(vae: VAE, images: Images, name: str) -> None:
+    """Take a loss with one of the estimators.
 
     Raises:
-        ValueError: If one of them cannot serve the latents.
+        ValueError: If it cannot serve the latents.
     """
-    for config, objective in choices(names).values():
-        objective.loss(vae.model, config_gradient(vae.guide, config), images.train[:2])
+    config, objective = choices([name])[name]
+    objective.loss(vae.model, config_gradient(vae.guide, config), images.train[:2])
 
 
 def elbo(num_particles: int) -> Estimator_ELBO:
@@ -151,7 +155,7 @@ def write(
     args: argparse.Namespace,
 ) -> list[Path]:
     """Write tables, pictures and a file of draws; return their paths."""
-    write_tables(tables, args.out)
+    written = write_tables(tables, args.out)
     biases = [name for name, _ in vae.encoder.named_parameters() if name.endswith("bias")]
     name = f"encoder$$${biases[-1]}"  # the last layer's: the gradient by all images' logits
     draws = gradient_draws(
@@ -166,36 +170,44 @@ def write(
     )
     if exact is not None:
         exact = exact[[name]].rename({f"{name}_dim_0": "logit"})
-    write_draws(draws, exact, args.out)
-    return sorted(args.out.glob("*"))
+    return written + write_draws(draws, exact, args.out)
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--data", metavar="DIR", help="IDX files such as MNIST's (default: scikit-learn's digits)")
     add("--checkpoint", type=Path, metavar="FILE", help="a model that vae.py trained")
-    add(
-        "--estimators",
-        type=gradients.several,
-        default=ESTIMATORS,
-        metavar="A,B,C",
-        help="NAME, NAME@T or NAME:K each",
-    )
-    add("--num-draws", type=count, default=1000, help="draws of each estimator")
+    form = f"{gradients.FORM},..."
+    names = f"{gradients.HELP} (default: some that serve the latents)"
+    add("--estimators", type=gradients.several, metavar=form, help=names)
+    add("--num-draws", type=at_least(_FEWEST), default=1000, help="draws of each estimator")
     add("--images", type=count, default=100, help="images that a gradient is of")
-    add("--epochs", type=epochs, default=[1, 5, 10, 20], metavar="A,B,C", help="when to measure")
-    add("--latents", type=count, default=4)
-    add("--categories", type=count, default=8)
-    add("--hidden", type=count, default=128)
-    add("--seed", type=natural, default=0)
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--out", type=Path, default=Path("out/estimators"), metavar="DIR")
+    unless_given: dict[str, Any] = {"default": argparse.SUPPRESS}  # TRAINING comes later
+    add(
+        "--epochs",
+        type=epochs,
+        metavar="A,B,C",
+        help="when to measure (default: 1,5,10,20)",
+        **unless_given,
+    )
+    add("--latents", type=count, help="number of latents (default: 4)", **unless_given)
+    add("--categories", type=count, help="of each latent (default: 8)", **unless_given)
+    add(
+        "--hidden",
+        type=count,
+        help="width of the layer on either side (default: 128)",
+        **unless_given,
+    )
+    add("--seed", type=natural, default=0, help="of training and of all draws")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU, if any")
+    add("--out", type=Path, default=Path("out/estimators"), metavar="DIR", help="what is written")
     add("--smoke", action="store_true", help="few draws of few images: does it run at all?")
     args = parser.parse_args(argv)
-    if args.num_draws < _FEWEST:
-        parser.error(f"--num-draws: at least {_FEWEST} are compared, got {args.num_draws}")
-    return parser, args
+    given = [f"--{name}" for name in TRAINING if name in args]
+    if args.checkpoint and given:
+        parser.error(f"--checkpoint: its model is trained already; leave out {', '.join(given)}")
+    return parser, argparse.Namespace(**TRAINING | vars(args))
 
 
 def epochs(text: str) -> list[int]:
@@ -212,15 +224,18 @@ def main(argv: list[str] | None = None) -> None:
         trained = load_vae(args.checkpoint, images) if args.checkpoint else None
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    kind = trained.kind if trained else "onehot"
+    args.estimators = args.estimators or gradients.several(ESTIMATORS[kind])
     if args.smoke:
         args.num_draws, args.images, args.epochs = 40, 10, [1, 2]
         args.latents, args.hidden, images = 3, 16, images.head(200, 50)
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
-    try:
-        check_choices(trained or make_vae(args, images), images, args.estimators)
-    except ValueError as error:
-        parser.error(str(error))
+    gradients.try_all(
+        parser,
+        args.estimators,
+        lambda name: attempt(trained or make_vae(args, images), images, name),
+    )
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
     if trained is None:

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import pandas as pd
 import xarray as xr
+from matplotlib.ticker import LogLocator, NullFormatter
 
+import style
 from pyro_gumbel.diagnostics import plot_efficiency, plot_gradients, to_arviz
 
-mpl.use("Agg")  # no display is needed
-import matplotlib.pyplot as plt  # noqa: E402
-
 SHOWN = ["relative_bias", "bias_z", "relative_std", "snr", "cosine", "seconds", "evaluations"]
+CLEAR = 5  # standard errors from which on a bias is more than noise explains
 
 
 def show(table: pd.DataFrame, title: str) -> None:
@@ -23,35 +24,52 @@ def show(table: pd.DataFrame, title: str) -> None:
     print(table[SHOWN].to_string(float_format="{:.3g}".format), flush=True)
 
 
-def write_tables(tables: Mapping[Any, pd.DataFrame], folder: Path) -> None:
+def write_tables(tables: Mapping[Any, pd.DataFrame], folder: Path) -> list[Path]:
     """Write all figures, and draw them: over epochs, and at the last noise against price."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pd.concat(dict(tables), names=["epoch"]).to_csv(folder / "table.csv")
-    plot_efficiency(list(tables.values())[-1]).savefig(folder / "efficiency.png", dpi=90)
+    last = list(tables.values())[-1]
+    written = [folder / "table.csv", folder / "efficiency.png"]
+    pd.concat(dict(tables), names=["epoch"]).to_csv(written[0])
+    with style.color_cycle(sorted(last.index)):
+        plot_efficiency(last).savefig(written[1], dpi=90)
     if len(tables) > 1:
-        plot_epochs(tables).savefig(folder / "epochs.png", dpi=90)
+        written.append(style.write(plot_epochs(tables), folder / "epochs.png"))
     plt.close("all")
+    return written
 
 
 def plot_epochs(tables: Mapping[Any, pd.DataFrame]) -> mpl.figure.Figure:
     """Draw relative bias and relative standard deviation of every estimator over epochs."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-    for axis, column in zip(axes, ("relative_bias", "relative_std"), strict=True):
-        for name in sorted(next(iter(tables.values())).index):
-            values = [table.loc[name, column] for table in tables.values()]
-            axis.plot(list(tables), values, marker="o", label=name)
-        axis.set(xlabel="epoch", ylabel=column.replace("_", " "), yscale="log")
-        axis.set_xticks(list(tables))
+    figure, axes = style.panels(1, 2, (5, 3.8))
+    names = sorted(next(iter(tables.values())).index)
+    for number, (name, color) in enumerate(style.colors(names).items()):
+        rows = pd.DataFrame([table.loc[name] for table in tables.values()], index=list(tables))
+        look: dict[str, Any] = {
+            "color": color,
+            "marker": style.MARKERS[number % len(style.MARKERS)],
+            "linewidth": max(3 - 0.4 * number, 1),  # curves that coincide stay visible
+            "markersize": max(10 - number, 7),
+        }
+        axes[0, 0].plot(rows.relative_bias, **look)
+        noise = rows.relative_bias.where(rows.bias_z < CLEAR)
+        axes[0, 0].plot(noise, **look | {"linestyle": "", "markerfacecolor": "white"})
+        axes[0, 1].plot(rows.relative_std, **look, label=name)
+    hollow = {"marker": "o", "linestyle": "", "color": "black", "markerfacecolor": "white"}
+    axes[0, 0].plot([], **hollow, label=f"no more than noise explains, z < {CLEAR}")
+    for axis, label in zip(axes[0], ("relative bias", "relative std"), strict=True):
+        axis.set(xlabel="epoch", ylabel=label, yscale="log", xticks=list(tables))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.grid(alpha=0.3)
-    axes[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    style.legend_outside(figure, axes[0, ::-1])
     return figure
 
 
-def write_draws(draws: Mapping[str, xr.Dataset], exact: xr.Dataset | None, folder: Path) -> None:
+def write_draws(
+    draws: Mapping[str, xr.Dataset], exact: xr.Dataset | None, folder: Path
+) -> list[Path]:
     """Write draws for ArviZ, and draw those of the first four logits over one another."""
-    to_arviz(draws, exact).to_netcdf(str(folder / "gradients.nc"))
+    written = [folder / "gradients.nc", folder / "forest.png"]
+    to_arviz(draws, exact).to_netcdf(str(written[0]))
     (name,) = next(iter(draws.values())).data_vars
     short = {name: "gradient by the bias of logit"}
     few = {  # in the order that gives each estimator its colour in the other pictures
@@ -59,12 +77,13 @@ def write_draws(draws: Mapping[str, xr.Dataset], exact: xr.Dataset | None, folde
     }
     if exact is not None:
         exact = exact[[name]].isel(logit=slice(4)).rename(short)
-    forest = plot_gradients(few, exact)
-    if hasattr(forest, "savefig"):  # ArviZ 1.x
-        forest.savefig(str(folder / "forest.png"))
-    else:
-        axis = forest.ravel()[0]
-        axis.set_xlabel("gradient of the loss")
-        figure = axis.figure
-        figure.savefig(str(folder / "forest.png"), dpi=70, bbox_inches="tight")
+    with style.color_cycle(few):
+        forest = plot_gradients(few, exact)
+        if hasattr(forest, "savefig"):  # ArviZ 1.x
+            forest.savefig(str(written[1]))
+        else:
+            axis = forest.ravel()[0]
+            axis.set_xlabel("gradient of the loss")
+            axis.figure.savefig(str(written[1]), dpi=70, bbox_inches="tight")
     plt.close("all")
+    return written

@@ -7,12 +7,16 @@ import shlex
 from pathlib import Path
 
 import arviz as az
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import compare_estimators
+import compare_report
+import gradients
+import style
 import vae
 from pyro_gumbel._arviz import group
 
@@ -21,6 +25,8 @@ README = (ROOT / "examples/README.md").read_text()
 
 
 def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    other = tmp_path / "of_another_run.txt"
+    other.write_text("not written by this one")
     names = "reinmax,straight_through,gumbel_softmax@0.5,score:2"
     compare_estimators.main(["--smoke", "--estimators", names, "--out", str(tmp_path)])
     printed = capsys.readouterr().out
@@ -28,6 +34,8 @@ def test_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "after epoch 2" in printed
     table = pd.read_csv(tmp_path / "table.csv")
     assert len(table) == 2 * 4
+    written = printed.partition("written:\n")[2].split()
+    assert sorted(written) == sorted(map(str, set(tmp_path.iterdir()) - {other}))
     assert np.isfinite(table[["relative_bias", "relative_std", "seconds"]]).all(axis=None)
     for picture in ("forest", "efficiency", "epochs"):
         assert (tmp_path / f"{picture}.png").stat().st_size > 5000
@@ -56,6 +64,34 @@ def test_trained_model_without_exact_gradient(
     assert table.bias.notna().all()
 
 
+@pytest.mark.parametrize("latent", ["bernoulli", "normal"])
+def test_estimators_fit_the_latents_where_none_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture, latent: str
+) -> None:
+    file = tmp_path / "vae.pt"
+    size = ["--latent", latent, "--latents", "3", "--hidden", "8", "--num-samples", "5"]
+    estimator = ["--gradient", "score:2", "--checkpoint", str(file)]
+    vae.main(["--smoke", *size, *estimator, "--out", str(tmp_path / "vae")])
+    options = ["--num-draws", "40", "--images", "5", "--checkpoint", str(file)]
+    compare_estimators.main([*options, "--out", str(tmp_path / "compared")])
+    table = pd.read_csv(tmp_path / "compared/table.csv")
+    names = gradients.several(compare_estimators.ESTIMATORS[latent])
+    assert sorted(table.estimator) == sorted(names)
+
+
+def test_what_noise_explains_is_hollow() -> None:
+    column = {"relative_bias": [0.3, 0.1], "bias_z": [9.0, 2.0], "relative_std": [1.0, 1.0]}
+    table = pd.DataFrame(column, index=["reinmax", "score"])
+    figure = compare_report.plot_epochs({1: table, 2: table.assign(bias_z=9.0)})
+    bias = figure.axes[0]
+    hollow = [line for line in bias.lines if line.get_markerfacecolor() == "white"]
+    drawn = {line.get_color(): np.isfinite(line.get_ydata()).tolist() for line in hollow}
+    colors = style.colors(["reinmax", "score"])
+    assert drawn[colors["reinmax"]] == [False, False]
+    assert drawn[colors["score"]] == [True, False]
+    plt.close(figure)
+
+
 def test_checkpoint_of_other_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "vae.pt"
     size = ["--latents", "2", "--categories", "2", "--hidden", "4", "--num-samples", "5"]
@@ -80,9 +116,11 @@ def test_checkpoint_of_other_images(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--checkpoint", __file__], "is no whole checkpoint"),
         (["--estimators", "reinmax,pathwise"], "cannot serve a OneHotCategorical"),
         (["--estimators", "disarm"], "cannot serve a OneHotCategorical"),
-        (["--num-draws", "3"], "--num-draws: at least 16 are compared, got 3"),
+        (["--num-draws", "3"], "--num-draws: expected a whole number of at least 16, got '3'"),
         (["--seed", "-1"], "expected a whole number from 0 to 2^32, got '-1'"),
-        (["--out", f"{__file__}/pictures"], "--out: no folder can be made at"),
+        (["--out", f"{__file__}/pictures"], "--out: nothing can be written to the folder"),
+        (["--checkpoint", "x.pt", "--latents", "4", "--epochs", "1"], "leave out --epochs, --lat"),
+        (["--checkpoint", str(ROOT)], "is a folder: name a file"),
         (["--epochs", "1,0"], "expected a whole number of at least 1, got '0'"),
     ],
 )
@@ -99,4 +137,4 @@ def test_commands_of_the_readme_parse() -> None:
     assert commands
     for command in commands:
         _, args = compare_estimators.parse(shlex.split(command))
-        compare_estimators.choices(args.estimators)
+        compare_estimators.choices(args.estimators or [])
