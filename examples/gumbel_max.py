@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import style
-from arguments import count, natural
+from arguments import at_least, count, make_folder, natural, new_parser
 from pyro_gumbel.distributions import ExpRelaxedOneHot, Gumbel, RelaxedOneHot, gumbel_noise
 
 TEMPERATURES = (0.2, 0.5, 1.0, 2.0, 10.0)
@@ -118,7 +118,7 @@ def _bars(axis: Any, frequencies: Tensor, probs: Tensor) -> None:
     width = 0.8 / rows
     for row in range(rows):
         at = np.arange(categories) + width * (row - (rows - 1) / 2)
-        color = style.COLORS[(4, 2, 3)[row]]
+        color = style.COLORS[(1, 2, 3)[row] if rows > 1 else 4]
         axis.bar(
             at,
             frequencies.reshape(rows, -1)[row].numpy(),
@@ -202,16 +202,17 @@ def integrate(temperature: float, logits: Tensor, cells: int = 800) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--draws", type=count, default=200_000, help="of the two small softmaxes")
-    add("--words", type=count, default=50_000, help="size of the vocabulary")
+    add("--words", type=at_least(2), default=50_000, help="size of the vocabulary")
     add("--word-draws", type=count, default=20_000, help="of the vocabulary")
-    add("--grid", type=count, default=90, help="cells along a side of the triangles")
-    add("--seed", type=natural, default=0)
-    add("--out", type=Path, default=Path("out/gumbel_max"), metavar="DIR")
+    add("--grid", type=at_least(2), default=90, help="cells along a side of the triangles")
+    add("--seed", type=natural, default=0, help="of all draws")
+    add("--out", type=Path, default=Path("out/gumbel_max"), metavar="DIR", help="pictures")
     add("--smoke", action="store_true", help="a few draws: does it run at all?")
     args = parser.parse_args(argv)
+    make_folder(parser, args.out)
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     if args.smoke:

@@ -23,7 +23,7 @@ from torch.distributions import constraints
 from tqdm import tqdm
 
 import style
-from arguments import count, natural, positive
+from arguments import at_least, count, make_folder, natural, new_parser, positive
 from pyro_gumbel.estimators import Enumerate, GumbelStraightThrough, LeaveOneOut, ReinMax, Score
 from pyro_gumbel.guides import AutoAmortized, AutoDiscrete
 from pyro_gumbel.infer import Estimator_ELBO
@@ -117,6 +117,18 @@ def best_accuracy(x: Tensor, component: Tensor) -> float:
     return accuracy((TRUE_WEIGHTS.log() + log_prob).argmax(-1), component)
 
 
+def look(name: str) -> dict[str, Any]:
+    """Draw a line in the colour of its estimator, dotted for the guide without an encoder."""
+    kind, estimator, _ = FITS[name]
+    colors = style.colors(["reinmax", "gumbel_straight_through", "score"]).values()
+    own = dict(zip((ReinMax, GumbelStraightThrough, Score), colors, strict=True))
+    return {
+        "color": own.get(type(estimator), "black"),
+        "linestyle": ":" if kind == "discrete" else "-",
+        "linewidth": 1.5 if type(estimator) in own else 4,  # what coincides with it stays visible
+    }
+
+
 def picture(x: Tensor, results: dict[str, dict[str, Any]], best: float, path: Path) -> Path:
     figure, axes = style.panels(1, 3, (4.2, 3.4))
     shown = ("enumeration", "AutoAmortized, ReinMax")
@@ -130,7 +142,7 @@ def picture(x: Tensor, results: dict[str, dict[str, Any]], best: float, path: Pa
                 own[:, 1],
                 style.MARKERS[k],
                 markersize=3,
-                color=style.COLORS[k + 2],
+                color=style.COLORS[(2, 4, 5)[k]],  # no estimator's
                 alpha=0.5,
                 label=f"assigned to component {k + 1}",
             )
@@ -143,8 +155,8 @@ def picture(x: Tensor, results: dict[str, dict[str, Any]], best: float, path: Pa
         )
         axis.set(title=name, xlabel="x, first coordinate", ylabel="second coordinate")
     axis = axes[0, 2]
-    for color, (name, result) in zip(style.COLORS, results.items(), strict=False):
-        axis.plot(result["accuracy"], color=color, label=name)
+    for name, result in results.items():
+        axis.plot(result["accuracy"], label=name, **look(name))
     axis.axhline(best, **style.EXACT, label="true parameters")
     axis.set(
         title="share assigned to the true component",
@@ -157,15 +169,16 @@ def picture(x: Tensor, results: dict[str, dict[str, Any]], best: float, path: Pa
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--size", type=count, default=600, help="number of data")
-    add("--steps", type=count, default=600)
-    add("--lr", type=positive, default=0.03)
-    add("--seed", type=natural, default=0)
-    add("--out", type=Path, default=Path("out/mixture"), metavar="DIR")
+    add("--size", type=at_least(3), default=600, help="number of data")
+    add("--steps", type=count, default=600, help="of each fit")
+    add("--lr", type=positive, default=0.03, help="step size at the start")
+    add("--seed", type=natural, default=0, help="of the data, and of each fit")
+    add("--out", type=Path, default=Path("out/mixture"), metavar="DIR", help="pictures")
     add("--smoke", action="store_true", help="a few steps: does it run at all?")
     args = parser.parse_args(argv)
+    make_folder(parser, args.out)
     torch.set_num_threads(1)
     pyro.enable_validation(args.smoke)
     if args.smoke:

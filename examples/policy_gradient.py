@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 import style
-from arguments import count, natural
+from arguments import at_least, count, make_folder, natural, new_parser
 from control import CartPole, Decisions
 from pyro_gumbel.estimators import LeaveOneOut, MovingAverage, NeuralBaseline, Score
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
@@ -135,17 +135,18 @@ def learn(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--draws", type=count, default=1500, help="of the gradient")
-    add("--episodes", type=count, default=64, help="a step, over all particles")
+    add("--draws", type=at_least(2), default=1500, help="of the gradient")
+    add("--episodes", type=at_least(PARTICLES), default=64, help="a step, over all particles")
     add("--steps", type=count, default=150, help="of learning, decision process")
     add("--cart-steps", type=count, default=150, help="of learning, cart and pole")
-    add("--seeds", type=count, default=3)
-    add("--seed", type=natural, default=0)
-    add("--out", type=Path, default=Path("out/policy_gradient"), metavar="DIR")
+    add("--seeds", type=count, default=3, help="number of seeds, from --seed on")
+    add("--seed", type=natural, default=0, help="of the gradients, and of the first run")
+    add("--out", type=Path, default=Path("out/policy_gradient"), metavar="DIR", help="pictures")
     add("--smoke", action="store_true", help="a few steps: does it run at all?")
     args = parser.parse_args(argv)
+    make_folder(parser, args.out)
     torch.set_num_threads(1)
     pyro.enable_validation(args.smoke)  # a good part of so small a step goes into checks
     pyro.set_rng_seed(args.seed)

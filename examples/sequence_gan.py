@@ -26,7 +26,8 @@ from tqdm import tqdm
 import gradients
 import grammar
 import style
-from arguments import count, make_folder, natural, positive
+from arguments import count, make_folder, natural, new_parser, positive
+from pyro_gumbel.estimators import Enumerate
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
 
@@ -82,20 +83,23 @@ class Game:
             nn.Linear(256, 1),
         )
         self.batch = batch
-        self.logits: list[Tensor] = []
+
+    def string(self, fixed: bool) -> Tensor:
+        """Draw token after token by the generator's law, which may be held fixed."""
+        token, h, c = self.generator.start((self.batch,))
+        tokens = []
+        for t in range(grammar.LENGTH):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not fixed):
+                logits, h, c = self.generator.step(token, h, c)
+            token = pyro.sample(f"v_{t}", dist.OneHotCategorical(logits=logits))
+            tokens.append(token)
+        return torch.stack(torch.broadcast_tensors(*tokens), -2)
 
     def guide(self) -> Tensor:
-        """Draw strings, token by token."""
+        """Draw strings."""
         pyro.module("generator", self.generator)
-        token, h, c = self.generator.start((self.batch,))
-        tokens, self.logits = [], []
         with pyro.plate("strings", self.batch):
-            for t in range(grammar.LENGTH):
-                logits, h, c = self.generator.step(token, h, c)
-                token = pyro.sample(f"v_{t}", dist.OneHotCategorical(logits=logits))
-                self.logits.append(logits.detach())
-                tokens.append(token)
-        return torch.stack(tokens, -2)
+            return self.string(fixed=False)
 
     def model(self) -> None:
         """Score strings by the discriminator.
@@ -104,11 +108,7 @@ class Game:
         what is left of it is the expected reward.
         """
         with pyro.plate("strings", self.batch):
-            tokens = [
-                pyro.sample(f"v_{t}", dist.OneHotCategorical(logits=logits))
-                for t, logits in enumerate(self.logits)
-            ]
-            pyro.factor("reward", self.judge(torch.stack(tokens, -2)))
+            pyro.factor("reward", self.judge(self.string(fixed=True)))
 
     def judge(self, tokens: Tensor) -> Tensor:
         """Log D / (1 - D), which is the discriminator's logit."""
@@ -133,20 +133,28 @@ def measure(game: Game, tokens: Tensor, truth: Tensor) -> tuple[float, float]:
     return valid, 0.5 * ((probs - truth).abs().sum().item() + 1 - valid)
 
 
-def train(args: argparse.Namespace, gradient: str, seed: int) -> list[dict[str, float]]:
-    """Play the game for a number of steps; return what was measured along the way."""
+def make_svi(args: argparse.Namespace, gradient: str) -> tuple[Game, SVI]:
+    """Set up a new game and the generator's training by one estimator."""
     pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
-    strings, truth = grammar.all_strings()
-    tokens = grammar.encode(strings)
-    data = tokens[torch.multinomial(truth, args.data_size, replacement=True)]
     estimator, num_particles = gradients.parse(gradient)
+    if isinstance(estimator, Enumerate):
+        number = f"{len(grammar.ALPHABET)}^{grammar.LENGTH}"
+        raise ValueError(f"{gradient!r} sums over all {number} sequences at once: name another")
     game = Game(args.hidden, max(args.batch_size // num_particles, 1))
     elbo = Estimator_ELBO(num_particles, vectorize_particles=True, max_plate_nesting=1)
     optimizer = pyro.optim.ClippedAdam(
         {"lr": args.lr, "betas": (0.5, 0.99), "clip_norm": 10.0, "lrd": 0.1 ** (1 / args.steps)}
     )
-    svi = SVI(game.model, config_gradient(game.guide, estimator), optimizer, elbo)
+    return game, SVI(game.model, config_gradient(game.guide, estimator), optimizer, elbo)
+
+
+def train(args: argparse.Namespace, gradient: str, seed: int) -> list[dict[str, float]]:
+    """Play the game for a number of steps; return what was measured along the way."""
+    pyro.set_rng_seed(seed)
+    strings, truth = grammar.all_strings()
+    tokens = grammar.encode(strings)
+    data = tokens[torch.multinomial(truth, args.data_size, replacement=True)]
+    game, svi = make_svi(args, gradient)
     critic = torch.optim.Adam(game.discriminator.parameters(), args.critic_lr, betas=(0.5, 0.99))
 
     history, start = [], time.perf_counter()
@@ -174,11 +182,12 @@ def train(args: argparse.Namespace, gradient: str, seed: int) -> list[dict[str, 
 def picture(runs: dict[str, list[list[dict[str, float]]]], path: Path) -> Path:
     """Draw the share of strings that are not valid, and the total variation, against the steps."""
     figure, axes = style.panels(1, 2, (4.6, 3.2))
+    colors = style.colors(runs)
     for number, (gradient, histories) in enumerate(runs.items()):
         for seed, history in enumerate(histories):
             look: Any = {
-                "color": style.COLORS[number],
-                "linewidth": 2.5 - 0.7 * number,  # curves that coincide stay visible
+                "color": colors[gradient],
+                "linewidth": max(2.5 - 0.7 * number, 0.7),  # curves that coincide stay visible
                 "label": gradient if seed == 0 else None,
             }
             steps = [row["step"] for row in history]
@@ -194,22 +203,22 @@ def picture(runs: dict[str, list[list[dict[str, float]]]], path: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    default = "gumbel_straight_through,reinmax,score:4"
-    add("--gradients", type=gradients.several, default=default, metavar="NAME[:K],...")
+    some, form = "gumbel_straight_through,reinmax,score:4", f"{gradients.FORM},..."
+    add("--gradients", type=gradients.several, default=some, metavar=form, help=gradients.HELP)
     add("--steps", type=count, default=3000, help="of the generator")
     add("--critic-steps", type=count, default=1, help="of the discriminator for each of these")
     add("--batch-size", type=count, default=256, help="strings a step, over all particles")
     add("--data-size", type=count, default=5000, help="strings of the training set")
     add("--hidden", type=count, default=64, help="LSTM units")
-    add("--lr", type=positive, default=1e-3)
-    add("--critic-lr", type=positive, default=1e-3)
+    add("--lr", type=positive, default=1e-3, help="step size of the generator, at the start")
+    add("--critic-lr", type=positive, default=1e-3, help="step size of the discriminator")
     add("--penalty", type=float, default=1.0, help="on the discriminator's slope")
-    add("--measure-every", type=count, default=50)
-    add("--seed", type=natural, default=0)
-    add("--seeds", type=count, default=1)
-    add("--out", type=Path, default=Path("out/sequence_gan"), metavar="DIR")
+    add("--measure-every", type=count, default=50, help="steps from one measurement to the next")
+    add("--seed", type=natural, default=0, help="of the first run")
+    add("--seeds", type=count, default=1, help="number of seeds, from --seed on")
+    add("--out", type=Path, default=Path("out/sequence_gan"), metavar="DIR", help="pictures")
     add("--smoke", action="store_true", help="a few steps: does it run at all?")
     args = parser.parse_args(argv)
     make_folder(parser, args.out)
@@ -217,6 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     pyro.enable_validation(args.smoke)  # a quarter of a step goes into checks
     if args.smoke:
         args.steps, args.batch_size, args.data_size, args.measure_every = 4, 16, 100, 2
+    gradients.try_all(parser, args.gradients, lambda name: make_svi(args, name)[1].evaluate_loss())
     runs = {
         gradient: [train(args, gradient, args.seed + i) for i in range(args.seeds)]
         for gradient in args.gradients

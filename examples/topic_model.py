@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import gradients
 import style
-from arguments import count, make_folder, natural, positive
+from arguments import at_least, count, make_folder, natural, new_parser, positive
 from evaluation import held_out_bounds
 from pyro_gumbel.guides import AutoAmortized
 from pyro_gumbel.infer import Estimator_ELBO
@@ -72,6 +72,7 @@ def load(num_words: int, min_length: int, limit: int) -> tuple[Tensor, list[str]
     spread = Counter(word for document in documents for word in document)
     vocabulary = [word for word, _ in spread.most_common(num_words)]
     counts = torch.tensor([[float(d[w]) for w in vocabulary] for d in documents])
+    counts = counts.reshape(len(documents), len(vocabulary))
     order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(0))
     counts = counts[order]
     return counts[counts.sum(-1) > 0], vocabulary
@@ -113,17 +114,24 @@ class Encoder(nn.Module):
         return self.layers(counts.log1p())
 
 
+def make_svi(
+    gradient: str, counts: Tensor, args: argparse.Namespace
+) -> tuple[TopicModel, AutoAmortized, SVI]:
+    """Make a new model, its guide and what trains them, always the same at one seed."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(args.seed)
+    estimator, particles = gradients.parse(gradient)
+    model = TopicModel(counts, args.factors)
+    guide = AutoAmortized(model, Encoder(counts.shape[-1], args.hidden), gradient=estimator)
+    elbo = Estimator_ELBO(particles, vectorize_particles=True, max_plate_nesting=1)
+    return model, guide, SVI(model, guide, pyro.optim.ClippedAdam({"lr": args.lr}), elbo)
+
+
 def train(
     gradient: str, train_counts: Tensor, test_counts: Tensor, args: argparse.Namespace
 ) -> tuple[TopicModel, AutoAmortized, list[float]]:
     """Fit one model; return it, its guide, and the held-out perplexity bound of each epoch."""
-    pyro.clear_param_store()
-    pyro.set_rng_seed(args.seed)
-    estimator, particles = gradients.parse(gradient)
-    model = TopicModel(train_counts, args.factors)
-    guide = AutoAmortized(model, Encoder(train_counts.shape[-1], args.hidden), gradient=estimator)
-    elbo = Estimator_ELBO(particles, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": args.lr}), elbo)
+    model, guide, svi = make_svi(gradient, train_counts, args)
     history = []
     bar = tqdm(range(args.epochs), desc=gradient)
     for _ in bar:
@@ -153,25 +161,26 @@ def print_topics(
     usage = guide.posterior(counts)["z"].mean.mean(0)
     print(f"\n{'share of documents':>19}   words that a factor favours")
     for k in usage.argsort(descending=True)[:12].tolist():
-        top = model.factors[k].topk(9).indices.tolist()
+        top = model.factors[k].topk(min(9, len(vocabulary))).indices.tolist()
         print(f"{usage[k]:19.3f}   {' '.join(vocabulary[i] for i in top)}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    default = "reinmax,gumbel_straight_through,straight_through,score:4"
-    add("--gradients", type=gradients.several, default=default, metavar="NAME[:K],...")
-    add("--factors", type=count, default=40)
+    some = "reinmax,gumbel_straight_through,straight_through,score:4"
+    form = f"{gradients.FORM},..."
+    add("--gradients", type=gradients.several, default=some, metavar=form, help=gradients.HELP)
+    add("--factors", type=count, default=40, help="bits of a document")
     add("--words", type=count, default=1500, help="size of the vocabulary")
-    add("--min-length", type=count, default=15, help="words of a document")
-    add("--limit", type=count, default=20_000, help="documents to read")
-    add("--hidden", type=count, default=128)
-    add("--epochs", type=count, default=20)
-    add("--batch-size", type=count, default=100)
-    add("--lr", type=positive, default=1e-2)
-    add("--seed", type=natural, default=0)
-    add("--out", type=Path, default=Path("out/topic_model"), metavar="DIR")
+    add("--min-length", type=count, default=15, help="words of a document, at least")
+    add("--limit", type=at_least(2), default=20_000, help="documents to read, at most")
+    add("--hidden", type=count, default=128, help="width of the encoder's layers")
+    add("--epochs", type=count, default=20, help="passes over the training documents")
+    add("--batch-size", type=count, default=100, help="documents a step")
+    add("--lr", type=positive, default=1e-2, help="step size of Adam")
+    add("--seed", type=natural, default=0, help="of each run")
+    add("--out", type=Path, default=Path("out/topic_model"), metavar="DIR", help="pictures")
     add("--smoke", action="store_true", help="a few documents: does it run at all?")
     args = parser.parse_args(argv)
     make_folder(parser, args.out)
@@ -180,11 +189,21 @@ def main(argv: list[str] | None = None) -> None:
     if args.smoke:
         args.limit, args.epochs, args.words = 150, 1, 200
     counts, vocabulary = load(args.words, args.min_length, args.limit)
+    if len(counts) < 2:  # one to train, one to hold out
+        parser.error(
+            f"--min-length: {len(counts)} docstrings have {args.min_length} words or more, and at "
+            "least 2 are needed; write a smaller number"
+        )
     split = len(counts) * 9 // 10
     train_counts, test_counts = counts[:split], counts[split:]
     print(
         f"{len(counts):,} docstrings, {int(counts.sum()):,} words "
         f"of a vocabulary of {len(vocabulary):,}"
+    )
+    gradients.try_all(
+        parser,
+        args.gradients,
+        lambda name: make_svi(name, train_counts, args)[2].evaluate_loss(train_counts[:1]),
     )
     figure, axes = style.panels(1, 1, (6, 3.6))
     rows = {"one distribution for all": unigram_perplexity(train_counts, test_counts)}
@@ -192,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         rows["one distribution for all"], **style.EXACT, label="one distribution for all"
     )
     best = None
-    for color, gradient in zip(style.COLORS, args.gradients, strict=False):
+    for gradient, color in style.colors(args.gradients).items():
         model, guide, history = train(gradient, train_counts, test_counts, args)
         rows[gradient] = perplexity(model, guide, test_counts, 100)
         best = min(
@@ -206,6 +225,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:34}{value:>10.1f}")
     print_topics(best[1], best[2], test_counts, vocabulary)
     axes[0, 0].set(xlabel="epoch", ylabel="held-out perplexity a word (bound)")
+    style.whole_numbers(axes[0, 0])
     style.legend_outside(figure, axes[0], columns=2)
     print("\nwritten:", style.write(figure, args.out / "topic_model.png"))
 

@@ -9,7 +9,6 @@ full covariance against Monte Carlo.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import style
-from arguments import count, natural
+from arguments import at_least, count, make_folder, natural, new_parser
 from pyro_gumbel.estimators import Estimator, LeaveOneOut, Pathwise, Score
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
@@ -160,7 +159,7 @@ def kl_against_monte_carlo(axis: Any, draws: int) -> None:
         ratio = p.log_prob(x) - q.log_prob(x)
         mean, error = ratio.mean().item(), ratio.std().item() / size**0.5
         axis.errorbar(
-            size, mean, 2 * error, fmt="o", color=style.COLORS[0], label="Monte Carlo ± 2 s.e."
+            size, mean, 2 * error, fmt="o", color=style.COLORS[5], label="Monte Carlo ± 2 s.e."
         )
     axis.axhline(exact, **style.EXACT, label="closed form")
     axis.set(title="KL of two Gaussians in R³", xlabel="draws", ylabel="nats", xscale="log")
@@ -172,15 +171,16 @@ def kl_against_monte_carlo(axis: Any, draws: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--draws", type=count, default=100_000, help="of each gradient")
+    add("--draws", type=at_least(16), default=100_000, help="of each gradient")
     add("--steps", type=count, default=300, help="of the descent")
     add("--seeds", type=count, default=8, help="of the descent")
-    add("--seed", type=natural, default=0)
-    add("--out", type=Path, default=Path("out/two_gradients"), metavar="DIR")
+    add("--seed", type=natural, default=0, help="of all draws")
+    add("--out", type=Path, default=Path("out/two_gradients"), metavar="DIR", help="pictures")
     add("--smoke", action="store_true", help="a few draws: does it run at all?")
     args = parser.parse_args(argv)
+    make_folder(parser, args.out)
     torch.set_num_threads(1)
     pyro.set_rng_seed(args.seed)
     if args.smoke:

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import compare_estimators
 import grammar
 import gumbel_max
 import mixture
 import policy_gradient
+import pyro_comparison
 import sequence_gan
 import style
 import topic_model
 import two_gradients
+import vae
 
 STORIES = {
     gumbel_max: ("gumbel_max.png", "concrete.png"),
@@ -55,6 +58,108 @@ def test_unknown_estimators_are_told(story, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         story.main(["--smoke", "--gradients", "score:2,reinmx"])
     assert "Did you mean 'reinmax'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("story", [sequence_gan, topic_model], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("second", ["pathwise", "enumerate"])
+def test_estimators_that_cannot_serve_are_told_before_the_first_run(
+    story, second: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        story.main(["--smoke", "--gradients", f"score:2,{second}", "--out", str(tmp_path)])
+    told = capsys.readouterr().err
+    assert re.search("cannot serve|sums over all 6\\^12 sequences", told)
+    assert "score:2" not in told.partition("error:")[0]  # no bar of a run
+
+
+@pytest.mark.parametrize("gradient", ["rebar", "double_control_variate", "muprop", "disarm_tree"])
+def test_the_game_takes_estimators_that_run_the_model_again(gradient: str, tmp_path: Path) -> None:
+    options = ["--steps", "2", "--batch-size", "8", "--hidden", "8", "--data-size", "50"]
+    sequence_gan.main(["--gradients", gradient, *options, "--out", str(tmp_path)])
+    assert (tmp_path / "training.png").exists()
+
+
+@pytest.mark.parametrize("story", STORIES, ids=lambda module: module.__name__)
+def test_folders_that_cannot_be_are_told(story, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        story.main(["--out", f"{__file__}/pictures"])
+    assert "--out: nothing can be written to the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("story", "option", "least"),
+    [
+        (gumbel_max, "--grid", 2),
+        (gumbel_max, "--words", 2),
+        (mixture, "--size", 3),
+        (policy_gradient, "--draws", 2),
+        (policy_gradient, "--episodes", 4),
+        (topic_model, "--limit", 2),
+        (two_gradients, "--draws", 16),
+    ],
+)
+def test_numbers_too_small_are_told(
+    story, option: str, least: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        story.main([option, str(least - 1)])
+    expected = f"argument {option}: expected a whole number of at least {least}, got '{least - 1}'"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("story", "options"),
+    [
+        (gumbel_max, ["--draws", "1", "--word-draws", "1", "--words", "2", "--grid", "2"]),
+        (mixture, ["--size", "3", "--steps", "1"]),
+        (
+            policy_gradient,
+            [
+                "--draws",
+                "2",
+                "--episodes",
+                "4",
+                "--steps",
+                "1",
+                "--cart-steps",
+                "1",
+                "--seeds",
+                "1",
+            ],
+        ),
+        (two_gradients, ["--draws", "16", "--steps", "1", "--seeds", "1"]),
+    ],
+)
+def test_the_smallest_numbers_do(story, options: list[str], tmp_path: Path) -> None:
+    story.main([*options, "--out", str(tmp_path)])
+    assert (tmp_path / STORIES[story][0]).exists()
+
+
+def test_texts_too_long_and_vocabularies_too_small(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--smoke", "--gradients", "score", "--out", str(tmp_path)]
+    topic_model.main([*options, "--words", "5"])
+    with pytest.raises(SystemExit):
+        topic_model.main([*options, "--min-length", "100000"])
+    assert "--min-length: 0 docstrings have 100000 words or more" in capsys.readouterr().err
+
+
+def test_an_estimator_has_one_colour() -> None:
+    few, more = style.colors(["score:4", "reinmax"]), style.colors(["x", "reinmax@0.5", "score"])
+    assert few["reinmax"] == more["reinmax@0.5"]
+    assert few["score:4"] == more["score"]
+    assert len(set(style.colors(["score:2", "score:4", "y", *style.ESTIMATORS[:3]]).values())) == 6
+
+
+@pytest.mark.parametrize("module", [*STORIES, compare_estimators, pyro_comparison, vae])
+def test_help_tells_defaults(module, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    told = capsys.readouterr().out
+    assert "(default: 0)" in told  # the seed's
+    assert "None" not in told
+    assert "False" not in told
 
 
 def test_files_are_short() -> None:
