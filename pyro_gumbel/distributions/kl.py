@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, OneHotCategorical, register_kl
 from torch.distributions import Gumbel as TorchGumbel
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.functional import logsigmoid
 
 from pyro_gumbel.distributions._base import broadcast_shapes, plain_eager
@@ -47,10 +48,15 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, log_p: Tensor, log_q: Tensor) -> Tensor:
-        p = log_p.exp()
-        difference = (log_p - log_q).masked_fill_(p == 0, 0.0)
+        p, difference = log_p.exp(), log_p - log_q
+        divergence = (p * difference).sum(-1)
+        # Zeros need care where 0 * inf is nan. To ask is cheaper than to take it always, where no
+        # device has to be waited for and nothing is being recorded.
+        if not divergence.is_cpu or get_proxy_mode() is not None or divergence.sum().isnan():
+            difference.masked_fill_(p == 0, 0.0)
+            divergence = (p * difference).sum(-1)
         ctx.save_for_backward(log_p, log_q, p, difference)
-        return (p * difference).sum(-1)
+        return divergence
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -165,7 +165,8 @@ def _left_dimensions_explained(draw: DrawMessenger) -> Iterator[None]:
                 "the batch shape. Write operations that broadcast over them, such as "
                 "Vindex(loc)[..., z] (pyro.ops.indexing) for loc[z], or "
                 "(z.unsqueeze(-2) @ weight).squeeze(-2) for z @ weight; or use "
-                "vectorize_particles=False and no enumeration."
+                "vectorize_particles=False and no enumeration. Programs that nest more than "
+                f"{draw.layout.plate_nesting} plates need a larger max_plate_nesting."
             )
         raise
 

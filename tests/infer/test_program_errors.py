@@ -328,6 +328,7 @@ def test_an_index_that_does_not_broadcast_is_explained(estimator: str, left: str
     (note,) = told.value.__notes__
     assert re.search(left, note)
     assert "Vindex(loc)[..., z]" in note
+    assert "more than 1 plates need a larger max_plate_nesting" in note
 
 
 def test_only_what_has_dimensions_on_the_left_is_explained() -> None:
