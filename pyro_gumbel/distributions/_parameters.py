@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_gumbel._integers import is_number
 from pyro_gumbel.distributions._base import as_floating, broadcast_shapes, checkable, may_cache
 from pyro_gumbel.distributions._noise import noise_dtype
 from pyro_gumbel.distributions._softmax import log_softmax
@@ -116,15 +117,13 @@ def resolve_temperature(
         if validate and checkable(temperature):
             _check_positive(bool((temperature > 0).all()), temperature)
         return temperature
-    try:
-        number = float(temperature)
-    except (TypeError, ValueError):
+    if not is_number(temperature):
         raise TypeError(
             f"temperature must be a positive number or tensor, but {temperature!r} came; write "
             "0.5 or torch.tensor(0.5)."
-        ) from None
-    _check_positive(number > 0, temperature)
-    return number
+        )
+    _check_positive(temperature > 0, temperature)
+    return float(temperature)
 
 
 def align_temperature(

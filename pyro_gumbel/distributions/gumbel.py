@@ -31,9 +31,17 @@ def location_scale(**given: Any) -> dict[str, Tensor]:
         for tensor in tensors[1:]:
             dtype = torch.promote_types(dtype, tensor.dtype)
     device = tensors[0].device if tensors else None
-    return {
-        name: torch.as_tensor(value, dtype=dtype, device=device) for name, value in given.items()
-    }
+    return {name: _as_tensor(name, value, dtype, device) for name, value in given.items()}
+
+
+def _as_tensor(name: str, value: Any, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    try:
+        return torch.as_tensor(value, dtype=dtype, device=device)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a number or a tensor, but {value!r} came; write 1.0 or "
+            "torch.tensor(1.0)."
+        ) from None
 
 
 def check_parameter(name: str, value: Tensor, valid: Tensor, expected: str) -> None:
@@ -64,6 +72,7 @@ class Gumbel(BaseDistribution):
         validate_args: Whether to check arguments; by default as Pyro is set.
 
     Raises:
+        TypeError: If ``loc`` or ``scale`` is neither a number nor a tensor.
         ValueError: If ``loc`` is NaN or ``scale`` is not positive.
 
     References:

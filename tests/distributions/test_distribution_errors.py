@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,7 +37,7 @@ def test_temperature_must_be_positive(cls, bad):
 
 
 @pytest.mark.parametrize("cls", TEMPERED.values(), ids=TEMPERED)
-@pytest.mark.parametrize("bad", [None, "hot", PHI.sum])
+@pytest.mark.parametrize("bad", [None, "hot", "1", True, PHI.sum])
 def test_temperature_must_be_a_number(cls, bad):
     with pytest.raises(TypeError, match="temperature must be a positive number or tensor"):
         cls(bad, logits=PHI)
@@ -109,6 +110,24 @@ VALUES = [
 @pytest.mark.parametrize(("call", "message"), VALUES)
 def test_values(call, message):
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("cls", TEMPERED.values(), ids=TEMPERED)
+def test_temperature_may_be_a_number_of_numpy(cls):
+    assert cls(np.float32(0.5), logits=PHI).temperature == 0.5
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: Gumbel("a", 1.0), "loc"),
+        (lambda: Gumbel(0.0, None), "scale"),
+        (lambda: TruncatedGumbel(torch.zeros(2), "a"), "upper"),
+    ],
+)
+def test_location_and_scale_must_be_numbers(call, name):
+    with pytest.raises(TypeError, match=f"{name} must be a number or a tensor, but .* came"):
         call()
 
 
