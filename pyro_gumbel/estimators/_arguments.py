@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from pyro_gumbel._integers import is_integer
+from typing import Any
 
-__all__ = ["check_num_samples"]
+from pyro_gumbel._integers import is_integer, is_number
+
+__all__ = ["check_num_samples", "check_number"]
 
 
 def check_num_samples(
     owner: str, num_samples: int, least: int, *, argument: str = "num_samples"
 ) -> int:
-    """Make a number of samples Python's own; refuse what is no integer or too small.
+    """Make a number of samples, or of steps, Python's own; refuse no integer and too small ones.
 
     Raises:
         ValueError: If it is.
@@ -20,3 +22,16 @@ def check_num_samples(
             f"{owner}: {argument} must be an integer of at least {least}; got {num_samples!r}."
         )
     return int(num_samples)
+
+
+def check_number(owner: str, argument: str, value: Any, *, example: float) -> float:
+    """Make a number of any library Python's own.
+
+    Raises:
+        TypeError: If it is none; ``True`` is none.
+    """
+    if not is_number(value):
+        raise TypeError(
+            f"{owner}: {argument} must be a number, such as {argument}={example!r}; got {value!r}."
+        )
+    return float(value)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_gumbel.estimators._arguments import check_number
 from pyro_gumbel.estimators._repr import rebuilding_repr
 from pyro_gumbel.estimators.base import Call, Site
 
@@ -88,6 +89,7 @@ class MovingAverage(Baseline):
         decay: Weight of the past, from 0 (the last step alone) to below 1.
 
     Raises:
+        TypeError: If ``decay`` is no number.
         ValueError: If ``decay`` is outside [0, 1).
 
     References:
@@ -101,9 +103,9 @@ class MovingAverage(Baseline):
 
     def __init__(self, decay: float = 0.9) -> None:
         super().__init__()
-        if not 0 <= decay < 1:
+        self.decay = check_number("MovingAverage", "decay", decay, example=0.9)
+        if not 0 <= self.decay < 1:
             raise ValueError(f"MovingAverage: decay must lie in [0, 1); got {decay!r}.")
-        self.decay = decay
         # The sum of past costs and of their weights, as tensors: no step waits for the device.
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
@@ -139,6 +141,7 @@ class NeuralBaseline(Baseline):
         input: The name of an argument of the guide or the model, or a callable of their arguments.
 
     Raises:
+        TypeError: If ``module`` is no module, or ``input`` neither a name nor a callable.
         ValueError: If no argument has that name, or the prediction does not fit the site.
 
     References:
@@ -152,6 +155,16 @@ class NeuralBaseline(Baseline):
 
     def __init__(self, module: nn.Module, input: str | Callable[..., Any]) -> None:
         super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                "NeuralBaseline: module must be a torch.nn.Module that predicts the cost, such as "
+                f"nn.Linear(3, 1); got {module!r}."
+            )
+        if not (isinstance(input, str) or callable(input)):
+            raise TypeError(
+                "NeuralBaseline: input must be the name of an argument of the guide or the model, "
+                f"such as 'x', or a callable of their arguments; got {input!r}."
+            )
         self.module = module
         self.input = input
 

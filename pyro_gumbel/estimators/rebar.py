@@ -40,6 +40,7 @@ class Rebar(DifferentiatingEstimator):
             the user's optimiser.
 
     Raises:
+        TypeError: If the temperature is no number.
         ValueError: If the temperature is not positive; at a site, if the model reads relaxed
             values in a way that has no gradient, such as an index.
 
@@ -59,10 +60,10 @@ class Rebar(DifferentiatingEstimator):
 
     def __init__(self, temperature: float = 0.5, *, learn: bool = True) -> None:
         super().__init__()
-        check_temperature(type(self).__name__, "temperature", temperature)
-        self.temperature = float(temperature)
+        name = type(self).__name__
+        self.temperature = check_temperature(name, "temperature", temperature, kinds=("number",))
         self.learn = learn
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(self.temperature)))
         self.scale = nn.Parameter(torch.ones(()))
         self.requires_grad_(learn)
 
@@ -117,7 +118,7 @@ class Relax(Rebar):
             optimiser.
 
     Raises:
-        TypeError: If ``critic`` is no module.
+        TypeError: If ``critic`` is no module, or the temperature no number.
         ValueError: If the temperature is not positive; at a site, if the critic's output does not
             fit.
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
+from pyro_gumbel._integers import is_number
+from pyro_gumbel.estimators._arguments import check_num_samples, check_number
 from pyro_gumbel.estimators._repr import rebuilding_repr
 
 __all__ = ["Exponential", "Linear", "Schedule"]
@@ -79,6 +83,7 @@ class Exponential(Schedule):
         rate: Decay per optimisation step.
 
     Raises:
+        TypeError: If one of them is no number.
         ValueError: If ``start`` or ``end`` is not positive, or ``rate`` leads away from ``end``.
 
     References:
@@ -94,13 +99,14 @@ class Exponential(Schedule):
 
     def __init__(self, start: float, end: float, rate: float) -> None:
         super().__init__()
-        _check_positive(type(self).__name__, start=start, end=end)
-        if not math.isfinite(rate) or (end - start) * rate > 0:
+        self.start = _check_positive("Exponential", "start", start)
+        self.end = _check_positive("Exponential", "end", end)
+        self.rate = check_number("Exponential", "rate", rate, example=1e-4)
+        if not math.isfinite(self.rate) or (self.end - self.start) * self.rate > 0:
             raise ValueError(
                 f"Exponential: rate={rate!r} never leads from start={start!r} to end={end!r}; "
                 "a positive rate decays, a negative one grows."
             )
-        self.start, self.end, self.rate = float(start), float(end), float(rate)
 
     @property
     def value(self) -> float:
@@ -120,7 +126,8 @@ class Linear(Schedule):
         steps: Number of optimisation steps between the two, at least 1.
 
     Raises:
-        ValueError: If ``start`` or ``end`` is not positive, or ``steps`` is below 1.
+        TypeError: If ``start`` or ``end`` is no number.
+        ValueError: If ``start`` or ``end`` is not positive, or ``steps`` is no integer or below 1.
 
     Example:
         >>> temperature = Linear(1.0, 0.5, 10)
@@ -131,40 +138,54 @@ class Linear(Schedule):
 
     def __init__(self, start: float, end: float, steps: int) -> None:
         super().__init__()
-        _check_positive(type(self).__name__, start=start, end=end)
-        if steps < 1:
-            raise ValueError(f"Linear: steps must be at least 1; got {steps!r}.")
-        self.start, self.end, self.steps = float(start), float(end), int(steps)
+        self.start = _check_positive("Linear", "start", start)
+        self.end = _check_positive("Linear", "end", end)
+        self.steps = check_num_samples("Linear", steps, least=1, argument="steps")
 
     @property
     def value(self) -> float:
         return self.start + (self.end - self.start) * min(self.step_count / self.steps, 1.0)
 
 
-def _check_positive(owner: str, **values: float) -> None:
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{owner}: {name} must be positive and finite; got {value!r}.")
+def _check_positive(owner: str, name: str, value: float) -> float:
+    number = check_number(owner, name, value, example=1.0)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{owner}: {name} must be positive and finite; got {value!r}.")
+    return number
 
 
-def check_temperature(owner: str, name: str, value: float | Tensor | Schedule) -> None:
-    """Refuse a temperature that is no positive number, tensor of positive numbers or schedule.
+def check_temperature(
+    owner: str,
+    name: str,
+    value: Any,
+    *,
+    kinds: Sequence[str] = ("number", "tensor", "schedule"),
+) -> Any:
+    """Refuse a temperature of another kind than the allowed ones, or one that is not positive.
+
+    Returns:
+        The temperature, a number as Python's own.
 
     Raises:
-        TypeError: If it is none of the three.
+        TypeError: If it is of none of the ``kinds``.
         ValueError: If it is not positive.
     """
     if isinstance(value, Schedule):
-        return
-    if isinstance(value, Tensor):
-        positive = bool((value > 0).all())
-    elif isinstance(value, (int, float)):
-        positive = math.isfinite(value) and value > 0
+        kind = "schedule"
+    elif isinstance(value, Tensor):
+        kind = "tensor"
     else:
-        raise TypeError(
-            f"{owner}: {name} must be a number, a tensor or a schedule such as Exponential(1.0, "
-            "0.5, 1e-4); "
-            f"got {value!r}."
-        )
+        kind = "number" if is_number(value) else ""
+    if kind not in kinds:
+        *others, last = (f"a {kind}" for kind in kinds)
+        expected = f"{', '.join(others)} or {last}" if others else last
+        example = f"{name}=0.5"
+        if "schedule" in kinds:
+            example += f" or {name}=Exponential(1.0, 0.5, 1e-4)"
+        raise TypeError(f"{owner}: {name} must be {expected}, such as {example}; got {value!r}.")
+    if kind == "schedule":
+        return value
+    positive = bool((value > 0).all()) if kind == "tensor" else 0 < value < math.inf
     if not positive:
         raise ValueError(f"{owner}: {name} must be positive; got {value!r}.")
+    return value if kind == "tensor" else float(value)

@@ -10,6 +10,7 @@ from pyro_gumbel.distributions._softmax import softmax
 from pyro_gumbel.distributions.gumbel import gumbel_noise
 from pyro_gumbel.distributions.one_hot import draw_one_hot, one_hot_argmax
 from pyro_gumbel.distributions.relaxed import straight_through
+from pyro_gumbel.estimators._arguments import check_number
 from pyro_gumbel.estimators.base import Estimator
 from pyro_gumbel.estimators.families import (
     is_bit,
@@ -62,6 +63,12 @@ class OneHotEstimator(Estimator):
     def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
         return log_mass_of_value(fn, value)
 
+    def objection(self, fn: Distribution, event_dims: int) -> str | None:
+        # Particles may become rows of the batch, which a temperature must not fit by chance: the
+        # first run is without them.
+        named = (getattr(self, name, None) for name in ("temperature", "backward_temperature"))
+        return next(filter(None, (_misfit(value, fn.batch_shape) for value in named)), None)
+
     def _tempered(self, logits: Tensor, temperature: float | Tensor | Schedule) -> Tensor:
         divisor = current_temperature(temperature, logits, type(self).__name__)
         if not isinstance(divisor, Tensor) and divisor == 1:
@@ -77,19 +84,27 @@ def current_temperature(
         return temperature.current
     if not isinstance(temperature, Tensor):
         return temperature
-    batch = logits.shape[:-1]
-    temperature = temperature.to(logits.device)
+    misfit = _misfit(temperature, logits.shape[:-1])
+    if misfit is not None:
+        raise ValueError(f"{owner}: {misfit}.")
+    return temperature.to(logits.device).unsqueeze(-1)
+
+
+def _misfit(temperature: float | Tensor | Schedule | None, batch: torch.Size) -> str | None:
+    """Say why a temperature does not fit a batch shape, if it does not."""
+    if not isinstance(temperature, Tensor):
+        return None
+    shape = temperature.shape
     try:
-        fits = torch.broadcast_shapes(temperature.shape, batch) == batch
+        fits = torch.broadcast_shapes(shape, batch) == batch
     except RuntimeError:
         fits = False
-    if not fits:
-        raise ValueError(
-            f"{owner}: temperature of shape {tuple(temperature.shape)} does not broadcast to the "
-            "site's batch shape "
-            f"{tuple(batch)}; give a number or one temperature for each element of the batch."
-        )
-    return temperature.unsqueeze(-1)
+    if fits:
+        return None
+    return (
+        f"temperature of shape {tuple(shape)} does not broadcast to the site's batch shape "
+        f"{tuple(batch)}; give a number or one temperature for each element of the batch"
+    )
 
 
 class StraightThrough(OneHotEstimator):
@@ -107,6 +122,7 @@ class StraightThrough(OneHotEstimator):
         temperature: Positive number, tensor (broadcast against the batch) or schedule.
 
     Raises:
+        TypeError: If the temperature is of another kind.
         ValueError: If the temperature is not positive.
 
     References:
@@ -120,8 +136,7 @@ class StraightThrough(OneHotEstimator):
 
     def __init__(self, temperature: float | Tensor | Schedule = 1.0) -> None:
         super().__init__()
-        check_temperature(type(self).__name__, "temperature", temperature)
-        self.temperature = temperature
+        self.temperature = check_temperature(type(self).__name__, "temperature", temperature)
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:
         soft = softmax(self._tempered(logits, self.temperature))
@@ -142,6 +157,7 @@ class GumbelSoftmax(OneHotEstimator):
         temperature: Positive number, tensor or schedule.
 
     Raises:
+        TypeError: If the temperature is of another kind.
         ValueError: If the temperature is not positive.
 
     References:
@@ -158,8 +174,7 @@ class GumbelSoftmax(OneHotEstimator):
 
     def __init__(self, temperature: float | Tensor | Schedule = 0.5) -> None:
         super().__init__()
-        check_temperature(type(self).__name__, "temperature", temperature)
-        self.temperature = temperature
+        self.temperature = check_temperature(type(self).__name__, "temperature", temperature)
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:
         scores = logits + gumbel_noise(logits.shape, logits.dtype, logits.device)
@@ -186,6 +201,7 @@ class GumbelStraightThrough(OneHotEstimator):
             is the same at every temperature, so the backward one alone decides the gradient.
 
     Raises:
+        TypeError: If a temperature is of another kind.
         ValueError: If a temperature is not positive.
 
     References:
@@ -205,10 +221,11 @@ class GumbelStraightThrough(OneHotEstimator):
         backward_temperature: float | Tensor | Schedule | None = None,
     ) -> None:
         super().__init__()
-        check_temperature(type(self).__name__, "temperature", temperature)
+        self.temperature = check_temperature(type(self).__name__, "temperature", temperature)
         if backward_temperature is not None:
-            check_temperature(type(self).__name__, "backward_temperature", backward_temperature)
-        self.temperature = temperature
+            backward_temperature = check_temperature(
+                type(self).__name__, "backward_temperature", backward_temperature
+            )
         self.backward_temperature = backward_temperature
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:
@@ -234,6 +251,7 @@ class GappedStraightThrough(OneHotEstimator):
         gap: Least distance of the drawn logit from the others after the shift, not negative.
 
     Raises:
+        TypeError: If the temperature is of another kind, or the gap no number.
         ValueError: If the temperature is not positive, or the gap is negative.
 
     References:
@@ -249,11 +267,10 @@ class GappedStraightThrough(OneHotEstimator):
 
     def __init__(self, temperature: float | Tensor | Schedule = 0.5, *, gap: float = 1.0) -> None:
         super().__init__()
-        check_temperature(type(self).__name__, "temperature", temperature)
-        if not gap >= 0:
+        self.temperature = check_temperature(type(self).__name__, "temperature", temperature)
+        self.gap = check_number("GappedStraightThrough", "gap", gap, example=1.0)
+        if not self.gap >= 0:
             raise ValueError(f"GappedStraightThrough: gap must not be negative; got {gap!r}.")
-        self.temperature = temperature
-        self.gap = gap
 
     def supports(self, fn: Distribution) -> bool:
         return is_one_hot(fn)
@@ -280,6 +297,7 @@ class ReinMax(OneHotEstimator):
         temperature: Positive number, tensor or schedule; above one it trades bias for variance.
 
     Raises:
+        TypeError: If the temperature is of another kind.
         ValueError: If the temperature is not positive.
 
     References:
@@ -293,8 +311,7 @@ class ReinMax(OneHotEstimator):
 
     def __init__(self, temperature: float | Tensor | Schedule = 1.0) -> None:
         super().__init__()
-        check_temperature(type(self).__name__, "temperature", temperature)
-        self.temperature = temperature
+        self.temperature = check_temperature(type(self).__name__, "temperature", temperature)
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:
         hard = draw_one_hot(logits)

@@ -6,6 +6,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
+from pyro_gumbel.estimators._arguments import check_num_samples
 from pyro_gumbel.estimators.base import Estimator, Site
 from pyro_gumbel.estimators.families import (
     exact_draw,
@@ -73,8 +74,8 @@ class LocalExpectation(Estimator):
             ``None`` for all.
 
     Raises:
-        ValueError: If ``chunk_size`` is below 1; at a site, if a site outside its plates depends
-            on it.
+        ValueError: If ``chunk_size`` is no integer or below 1; at a site, if a site outside its
+            plates depends on it.
 
     References:
         Local Expectation Gradients for Black Box Variational Inference (Titsias, Lazaro-Gredilla,
@@ -94,9 +95,9 @@ class LocalExpectation(Estimator):
 
     def __init__(self, *, chunk_size: int | None = 64) -> None:
         super().__init__()
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(
-                f"LocalExpectation: chunk_size must be at least 1; got {chunk_size!r}."
+        if chunk_size is not None:
+            chunk_size = check_num_samples(
+                "LocalExpectation", chunk_size, least=1, argument="chunk_size"
             )
         self.chunk_size = chunk_size
 

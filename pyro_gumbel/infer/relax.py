@@ -84,8 +84,9 @@ class RelaxReparam(Reparam):
                 f"advance a schedule inside a model; got {temperature!r}. Write "
                 "RelaxReparam(temperature.value), anew for each temperature."
             )
-        check_temperature("RelaxReparam", "temperature", temperature)
-        self.temperature = temperature
+        self.temperature = check_temperature(
+            "RelaxReparam", "temperature", temperature, kinds=("number", "tensor")
+        )
         self.straight_through = straight_through
 
     def __repr__(self) -> str:

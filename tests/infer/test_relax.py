@@ -293,7 +293,11 @@ def test_observed_sites_are_refused() -> None:
     [
         (0.0, ValueError, "RelaxReparam: temperature must be positive"),
         (torch.tensor([1.0, -1.0]), ValueError, "RelaxReparam: temperature must be positive"),
-        ("0.5", TypeError, "RelaxReparam: temperature must be a number"),
+        (
+            "0.5",
+            TypeError,
+            "temperature must be a number or a tensor, such as temperature=0.5; got '0.5'",
+        ),
         (Linear(1.0, 0.5, 10), TypeError, "nothing would advance a schedule"),
     ],
 )
