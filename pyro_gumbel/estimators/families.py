@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributions as torch_dist
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
@@ -29,6 +30,7 @@ __all__ = [
     "is_bit",
     "is_categorical",
     "is_one_hot",
+    "is_relaxed",
     "log_mass",
     "log_mass_of_value",
     "on_own_logits",
@@ -64,6 +66,17 @@ def is_one_hot(fn: Distribution) -> bool:
 def is_bit(fn: Distribution) -> bool:
     """Tell whether the values of ``fn`` are 0 or 1."""
     return isinstance(fn, Bernoulli) or (isinstance(fn, RelaxedBernoulli) and fn.straight_through)
+
+
+def is_relaxed(fn: Distribution) -> bool:
+    """Tell whether ``fn`` is the density of values between one-hot vectors, or between 0 and 1."""
+    families = (
+        RelaxedOneHot,
+        RelaxedBernoulli,
+        torch_dist.RelaxedOneHotCategorical,
+        torch_dist.RelaxedBernoulli,
+    )
+    return isinstance(fn, families) and not (is_one_hot(fn) or is_bit(fn))
 
 
 def is_categorical(fn: Distribution) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import types
 from collections.abc import Callable, Mapping
@@ -14,8 +13,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import nn
 
 from pyro_gumbel.estimators import Estimator
-from pyro_gumbel.estimators.families import event_dims, unwrap
-from pyro_gumbel.infer.names import CLASSES, Auto, Choice, check_choice
+from pyro_gumbel.estimators.families import event_dims, is_relaxed, unwrap
+from pyro_gumbel.infer.names import CLASSES, Auto, Choice, check_choice, did_you_mean
 
 __all__ = ["Config", "GradientMessenger", "config_gradient", "resolve"]
 
@@ -23,6 +22,10 @@ Config = Estimator | str | Mapping[str, Choice] | Callable[[Message], Choice]
 
 # What Pyro itself, and nothing else, may leave in a latent site's `infer`.
 _PYRO_INFER_KEYS = {"is_auxiliary", "prior", "was_observed", "num_samples", "expand", "tmc"}
+
+_VARYING = (
+    "(For sites that are latent in some runs only, give a callable msg -> estimator or None.)"
+)
 
 
 class GradientMessenger(Messenger):
@@ -33,6 +36,7 @@ class GradientMessenger(Messenger):
         self.config = _check_config(config)
         self._unseen = set(config) if isinstance(config, Mapping) else set()
         self._names: list[str] = []
+        self._observed: set[str] = set()
         # One object for each name, so that a named estimator keeps its state from step to step.
         self._named: dict[str, Estimator] = {}
         for choice in self._choices():
@@ -55,9 +59,12 @@ class GradientMessenger(Messenger):
             return program(*args, **kwargs)
 
     def _pyro_sample(self, msg: Message) -> None:
-        if msg["is_observed"] or site_is_subsample(msg):
+        if site_is_subsample(msg):
             return
         name = cast(str, msg["name"])
+        if msg["is_observed"]:
+            self._observed.add(name)
+            return
         self._names.append(name)
         self._unseen.discard(name)
         choice = self._choose(msg)
@@ -92,13 +99,17 @@ class GradientMessenger(Messenger):
         return [self.config] if isinstance(self.config, (Estimator, str)) else []
 
     def _refuse_unknown_sites(self) -> None:
-        unknown = sorted(self._unseen)
-        close = difflib.get_close_matches(unknown[0], self._names, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        unknown = min(self._unseen, key=str)
+        if unknown in self._observed:
+            raise ValueError(
+                f"config_gradient: site {unknown!r} is observed in the guide, and only latent "
+                f"sites have estimators: {self._names}. Leave {unknown!r} out of the config, or "
+                f"drop obs=... where it is sampled. {_VARYING}"
+            )
         raise ValueError(
-            f"config_gradient: the guide has no latent site {unknown[0]!r}; its sites are "
-            f"{self._names}.{hint} "
-            "(For sites that appear in some runs only, give a callable msg -> estimator or None.)"
+            f"config_gradient: the guide has no latent site {unknown!r}; its sites are "
+            f"{self._names}.{did_you_mean(unknown, self._names)} Sites that the model observes "
+            f"take no estimator. {_VARYING}"
         )
 
     def estimators(self) -> list[Estimator]:
@@ -147,9 +158,9 @@ def config_gradient(
         The configured guide.
 
     Raises:
-        TypeError: If the config is none of these.
+        TypeError: If the config is none of these, or the guide is no program.
         ValueError: If a name stands for no estimator; when the guide runs, if a site of the dict
-            is not in it.
+            is not in it, or observed there.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -160,22 +171,18 @@ def config_gradient(
         ...     pyro.sample("z", dist.OneHotCategorical(logits=logits))
         >>> guide()
     """
+    if guide is not None and (isinstance(guide, Estimator) or not callable(guide)):
+        raise TypeError(
+            f"config_gradient: the first argument is the guide; got {guide!r}. "
+            "Write config_gradient(guide, config), or @config_gradient(config=...) as a "
+            "decorator."
+        )
     if config is None:
-        if guide is None:
-            raise TypeError(
-                "config_gradient: config is missing; write config_gradient(guide, config)."
-            )
-        if isinstance(guide, (Estimator, str, Mapping)):
-            raise TypeError(
-                f"config_gradient: the first argument is the guide; got {guide!r}. "
-                "Write config_gradient(guide, config), or @config_gradient(config=...) as a "
-                "decorator."
-            )
         raise TypeError(
             "config_gradient: config is missing; write config_gradient(guide, config)."
         )
     if guide is None:
-        return functools.partial(_configure, config=config)
+        return functools.partial(config_gradient, config=config)
     return _configure(guide, config)
 
 
@@ -274,15 +281,27 @@ def _refuse(msg: Message, estimator: Estimator, reason: str) -> NoReturn:
     wrapped = "" if fn is msg["fn"] else f" (inside {type(msg['fn']).__name__})"
     raise ValueError(
         f"At site {msg['name']!r}, {estimator!r} cannot serve a {type(fn).__name__} "
-        f"site{wrapped}: "
-        f"{reason}. {_suggest(fn, event_dims(msg['fn']))}"
+        f"site{wrapped}: {reason}.{_suggest(msg, estimator)}"
     )
 
 
-def _suggest(fn: Any, joined: int) -> str:
+def _suggest(msg: Message, estimator: Estimator) -> str:
+    name, fn, joined = msg["name"], unwrap(msg["fn"]), event_dims(msg["fn"])
     serving = [
-        name
-        for name, make in CLASSES.items()
+        known
+        for known, make in CLASSES.items()
         if make().supports(fn) and make().objection(fn, joined) is None
     ]
-    return f"What would work: {', '.join([*serving, 'score'])}."
+    where = text = ""
+    if is_relaxed(fn):
+        family = "OneHotCategorical" if fn.event_dim else "Bernoulli"
+        text = (
+            f" If the model's site is discrete, write {family}(logits=...) in the guide, too: "
+            "estimators that relax do so by themselves."
+        )
+        where = " if it is relaxed"
+    text += f" What would work{where}: {', '.join([*serving, 'score'])}."
+    if not estimator.supports(fn):
+        instead = "pathwise" if "pathwise" in serving else "score"
+        text += f" Choose site by site: config_gradient(guide, {{{name!r}: {instead!r}, ...}})."
+    return text

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any, cast
 
 from pyro_gumbel import estimators
 from pyro_gumbel.estimators import Estimator, LeaveOneOut, MovingAverage, Pathwise, Score
 
-__all__ = ["CLASSES", "Auto", "Choice", "check_choice", "estimator_names"]
+__all__ = ["CLASSES", "Auto", "Choice", "check_choice", "did_you_mean", "estimator_names"]
 
 Choice = Estimator | str | None
 
@@ -74,14 +75,20 @@ def estimator_names() -> list[str]:
     return sorted([*CLASSES, "auto", "score"])
 
 
+def did_you_mean(name: Any, names: Iterable[str]) -> str:
+    """Ask for the one of ``names`` that is closest in all but case; say nothing if none is."""
+    folded = {known.casefold(): known for known in names}
+    close = difflib.get_close_matches(str(name).casefold(), folded, n=1)
+    return f" Did you mean {folded[close[0]]!r}?" if close else ""
+
+
 def check_choice(choice: Any, prefix: str) -> None:
     """Raise ``TypeError`` or ``ValueError``, begun by ``prefix``, unless it is a choice."""
     if choice is None or isinstance(choice, Estimator):
         return
     if isinstance(choice, str):
         if choice not in estimator_names():
-            close = difflib.get_close_matches(choice, estimator_names(), n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(choice, estimator_names())
             if choice == "relax":
                 hint = " Relax needs a network: write Relax(critic)."
             raise ValueError(

@@ -14,10 +14,16 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Independent, Transform, constraints, transform_to
 
-from pyro_gumbel.distributions import ExpRelaxedOneHot, RelaxedBernoulli, RelaxedOneHot
+from pyro_gumbel.distributions import ExpRelaxedOneHot
 from pyro_gumbel.distributions import straight_through as pass_straight_through
 from pyro_gumbel.distributions.one_hot import one_hot_argmax
-from pyro_gumbel.estimators.families import is_bit, is_categorical, is_one_hot, unwrap
+from pyro_gumbel.estimators.families import (
+    is_bit,
+    is_categorical,
+    is_one_hot,
+    is_relaxed,
+    unwrap,
+)
 from pyro_gumbel.estimators.schedules import Schedule, check_temperature
 
 __all__ = ["RelaxReparam"]
@@ -170,7 +176,7 @@ def _check_site(name: str, base: Any, is_observed: bool) -> None:
             f"the model indexed with {name}, a product with the one-hot: {name} @ locs for "
             f"locs[{name}]"
         )
-    elif isinstance(base, (RelaxedOneHot, RelaxedBernoulli, *_PYRO_RELAXED)):
+    elif is_relaxed(base):
         remedy = (
             "it is a relaxed distribution already. Write the discrete one, OneHotCategorical("
             "logits=...) or Bernoulli(logits=...)"
@@ -181,9 +187,6 @@ def _check_site(name: str, base: Any, is_observed: bool) -> None:
             f"or leave {name!r} out of poutine.reparam's config"
         )
     raise ValueError(f"RelaxReparam: site {name!r} is a {family}: {remedy}.")
-
-
-_PYRO_RELAXED = (dist.RelaxedOneHotCategorical, dist.RelaxedBernoulli)
 
 
 class _Round(Transform):

@@ -32,6 +32,7 @@ NORMAL = site(lambda: dist.Normal(0.0, 1.0))
 RELAXED = site(lambda: RelaxedOneHot(HALF, probs=P))
 PYRO_HARD = site(lambda: dist.RelaxedOneHotCategoricalStraightThrough(HALF, probs=P))
 PYRO_HARD_BIT = site(lambda: dist.RelaxedBernoulliStraightThrough(HALF, probs=HALF))
+PYRO_SOFT_BIT = site(lambda: dist.RelaxedBernoulli(HALF, probs=HALF))
 PYRO_SOFT = site(lambda: dist.RelaxedOneHotCategorical(HALF, probs=P))
 
 

@@ -66,6 +66,21 @@ ROWS = {
         TypeError,
         r"first argument is the guide; got 'reinmax'",
     ),
+    "swapped": (
+        lambda: config_gradient({"z": "reinmax"}, ONE_HOT),
+        TypeError,
+        r"first argument is the guide; got \{'z': 'reinmax'\}. Write config_gradient\(guide",
+    ),
+    "an estimator first": (
+        lambda: config_gradient(ReinMax(), ONE_HOT),
+        TypeError,
+        r"first argument is the guide; got ReinMax\(1.0\)",
+    ),
+    "decorated no program": (
+        lambda: config_gradient(config="reinmax")(3),
+        TypeError,
+        r"first argument is the guide; got 3",
+    ),
     "unknown name": (
         lambda: config_gradient(ONE_HOT, "rienmax"),
         ValueError,
@@ -80,6 +95,11 @@ ROWS = {
         lambda: config_gradient(ONE_HOT, {"z": "gumbel"}),
         ValueError,
         r"for site 'z' got 'gumbel', which names no estimator",
+    ),
+    "a class's name": (
+        lambda: config_gradient(ONE_HOT, "ReinMax"),
+        ValueError,
+        r"'ReinMax', which names no estimator.*Did you mean 'reinmax'",
     ),
     "a class": (
         lambda: config_gradient(ONE_HOT, {"z": ReinMax}),
@@ -112,10 +132,22 @@ ROWS = {
         r"no latent site 'latent_x'; its sites are \['latent_z'\]. Did you mean 'latent_z'\?.*"
         r"give a callable",
     ),
+    "a site in another case": (
+        lambda: config_gradient(ONE_HOT, {"Z": ReinMax()})(),
+        ValueError,
+        r"no latent site 'Z'; its sites are \['z'\]. Did you mean 'z'\? Sites that the model "
+        r"observes take no estimator",
+    ),
+    "a site that is no name": (
+        lambda: config_gradient(ONE_HOT, {0: ReinMax(), "a": ReinMax()})(),
+        ValueError,
+        r"no latent site 0; its sites are \['z'\]",
+    ),
     "a site that is observed": (
         lambda: config_gradient(observed, {"z": ReinMax()})(),
         ValueError,
-        r"no latent site 'z'; its sites are \[\]",
+        r"site 'z' is observed in the guide, and only latent sites have estimators: \[\]. Leave "
+        r"'z' out of the config, or drop obs=.*give a callable",
     ),
     # infer={...} at the site
     "infer: a number": (

@@ -20,6 +20,7 @@ from faulty import (
     PYRO_HARD,
     PYRO_HARD_BIT,
     PYRO_SOFT,
+    PYRO_SOFT_BIT,
     RELAXED,
     P,
     empty,
@@ -40,7 +41,7 @@ from pyro_gumbel.estimators import (
     ReinMax,
     Score,
 )
-from pyro_gumbel.infer import Estimator_ELBO
+from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
 ROWS = {
     # Estimator against site
@@ -53,7 +54,20 @@ ROWS = {
     "reinmax on a normal": (
         with_gradient(NORMAL, ReinMax()),
         ValueError,
-        r"cannot serve a Normal site.*What would work: pathwise, score",
+        r"cannot serve a Normal site.*What would work: pathwise, score. Choose site by site: "
+        r"config_gradient\(guide, \{'z': 'pathwise', ...\}\)",
+    ),
+    "reinmax on a relaxed one-hot": (
+        step(ONE_HOT, config_gradient(RELAXED, ReinMax())),
+        ValueError,
+        r"At site 'z', ReinMax\(1.0\) cannot serve a RelaxedOneHot site: .*If the model's "
+        r"site is discrete, write OneHotCategorical\(logits=...\) in the guide, too: .*What would "
+        r"work if it is relaxed: pathwise, score",
+    ),
+    "reinmax on a relaxed bit": (
+        step(BIT, config_gradient(PYRO_SOFT_BIT, ReinMax())),
+        ValueError,
+        r"cannot serve a RelaxedBernoulli site.*write Bernoulli\(logits=...\) in the guide, too",
     ),
     "pathwise on a bit": (
         with_gradient(BIT, Pathwise()),
