@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_gumbel.estimators import Call
+from pyro_gumbel.infer.names import check_options
 from pyro_gumbel.infer.particle_elbo import ParticleELBO
 from pyro_gumbel.infer.paths import Paths
 
@@ -47,7 +48,7 @@ class Estimator_ELBO(ParticleELBO):  # noqa: N801
         **kwargs: As for Pyro's ``ELBO``.
 
     Raises:
-        TypeError: If ``default`` is no estimator.
+        TypeError: If ``default`` is no estimator, or an argument is unknown.
         ValueError: If ``num_particles`` is below 1 or ``default`` names no estimator; when run,
             with the site's name, if an estimator cannot serve its site or the programs do not
             match.
@@ -72,6 +73,7 @@ class Estimator_ELBO(ParticleELBO):  # noqa: N801
     def __init__(
         self, num_particles: int = 1, *, analytic_kl: bool = False, **kwargs: Any
     ) -> None:
+        check_options(type(self), kwargs)
         super().__init__(num_particles, **kwargs)
         self.analytic_kl = analytic_kl
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable
 from typing import Any, cast
 
 from pyro_gumbel import estimators
 from pyro_gumbel.estimators import Estimator, LeaveOneOut, MovingAverage, Pathwise, Score
 
-__all__ = ["CLASSES", "Auto", "Choice", "check_choice", "did_you_mean", "estimator_names"]
+__all__ = [
+    "CLASSES",
+    "Auto",
+    "Choice",
+    "check_choice",
+    "check_options",
+    "did_you_mean",
+    "estimator_names",
+]
 
 Choice = Estimator | str | None
 
@@ -80,6 +89,23 @@ def did_you_mean(name: Any, names: Iterable[str]) -> str:
     folded = {known.casefold(): known for known in names}
     close = difflib.get_close_matches(str(name).casefold(), folded, n=1)
     return f" Did you mean {folded[close[0]]!r}?" if close else ""
+
+
+def check_options(owner: type, options: Iterable[str]) -> None:
+    """Raise ``TypeError`` unless a constructor of a class, or of one it is made of, knows each."""
+    parameters = {
+        name: parameter.kind
+        for part in owner.__mro__
+        for name, parameter in inspect.signature(part.__init__).parameters.items()  # type: ignore[misc]
+    }
+    loose = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    known = [name for name, kind in parameters.items() if name != "self" and kind not in loose]
+    for name in options:
+        if name not in known:
+            raise TypeError(
+                f"{owner.__name__} has no argument {name!r}; its arguments are {known}."
+                f"{did_you_mean(name, known)}"
+            )
 
 
 def check_choice(choice: Any, prefix: str) -> None:

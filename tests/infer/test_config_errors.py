@@ -197,6 +197,17 @@ ROWS = {
         ValueError,
         r"num_particles must be an integer of at least 1; got 1.5",
     ),
+    "a misspelt option": (
+        lambda: Estimator_ELBO(vectorise_particles=True),
+        TypeError,
+        r"Estimator_ELBO has no argument 'vectorise_particles'; its arguments are \["
+        r"'num_particles', 'analytic_kl', .*Did you mean 'vectorize_particles'\?",
+    ),
+    "an option of no kind": (
+        lambda: Estimator_ELBO(kwargs=3),
+        TypeError,
+        r"Estimator_ELBO has no argument 'kwargs'",
+    ),
     # Parameters of estimators
     "decay": (lambda: MovingAverage(1.0), ValueError, r"decay must lie in \[0, 1\); got 1.0"),
     "negative decay": (lambda: MovingAverage(-0.1), ValueError, r"decay .*; got -0.1"),
@@ -343,6 +354,16 @@ def test_message(row):
     run, kind, pattern = ROWS[row]
     with pytest.raises(kind, match="(?s)" + pattern):
         run()
+
+
+def test_options_of_pyro_and_of_subclasses_are_known():
+    class Louder(Estimator_ELBO):
+        def __init__(self, *, volume=1, **kwargs):
+            super().__init__(**kwargs)
+
+    assert Louder(volume=2, retain_graph=True, max_plate_nesting=1).retain_graph
+    with pytest.raises(TypeError, match="Louder has no argument 'volumes'.*Did you mean 'volume'"):
+        Louder(volumes=2)
 
 
 TEMPERED = [
