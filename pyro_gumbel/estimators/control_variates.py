@@ -154,7 +154,7 @@ class Rodeo(DifferentiatingEstimator):
         hidden: Width of the network.
 
     Raises:
-        ValueError: If ``num_samples`` is below 2.
+        ValueError: If ``num_samples`` is below 2 or ``hidden`` below 1.
 
     References:
         Gradient Estimation with Discrete Stein Operators (Shi, Zhou, Hwang, Titsias, Mackey,
@@ -172,9 +172,11 @@ class Rodeo(DifferentiatingEstimator):
         self.num_samples = check_num_samples("Rodeo", num_samples, least=2)
         self.num_values = self.num_samples
         self.learn = learn
-        self.hidden = hidden
+        self.hidden = check_num_samples("Rodeo", hidden, least=1, argument="hidden")
         self.scales = nn.Parameter(torch.zeros(2))
-        self.network = nn.Sequential(nn.Linear(2, hidden), nn.LeakyReLU(0.3), nn.Linear(hidden, 2))
+        self.network = nn.Sequential(
+            nn.Linear(2, self.hidden), nn.LeakyReLU(0.3), nn.Linear(self.hidden, 2)
+        )
         self.requires_grad_(learn)
 
     def supports(self, fn: Distribution) -> bool:

@@ -153,7 +153,7 @@ class _Rao(OneHotEstimator):
     def __init__(self, temperature: float | Tensor | Schedule, *, num_samples: int) -> None:
         super().__init__()
         name = type(self).__name__
-        check_temperature(name, "temperature", temperature)
+        temperature = check_temperature(name, "temperature", temperature)
         if isinstance(temperature, Tensor) and temperature.requires_grad:
             raise ValueError(
                 f"{name}: temperature requires a gradient, and Jacobians averaged over draws pass "

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from pyro_gumbel.estimators import Call
-from pyro_gumbel.infer.names import check_options
 from pyro_gumbel.infer.particle_elbo import ParticleELBO
 from pyro_gumbel.infer.paths import Paths
 
@@ -73,7 +72,6 @@ class Estimator_ELBO(ParticleELBO):  # noqa: N801
     def __init__(
         self, num_particles: int = 1, *, analytic_kl: bool = False, **kwargs: Any
     ) -> None:
-        check_options(type(self), kwargs)
         super().__init__(num_particles, **kwargs)
         self.analytic_kl = analytic_kl
 

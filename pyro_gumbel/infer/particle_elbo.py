@@ -22,7 +22,7 @@ from pyro_gumbel.infer.apart import check_apart
 from pyro_gumbel.infer.checks import misfits_named
 from pyro_gumbel.infer.finish import finish_step
 from pyro_gumbel.infer.loss_module import LossModule
-from pyro_gumbel.infer.names import CLASSES, Auto, Choice, check_choice
+from pyro_gumbel.infer.names import CLASSES, Auto, Choice, check_choice, check_options
 from pyro_gumbel.infer.particles import (
     MAIN,
     DrawMessenger,
@@ -52,7 +52,7 @@ class ParticleELBO(ELBO):
         **kwargs: As for Pyro's ``ELBO``.
 
     Raises:
-        TypeError: If ``default`` is no estimator.
+        TypeError: If ``default`` is no estimator, or there is no such argument.
         ValueError: If ``num_particles`` is below 1 or ``default`` names no estimator.
     """
 
@@ -70,6 +70,7 @@ class ParticleELBO(ELBO):
                 f"{type(self).__name__}: num_particles must be an integer of at least 1; got "
                 f"{num_particles!r}."
             )
+        check_options(type(self), kwargs)
         check_choice(default, f"{type(self).__name__}: default is")
         super().__init__(
             num_particles=int(num_particles), vectorize_particles=vectorize_particles, **kwargs

@@ -144,6 +144,7 @@ def test_an_event_of_one_variable_is_one(estimator):
         (lambda: ARMS(2.0), "ARMS: num_samples must be an integer of at least 2; got 2.0"),
         (lambda: DoubleControlVariate(1), "DoubleControlVariate: num_samples .*got 1"),
         (lambda: Rodeo(1), "Rodeo: num_samples .*got 1"),
+        (lambda: Rodeo(2, hidden=0), "Rodeo: hidden must be an integer of at least 1; got 0"),
         (lambda: SumAndSample(0), "SumAndSample: num_sum must be an integer of at least 1; got 0"),
         (lambda: UnorderedSet(1), "UnorderedSet: num_samples .*at least 2; got 1"),
         (lambda: UnorderedSet(11), "UnorderedSet: num_samples must be at most 10.*got 11"),

@@ -42,7 +42,7 @@ from pyro_gumbel.estimators import (
     Score,
     StraightThrough,
 )
-from pyro_gumbel.infer import Estimator_ELBO, config_gradient
+from pyro_gumbel.infer import Estimator_ELBO, ImportanceWeighted_ELBO, config_gradient
 
 ROWS = {
     # config_gradient: what it is given
@@ -202,6 +202,11 @@ ROWS = {
         TypeError,
         r"Estimator_ELBO has no argument 'vectorise_particles'; its arguments are \["
         r"'num_particles', 'analytic_kl', .*Did you mean 'vectorize_particles'\?",
+    ),
+    "a misspelt option of the importance-weighted bound": (
+        lambda: ImportanceWeighted_ELBO(2, doubly_reparametrized=True),
+        TypeError,
+        r"ImportanceWeighted_ELBO has no argument .*Did you mean 'doubly_reparameterized'\?",
     ),
     "an option of no kind": (
         lambda: Estimator_ELBO(kwargs=3),
