@@ -26,6 +26,7 @@ _PARAMETERS: dict[type, tuple[str, ...]] = {
     dist.Gamma: ("concentration", "rate"),
     dist.Poisson: ("rate",),
     dist.Geometric: ("logits",),
+    dist.NegativeBinomial: ("total_count", "logits"),
 }
 _INFINITE_LOGIT = 20.0  # what a logit of infinity starts from: e^-20 is 2e-9
 
@@ -65,11 +66,15 @@ class FamilyHead(Head):
         family: Class of the distribution.
         parameters: Names of its free parameters.
         prior: A distribution with these parameters, for their sizes.
+        **fixed: What else the family is given.
     """
 
-    def __init__(self, family: type, parameters: tuple[str, ...], prior: Any) -> None:
+    def __init__(
+        self, family: type, parameters: tuple[str, ...], prior: Any, **fixed: Any
+    ) -> None:
         self.family = family
         self.parameters = parameters
+        self.fixed = fixed
         self.event_shape = prior.event_shape
         supports = [family.arg_constraints[name] for name in parameters]  # type: ignore[attr-defined]
         self.vectors = [constraint.event_dim == 1 for constraint in supports]
@@ -88,7 +93,7 @@ class FamilyHead(Head):
                 self.parameters, parts, self.vectors, self.transforms, strict=True
             )
         }
-        return self.family(**values)
+        return self.family(**values, **self.fixed)
 
     def start(self, prior: Any, value: Tensor, shrink: float | None) -> Tensor:
         natural = {name: getattr(prior, name) for name in self.parameters}
@@ -149,6 +154,9 @@ def find_head(name: str, prior: Any) -> Head:
         return FamilyHead(dist.Bernoulli, ("logits",), prior)
     if is_categorical(prior):
         return FamilyHead(dist.Categorical, ("logits",), prior)
+    if isinstance(prior, dist.Binomial):
+        count = _one_number(name, prior, "total_count")
+        return FamilyHead(dist.Binomial, ("logits",), prior, total_count=count)
     for family, parameters in _PARAMETERS.items():
         if isinstance(prior, family):
             return FamilyHead(family, parameters, prior)
@@ -163,11 +171,30 @@ def find_head(name: str, prior: Any) -> Head:
     except NotImplementedError:
         raise ValueError(
             f"Site {name!r} is a {type(prior).__name__}, for whose support, {prior.support}, "
-            "there is no head. Served are one-hot, Bernoulli, Categorical, Poisson, Geometric and "
-            "every continuous distribution that biject_to serves. Rewrite the site as one of "
-            "these, or guide it by hand: AutoGuideList(model), with poutine.block(model, "
-            f"hide=[{name!r}]) for this guide and a function of yours for the site."
+            "there is no head. Served are one-hot, Bernoulli, Categorical, Binomial, "
+            "NegativeBinomial, Poisson, Geometric and every continuous distribution that "
+            f"biject_to serves. Rewrite the site as one of these, or {_by_hand(name)}"
         ) from None
+
+
+def _by_hand(name: str) -> str:
+    return (
+        "guide it by hand: AutoGuideList(model), with "
+        f"poutine.block(model, hide=[{name!r}]) for this guide and a function of yours for the "
+        "site."
+    )
+
+
+def _one_number(name: str, prior: Any, argument: str) -> float:
+    """Read an argument that is the same for each element: batches differ in size."""
+    numbers = getattr(prior, argument)
+    first = numbers.flatten()[0]
+    if (numbers != first).any():
+        raise ValueError(
+            f"Site {name!r} is a {type(prior).__name__} whose {argument} differs between "
+            f"elements, so that one head cannot serve them all: {_by_hand(name)}"
+        )
+    return first.item()
 
 
 def _uniform_support(name: str, support: Constraint) -> Constraint:

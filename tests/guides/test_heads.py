@@ -30,6 +30,9 @@ SAME_FAMILY: list[tuple[Any, type]] = [
     (dist.Categorical(PROBS), dist.Categorical),
     (dist.Poisson(torch.tensor(3.0)), dist.Poisson),
     (dist.Geometric(torch.tensor(0.3)), dist.Geometric),
+    (dist.Binomial(4, torch.tensor(0.3)), dist.Binomial),
+    (dist.Binomial(torch.tensor([4.0, 4.0]), torch.tensor([0.3, 0.9])).to_event(1), dist.Binomial),
+    (dist.NegativeBinomial(torch.tensor(2.5), torch.tensor(0.3)), dist.NegativeBinomial),
     (dist.Normal(torch.tensor([100.0, -3.0]), torch.tensor([10.0, 0.1])).to_event(1), dist.Normal),
     (dist.LogNormal(torch.tensor(-2.0), 0.5), dist.LogNormal),
     (dist.Beta(torch.tensor(2.0), torch.tensor(0.5)), dist.Beta),
@@ -148,7 +151,10 @@ def test_impossible_categories_start_finite(dtype: torch.dtype) -> None:
     ("prior", "match"),
     [
         (dist.Multinomial(3, PROBS), "'z' is a Multinomial, .*there is no head.*AutoGuideList"),
-        (dist.Binomial(3, torch.tensor(0.5)), "'z' is a Binomial, .*there is no head"),
+        (
+            dist.Binomial(torch.arange(1.0, N + 1), torch.tensor(0.5)),
+            "total_count differs between",
+        ),
         (dist.Delta(torch.tensor(1.0)), "'z' is a Delta.*pyro.deterministic"),
         (
             dist.Uniform(torch.zeros(N), torch.arange(1.0, N + 1)),
