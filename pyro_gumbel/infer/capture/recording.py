@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_gumbel.infer.capture.reads import RefuseReads, RefuseValues
 from pyro_gumbel.infer.capture.simplify import as_function, is_view_of, simplify, writes_to
-from pyro_gumbel.infer.not_recordable import NotRecordable
 
 __all__ = ["Recording", "record"]
 
@@ -62,56 +62,39 @@ def record(
     returned: list[Any] = []
 
     def run(*inputs: Tensor) -> Any:
-        with _RefuseReads(), _RefuseValues():
+        with RefuseReads(), RefuseValues():
             returned.append(function(*inputs))
         return returned[0]
 
     # An input that is also another one, or held, must not be taken for it.
     inputs = [x.view_as(x) if x.layout == torch.strided else x for x in inputs]
     # On a GPU autograd works in threads of its own, out of the recorder's sight.
-    with torch.autograd.set_multithreading_enabled(False):
+    with torch.autograd.set_multithreading_enabled(False), _undescribed():
         graph = make_fx(run)(*inputs)
     return returned[0], Recording(graph, inputs, compile=compile)
 
 
-class _RefuseReads(TorchFunctionMode):
-    """Refuses what hands the numbers of tensors to Python without an operation."""
+@contextmanager
+def _undescribed() -> Iterator[None]:
+    """Let ``make_fx`` describe no result by a fake tensor: that takes most of a recording.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        makes = func in _MAKERS and args and not isinstance(args[0], Tensor)
-        if func in _READERS or (makes and _holds_tensor(args[0])):
-            raise NotRecordable(
-                f"the program turns a tensor into numbers ({func.__name__}): a recorded step "
-                "would repeat this step's outcome for ever. Of a constant, do it outside."
-            )
-        return func(*args, **(kwargs or {}))
+    It makes a mode for each, with the whole stack in words. Shapes, strides and types it notes
+    besides. Where a later torch has no such function, recording takes longer.
+    """
+    describe = getattr(proxy_tensor, "extract_val", None)
+    if describe is None:
+        yield
+        return
 
+    def skip(value: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = type(value) in (Tensor, torch.nn.Parameter)
+        return None if plain else describe(value, *args, **kwargs)
 
-_READERS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
-_MAKERS = (torch.tensor, torch.as_tensor)
-
-
-def _holds_tensor(data: Any) -> bool:
-    return isinstance(data, (list, tuple)) and any(
-        isinstance(part, Tensor) or _holds_tensor(part) for part in data
-    )
-
-
-class _RefuseValues(TorchDispatchMode):
-    """Refuses operations whose outcome the recording could only repeat, not compute."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        reads = torch.Tag.data_dependent_output in func.tags
-        sizes = torch.Tag.dynamic_output_shape in func.tags
-        if func is torch.ops.aten.index.Tensor:  # dynamic only where a mask selects
-            sizes = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
-        if reads or sizes:
-            what = "turns a tensor into a number" if reads else "selects by a tensor's values"
-            raise NotRecordable(
-                f"the program {what} ({func}): a recorded step would repeat this step's outcome "
-                "for ever."
-            )
-        return func(*args, **(kwargs or {}))
+    proxy_tensor.extract_val = skip
+    try:
+        yield
+    finally:
+        proxy_tensor.extract_val = describe
 
 
 def _mutated(graph: fx.GraphModule) -> tuple[list[Tensor], list[int]]:
@@ -134,6 +117,7 @@ def _mutated(graph: fx.GraphModule) -> tuple[list[Tensor], list[int]]:
 def _compiled(graph: fx.GraphModule) -> Function:
     from torch._inductor import config
 
+    graph.recompile()
     compiled = torch.compile(graph, fullgraph=True, dynamic=False)
 
     def play(*inputs: Tensor) -> Any:

@@ -42,7 +42,8 @@ def simplify(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
     """Drop views that change nothing, compute what depends on literals alone, drop the unused.
 
     The value of a surrogate is of the latter: its gradient starts from a one. What is computed
-    twice, once with a gradient and once without, is computed once.
+    twice, once with a gradient and once without, is computed once. The module's own code is left
+    as it was, for writing it anew takes long: ``recompile()`` does it where it is needed.
     """
     for node in list(graph.graph.nodes):
         if node.target in _VIEWS and _layout(node) == _layout(node.args[0]):
@@ -52,7 +53,6 @@ def simplify(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
     _share(graph)
     graph.graph.eliminate_dead_code()  # it keeps draws and changes in place
     graph.graph.lint()
-    graph.recompile()
 
 
 def writes_to(node: fx.Node) -> list[fx.Node]:
