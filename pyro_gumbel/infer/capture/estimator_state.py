@@ -29,14 +29,22 @@ class EstimatorState:
     def __init__(self, estimators: Iterable[Estimator], device: torch.device) -> None:
         self.device = device
         self._estimators = list(estimators)
-        self._modules = self._find_modules()
-        parts = list(dict.fromkeys(self._modules))  # estimators may share some
+        self.modules = self._find_modules()
+        parts = list(dict.fromkeys(self.modules))  # estimators may share some
         self.schedules = [m for m in parts if isinstance(m, Schedule)]
         self.stateful = [
             m
             for m in parts
             if not isinstance(m, Schedule)
             and type(m).get_extra_state is not nn.Module.get_extra_state
+        ]
+        # Set by hand they are other ones; those of a schedule are inputs, by its value.
+        self._numbers = [
+            (vars(part), name, value)
+            for part in parts
+            if not isinstance(part, Schedule)
+            for name, value in vars(part).items()
+            if isinstance(value, (bool, int, float, str))
         ]
         self._places: list[Place] = []
         self._fixed: set[Place] = set()
@@ -49,8 +57,10 @@ class EstimatorState:
         self._fixed = set(self._places)
 
     def is_current(self) -> bool:
-        """Tell whether the estimators have the parts, and these the tensors, that they had."""
-        if self._find_modules() != self._modules:
+        """Tell whether the estimators have the parts and numbers, and the tensors, they had."""
+        if self._find_modules() != self.modules:
+            return False
+        if any(where.get(name) != value for where, name, value in self._numbers):
             return False
         return not self._places or self._leaves().keys() >= self._fixed
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -37,14 +37,14 @@ from pyro_gumbel.infer.capture.refusals import (
 from pyro_gumbel.infer.capture.restored import restored
 from pyro_gumbel.infer.particle_elbo import ParticleELBO
 
-__all__ = ["CapturedStep", "NewParameters"]
+__all__ = ["CapturedStep", "OtherParameters"]
 
 Outcome = tuple[Tensor, list[Tensor | None], list[Tensor]]
 Look = Callable[[Tensor], None]
 
 
-class NewParameters(Exception):
-    """The step met parameters that it did not have before."""
+class OtherParameters(Exception):
+    """The step meets other parameters than the first one did."""
 
 
 class CapturedStep:
@@ -86,9 +86,18 @@ class CapturedStep:
         self.compile = compile
         self.recording: Recording | None = None
         self.replays = 0
+        # Those of estimators are shown at the end of an eager step, not met in the programs.
+        self._met = {name for name in self.params if not name.startswith("gradient$")}
         own = {id(p): p for module in modules for p in module.parameters(recurse=False)}
         self._freezable = [*self.params.values(), *own.values()]
         self._trained = [param.requires_grad for param in self._freezable]
+        # Not those of estimators, which are put in place anew: they are inputs.
+        self._tensors = [
+            (tensors, name, tensor)
+            for module in set(modules).difference(self.state.modules)
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+        ]
         self._enumerates = any(estimator.enumerates for estimator in estimators.values())
         self._graphable = device.type == "cuda"
         self._graphed: GraphedStep | None = None
@@ -96,11 +105,12 @@ class CapturedStep:
         self._optim_in_graph = False
 
     def is_current(self) -> bool:
-        """Tell whether parameters and estimators are the very ones that were recorded."""
+        """Tell whether parameters, buffers and estimators are the very ones that were recorded."""
         store = pyro.get_param_store()._params
         return (
             all(store.get(name) is param for name, param in self.params.items())
             and [param.requires_grad for param in self._freezable] == self._trained
+            and all(tensors.get(name) is tensor for tensors, name, tensor in self._tensors)
             and self.state.is_current()
         )
 
@@ -109,7 +119,7 @@ class CapturedStep:
 
         Raises:
             NotRecordable: If a replay could not do what the step does; nothing has changed then.
-            NewParameters: If there are parameters that the first step had not; likewise.
+            OtherParameters: If there are others than the first step had; likewise.
         """
         self.state.fix_places()
         leaves = pytree.tree_leaves((call.args, call.kwargs))
@@ -142,9 +152,9 @@ class CapturedStep:
         else:
             loss, gradients, states = graph(inputs)
         look(loss)
+        self._finish(states)  # before the optimiser, as in an eager step: it may be interrupted
         if graph is None or not self._optim_in_graph:
             self._apply(gradients)
-        self._finish(states)
         return loss
 
     def eager(self, call: Call) -> tuple[Tensor, list[Tensor | None]]:
@@ -186,9 +196,7 @@ class CapturedStep:
     def _outcome(self, call: Call) -> Outcome:
         with poutine.trace(param_only=True) as traced:
             loss, surrogate, _ = self.elbo.estimate_step(call)
-        new = [name for name in traced.trace.nodes if name not in self.params]
-        if new:
-            raise NewParameters(f"the parameters {new} were not there in the first step")
+        self._check_parameters(traced.trace.nodes)
         if self.recording is None:
             warn_of_other_leaves(surrogate, self._others(call))
         gradients: tuple[Tensor | None, ...] = (None,) * len(self.leaves)
@@ -196,6 +204,20 @@ class CapturedStep:
             gradients = torch.autograd.grad(surrogate, self.leaves, allow_unused=True)
         states = [state.detach() for state in self.state.tensors()]
         return loss, laid_out(self.leaves, gradients), states
+
+    def _check_parameters(self, met: Collection[str]) -> None:
+        new = [name for name in met if name not in self.params]
+        if new:
+            raise OtherParameters(
+                f"the parameters {new} were not there in the first step, and a recorded step does "
+                "not train them"
+            )
+        gone = sorted(self._met.difference(met))
+        if gone:
+            raise OtherParameters(
+                f"the parameters {gone} were there in the first step only, and a recorded step "
+                "goes on training them"
+            )
 
     def _others(self, call: Call) -> Iterator[Tensor]:
         """Tensors that an eager step would give gradients to beside the parameters."""

@@ -23,7 +23,7 @@ from pyro_gumbel.infer._rng import set_torch_generators, torch_generators
 from pyro_gumbel.infer.capture.comparison import difference_told
 from pyro_gumbel.infer.capture.gradients import RestingGradients
 from pyro_gumbel.infer.capture.modules import modules_of
-from pyro_gumbel.infer.capture.step import CapturedStep, NewParameters
+from pyro_gumbel.infer.capture.step import CapturedStep, OtherParameters
 from pyro_gumbel.infer.finish import finish_step
 from pyro_gumbel.infer.not_recordable import NotRecordable
 from pyro_gumbel.infer.particle_elbo import ParticleELBO
@@ -193,7 +193,7 @@ class CapturedSVI(SVI):
     def _record(self, key: Any, step: CapturedStep, call: Call) -> float:
         try:
             return step.record(call, self._look(step, call)).item()
-        except NewParameters:
+        except OtherParameters:
             return self._first_step(key, call)
         except NotRecordable as error:
             told = re.split(r"\s+Trace Shapes:", str(error))[0]  # Pyro adds them to any error
@@ -230,11 +230,11 @@ class CapturedSVI(SVI):
         loss, gradients = step.recorded(tensors)
         try:
             should, slopes = step.eager(call)
-        except NewParameters as error:
+        except OtherParameters as error:
             self.reset()
             raise RuntimeError(
-                f"CapturedSVI: {error}, and a recorded step does not train them. Call svi.reset() "
-                "when you add parameters; it is done for this time."
+                f"CapturedSVI: {error}. Call svi.reset() when parameters come or go; it is done "
+                "for this time."
             ) from error
         difference = difference_told(loss, gradients, should, slopes, self.compile)
         if difference is not None:
@@ -248,15 +248,16 @@ class CapturedSVI(SVI):
 
     def _key(self, leaves: list[Any], spec: Any) -> Any:
         """What a recording is good for: shapes, other arguments, modes, handlers."""
+        elbo = self.elbo
         key = (
             spec,
             tuple(_leaf_key(leaf) for leaf in leaves),
             tuple(module.training for module in self._find_modules()),
             self._surroundings(),
-            (self.elbo.num_particles, self.elbo.vectorize_particles, self.elbo.analytic_kl),
+            (elbo.num_particles, elbo.vectorize_particles, elbo.analytic_kl, elbo.default),
             torch.is_grad_enabled(),
             torch.get_default_dtype(),
-            tuple(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
+            _autocast(),
         )
         try:
             hash(key)
@@ -319,6 +320,13 @@ def _leaf_key(leaf: Any) -> Any:
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
     modes = [m.training for m in leaf.modules()] if isinstance(leaf, nn.Module) else []
     return type(leaf), leaf, *modes
+
+
+def _autocast() -> tuple[torch.dtype | None, ...]:
+    return tuple(
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        for kind in ("cpu", "cuda")
+    )
 
 
 def _prefer_fused(optim: PyroOptim) -> None:
