@@ -89,7 +89,7 @@ def users_line(error: BaseException) -> str | None:
         return None
     file, line = found.tb_frame.f_code.co_filename, found.tb_lineno
     text = linecache.getline(file, line, found.tb_frame.f_globals).strip()
-    return f"line {line} of {file}" + (f": {text}" if text else "")
+    return f"Line {line} of {file}" + (f": {text}" if text else "")
 
 
 def _is_users(frame: FrameType) -> bool:

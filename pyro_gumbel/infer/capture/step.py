@@ -35,9 +35,10 @@ from pyro_gumbel.infer.capture.refusals import (
     warn_of_other_leaves,
 )
 from pyro_gumbel.infer.capture.restored import restored
+from pyro_gumbel.infer.not_recordable import NotRecordable
 from pyro_gumbel.infer.particle_elbo import ParticleELBO
 
-__all__ = ["CapturedStep", "OtherParameters"]
+__all__ = ["CapturedStep", "OtherParameters", "RecordingFailed"]
 
 Outcome = tuple[Tensor, list[Tensor | None], list[Tensor]]
 Look = Callable[[Tensor], None]
@@ -45,6 +46,10 @@ Look = Callable[[Tensor], None]
 
 class OtherParameters(Exception):
     """The step meets other parameters than the first one did."""
+
+
+class RecordingFailed(Exception):
+    """The recorded run ended in an error, its cause, of the user's or of the recording's."""
 
 
 class CapturedStep:
@@ -120,6 +125,7 @@ class CapturedStep:
         Raises:
             NotRecordable: If a replay could not do what the step does; nothing has changed then.
             OtherParameters: If there are others than the first step had; likewise.
+            RecordingFailed: If the run ends in another error; likewise.
         """
         self.state.fix_places()
         leaves = pytree.tree_leaves((call.args, call.kwargs))
@@ -128,9 +134,7 @@ class CapturedStep:
         if self._enumerates or self.elbo.vectorize_particles:
             self.elbo.find_structure(call)  # by a trial that is not the step's
         with undone_on_failure(self.state, self.modules):
-            # What checks arguments looks at their values, which no recording can repeat.
-            with pyro.validation_enabled(False), _Unchecked():
-                outcome, recording = record(self._function(call), inputs, compile=self.compile)
+            outcome, recording = self._recorded(call, inputs)
             self.recording = recording
             loss, gradients, states = outcome
             look(loss)
@@ -173,12 +177,24 @@ class CapturedStep:
 
     @contextmanager
     def _preserved(self, tensors: list[Tensor]) -> Iterator[None]:
-        written: list[Tensor] = []
-        if self.recording is not None:
+        if self.recording is None:
+            buffers = [buffer for module in self.modules for buffer in module._buffers.values()]
+            written = [buffer for buffer in buffers if buffer is not None]
+        else:
             inputs = [i for i in self.recording.mutated_inputs if i < len(tensors)]
             written = self.recording.mutated + [tensors[i] for i in inputs]
         with restored(written), preserved_rng(), self.state.preserved():
             yield
+
+    def _recorded(self, call: Call, inputs: list[Tensor]) -> tuple[Outcome, Recording]:
+        try:
+            # What checks arguments looks at their values, which no recording can repeat.
+            with pyro.validation_enabled(False), _Unchecked():
+                return record(self._function(call), inputs, compile=self.compile)
+        except (NotRecordable, OtherParameters):
+            raise
+        except Exception as error:
+            raise RecordingFailed from error
 
     def _function(self, call: Call) -> Any:
         leaves, spec = pytree.tree_flatten((call.args, call.kwargs))

@@ -23,7 +23,8 @@ from pyro_gumbel.infer._rng import set_torch_generators, torch_generators
 from pyro_gumbel.infer.capture.comparison import difference_told
 from pyro_gumbel.infer.capture.gradients import RestingGradients
 from pyro_gumbel.infer.capture.modules import modules_of
-from pyro_gumbel.infer.capture.step import CapturedStep, OtherParameters
+from pyro_gumbel.infer.capture.reads import users_line
+from pyro_gumbel.infer.capture.step import CapturedStep, OtherParameters, RecordingFailed
 from pyro_gumbel.infer.finish import finish_step
 from pyro_gumbel.infer.not_recordable import NotRecordable
 from pyro_gumbel.infer.particle_elbo import ParticleELBO
@@ -196,10 +197,11 @@ class CapturedSVI(SVI):
         except OtherParameters:
             return self._first_step(key, call)
         except NotRecordable as error:
-            told = re.split(r"\s+Trace Shapes:", str(error))[0]  # Pyro adds them to any error
-            raise RuntimeError(
-                f"CapturedSVI cannot record this step: {told} Use pyro.infer.SVI instead."
-            ) from error
+            raise _refusal(error) from error
+        except RecordingFailed as failed:
+            error = cast(Exception, failed.__cause__)
+        step.eager(call)  # an error of the user's comes up here, as it does in SVI
+        raise _refusal(error) from error
 
     def _replay(self, step: CapturedStep, call: Call, tensors: list[Tensor]) -> float:
         step.replays += 1  # first, for a comparison that fails would be made for ever
@@ -306,6 +308,18 @@ class _Same:
 
     def __hash__(self) -> int:
         return hash(self.identity)
+
+
+def _refusal(error: Exception) -> RuntimeError:
+    """Say why a step cannot be recorded, and where in the user's program."""
+    told = re.split(r"\s+Trace Shapes:", str(error))[0]  # Pyro adds them to any error
+    if not isinstance(error, NotRecordable):
+        told = f"{type(error).__name__}: {told.partition(chr(10))[0].rstrip('.')}."
+    line = users_line(error)
+    return RuntimeError(
+        f"CapturedSVI cannot record this step: {told} Use pyro.infer.SVI instead."
+        + (f" ({line})" if line else "")
+    )
 
 
 def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
