@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import linecache
-import sys
-from types import FrameType
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_gumbel.infer.capture.modules import is_users
 from pyro_gumbel.infer.not_recordable import NotRecordable
 
 __all__ = ["RefuseReads", "RefuseValues", "users_line"]
@@ -82,7 +81,7 @@ def users_line(error: BaseException) -> str | None:
     found = None
     trace = error.__traceback__
     while trace is not None:
-        if _is_users(trace.tb_frame):
+        if is_users(trace.tb_frame.f_globals.get("__name__")):
             found = trace
         trace = trace.tb_next
     if found is None:
@@ -90,12 +89,6 @@ def users_line(error: BaseException) -> str | None:
     file, line = found.tb_frame.f_code.co_filename, found.tb_lineno
     text = linecache.getline(file, line, found.tb_frame.f_globals).strip()
     return f"Line {line} of {file}" + (f": {text}" if text else "")
-
-
-def _is_users(frame: FrameType) -> bool:
-    package = str(frame.f_globals.get("__name__", "torch")).partition(".")[0]
-    others = ("torch", "pyro", "pyro_gumbel", "numpy")
-    return package not in others and package not in sys.stdlib_module_names
 
 
 def _holds_tensor(data: Any) -> bool:

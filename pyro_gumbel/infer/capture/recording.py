@@ -90,7 +90,7 @@ def _undescribed() -> Iterator[None]:
         plain = type(value) in (Tensor, torch.nn.Parameter)
         return None if plain else describe(value, *args, **kwargs)
 
-    proxy_tensor.extract_val = skip
+    proxy_tensor.extract_val = skip  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -27,6 +27,7 @@ from pyro_gumbel.infer.capture.cuda_graph import (
 )
 from pyro_gumbel.infer.capture.estimator_state import EstimatorState
 from pyro_gumbel.infer.capture.gradients import RestingGradients
+from pyro_gumbel.infer.capture.own_numbers import own_numbers_kept
 from pyro_gumbel.infer.capture.recording import Recording, record
 from pyro_gumbel.infer.capture.refusals import (
     check_hooks,
@@ -133,11 +134,7 @@ class CapturedStep:
         check_hooks(self.leaves)
         if self._enumerates or self.elbo.vectorize_particles:
             self.elbo.find_structure(call)  # by a trial that is not the step's
-        with undone_on_failure(self.state, self.modules):
-            outcome, recording = self._recorded(call, inputs)
-            self.recording = recording
-            loss, gradients, states = outcome
-            look(loss)
+        loss, gradients, states = self._recorded(call, inputs, look)
         self._finish(states)
         self._apply(gradients)
         return loss
@@ -186,7 +183,19 @@ class CapturedStep:
         with restored(written), preserved_rng(), self.state.preserved():
             yield
 
-    def _recorded(self, call: Call, inputs: list[Tensor]) -> tuple[Outcome, Recording]:
+    def _recorded(self, call: Call, inputs: list[Tensor], look: Look) -> Outcome:
+        """Run and record what comes before the optimiser; a failure leaves nothing behind."""
+        own = own_numbers_kept((call.model, call.guide), again=lambda: self.eager(call))
+        try:
+            with undone_on_failure(self.state, self.modules), own:
+                outcome, self.recording = self._run(call, inputs)
+                look(outcome[0])
+        except BaseException:
+            self.recording = None
+            raise
+        return outcome
+
+    def _run(self, call: Call, inputs: list[Tensor]) -> tuple[Outcome, Recording]:
         try:
             # What checks arguments looks at their values, which no recording can repeat.
             with pyro.validation_enabled(False), _Unchecked():

@@ -51,13 +51,20 @@ class CapturedSVI(SVI):
     * a program that turns a tensor into a number, selects by a mask, draws from Python's or
       NumPy's generator, puts another tensor in a buffer's place, or gives a gradient to what is no
       parameter of Pyro's is refused when it is recorded;
-    * a number kept in an attribute, a global or a closure (an annealing factor, say), and
-      structure that depends on one, is noticed when the recorded step is held against an eager
-      one of the same random numbers: at the first replay, and every ``check_every`` steps. Pass
-      such a number as an argument, as a tensor: ``svi.step(x, torch.tensor(beta))``.
+    * a number in an attribute, a global or a closure that a program changes itself, by counting
+      its runs, is refused likewise. An iterator that it moves on by ``next`` is not seen: give
+      what comes next as an argument;
+    * such a number that you change (an annealing factor, say), and structure that depends on one,
+      is noticed when the recorded step is held against an eager one of the same random numbers:
+      at the first replay, and every ``check_every`` steps. Pass it as an argument, as a tensor:
+      ``svi.step(x, torch.tensor(beta))``.
 
     Data and parameters are validated in the first step of each kind, and wherever a loss is NaN,
     before the step is applied.
+
+    To record takes as long as 5 to 90 eager steps, the more the smaller the operations are. On one
+    core of a CPU: 0.08 s for an auto-encoder, 0.4 s for a chain of twelve sites, 6 s for one of
+    six under ``Rebar``, which has 16 000 operations.
 
     Optimisers that have a fused form use it on a CPU, unless ``fused`` or ``foreach`` was set; on
     a GPU those that can be captured become part of the graph, which is captured again when a
@@ -199,9 +206,9 @@ class CapturedSVI(SVI):
         except NotRecordable as error:
             raise _refusal(error) from error
         except RecordingFailed as failed:
-            error = cast(Exception, failed.__cause__)
+            cause = cast(Exception, failed.__cause__)
         step.eager(call)  # an error of the user's comes up here, as it does in SVI
-        raise _refusal(error) from error
+        raise _refusal(cause) from cause
 
     def _replay(self, step: CapturedStep, call: Call, tensors: list[Tensor]) -> float:
         step.replays += 1  # first, for a comparison that fails would be made for ever

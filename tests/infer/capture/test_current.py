@@ -98,8 +98,7 @@ def test_a_parameter_that_goes_later_is_told():
         svi.step()
     early.clear()
     with pytest.raises(RuntimeError, match=r"\['shift'\] were there in the first step only"):
-        for _ in range(4):
-            svi.step()
+        [svi.step() for _ in range(4)]
     for _ in range(4):
         svi.step()
 
@@ -147,7 +146,7 @@ def test_another_autocast_type():
         seen: list[torch.dtype] = []
         with torch.autocast("cpu", dtype):
             svi.step()
-        assert seen and set(seen) == {dtype}
+        assert set(seen) == {dtype}
 
 
 class Interrupted(pyro.optim.PyroOptim):
