@@ -8,27 +8,32 @@ from contextlib import contextmanager
 from types import CellType
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
+from pyro_gumbel.infer.capture.comparison import difference_told
 from pyro_gumbel.infer.capture.modules import code_names, is_users, reachable
 from pyro_gumbel.infer.not_recordable import NotRecordable
 
 __all__ = ["own_numbers_kept"]
 
 _PLAIN = (bool, int, float, str)
+_LATER = (1, 100, 10_000, 1_000_000)  # runs from now, for schedules by steps, epochs and stairs
+
+Again = Callable[[], tuple[Tensor, list[Tensor | None]]]
 
 
 @contextmanager
-def own_numbers_kept(programs: tuple[Any, ...], again: Callable[[], object]) -> Iterator[None]:
-    """Refuse a run of programs that counts, and put back what a refused run changed.
+def own_numbers_kept(programs: tuple[Any, ...], again: Again) -> Iterator[None]:
+    """Refuse a run of programs that depend on what they count, and put back what it changed.
 
     A number that the run changed is either noted (the size of a batch) or counted: another run
-    from there changes the latter once more. What a program keeps otherwise, as in an iterator, is
-    out of sight.
+    from there changes the latter once more. To count is harmless where later counts give the same
+    step. What a program keeps otherwise, as in an iterator, is out of sight.
 
     Args:
         programs: Model and guide.
-        again: Runs them once more, with the same arguments.
+        again: Runs them once more, on the same arguments and random numbers, for the loss and the
+            gradients.
     """
     before = list(_numbers(programs))
     try:
@@ -43,17 +48,39 @@ def own_numbers_kept(programs: tuple[Any, ...], again: Callable[[], object]) -> 
         raise
 
 
-def _check_another_run(changed: list[_Number], again: Callable[[], object]) -> None:
+def _check_another_run(changed: list[_Number], again: Again) -> None:
     after = [number._replace(value=number.read()) for number in changed]
-    again()
-    for first, second in zip(changed, after, strict=True):
-        if second.has_changed():
-            raise NotRecordable(
-                f"the program itself changes {first.name}, here from {first.value!r} to "
-                f"{second.value!r}, and a replay does not run it. Count outside, and pass what "
-                "comes of it as an argument, as a tensor: svi.step(x, torch.tensor(beta))."
-            )
-        second.put_back()
+    outcome = again()
+    counters = [number for number in after if number.has_changed()]
+    later = [number.read() for number in counters]
+    if counters and not _is_idle(counters, later, outcome, again):
+        names = " and ".join(number.name for number in counters)
+        raise NotRecordable(
+            f"the program itself changes {names}, here from {counters[0].value!r} to "
+            f"{later[0]!r}, and computes something else then; a replay does not run it. Count "
+            "outside, and pass what comes of it as an argument, as a tensor: "
+            "svi.step(x, torch.tensor(beta))."
+        )
+    for number in after:
+        number.put_back()
+
+
+def _is_idle(
+    counters: list[_Number], later: list[Any], outcome: tuple[Tensor, Any], again: Again
+) -> bool:
+    """Tell whether runs with higher counts give the same step."""
+    if not all(type(value) in (int, float) for value in later):
+        return False
+    for times in _LATER:
+        for number, value in zip(counters, later, strict=True):
+            ahead = number.value + times * (value - number.value)
+            number._replace(value=ahead).put_back()
+        try:
+            if difference_told(*again(), *outcome, compiled=False) is not None:
+                return False
+        except Exception:  # a schedule that ends before, say
+            return False
+    return True
 
 
 class _Number(NamedTuple):

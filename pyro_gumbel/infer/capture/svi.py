@@ -52,8 +52,8 @@ class CapturedSVI(SVI):
       NumPy's generator, puts another tensor in a buffer's place, or gives a gradient to what is no
       parameter of Pyro's is refused when it is recorded;
     * a number in an attribute, a global or a closure that a program changes itself, by counting
-      its runs, is refused likewise. An iterator that it moves on by ``next`` is not seen: give
-      what comes next as an argument;
+      its runs, is refused likewise if the step depends on it. An iterator that it
+      moves on by ``next`` is not seen: give what comes next as an argument;
     * such a number that you change (an annealing factor, say), and structure that depends on one,
       is noticed when the recorded step is held against an eager one of the same random numbers:
       at the first replay, and every ``check_every`` steps. Pass it as an argument, as a tensor:

@@ -41,6 +41,8 @@ class Called:
 
 
 class Network(nn.Module):
+    """A module that warms up, by a share that grows slowly."""
+
     def __init__(self):
         super().__init__()
         self.part = nn.Identity()
@@ -48,16 +50,16 @@ class Network(nn.Module):
 
     def forward(self, x):
         self.steps += 1
-        observe(x)
+        observe(x, 1.0 + min(1.0, self.steps / 50_000))
 
 
 def by_closure():
-    count = 0
+    left = 9.0
 
     def model(x):
-        nonlocal count
-        count += 1
-        observe(x)
+        nonlocal left
+        left -= 1
+        observe(x, 1.0 + max(left, 1.0))
 
     return model
 
@@ -65,7 +67,7 @@ def by_closure():
 def by_global(x):
     global TOTAL
     TOTAL += 1
-    observe(x)
+    observe(x, [1.0, 1.1, 1.2, 1.3, 1.4, 1.5][TOTAL])
 
 
 @pytest.mark.parametrize(
@@ -74,11 +76,11 @@ def by_global(x):
         (lambda: Called(), "attribute 'n' of Called"),
         (lambda: Called().method, "attribute 'n' of Called"),
         (lambda: Network(), "attribute 'steps' of Network"),
-        (by_closure, "variable 'count'"),
+        (by_closure, "variable 'left'"),
         (lambda: by_global, "variable 'TOTAL'"),
     ],
 )
-def test_a_program_that_counts_is_refused(program, name):
+def test_a_program_that_goes_by_its_count_is_refused(program, name):
     svi = make(program())
     x = torch.ones(3)
     svi.step(x)
@@ -95,6 +97,25 @@ def test_what_a_refused_run_counted_is_undone():
     with pytest.raises(RuntimeError, match="attribute 'n'"):
         svi.step(torch.ones(3))
     assert program.n == before
+
+
+@pytest.mark.parametrize("start", [0, 7])
+def test_a_program_that_merely_counts_is_recorded(start):
+    calls = start
+
+    def model(x):
+        nonlocal calls
+        calls += 1
+        observe(x)
+
+    losses = []
+    for svi_class in (SVI, CapturedSVI):
+        svi = make(model, svi_class)
+        losses.append([svi.step(torch.ones(3)) for _ in range(20)])
+    assert losses[1] == pytest.approx(losses[0])
+    (step,) = svi._steps.values()
+    assert step.replays == 18
+    assert calls < start + 25  # what recording tried is not counted
 
 
 class Noting:
