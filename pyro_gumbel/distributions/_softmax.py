@@ -17,28 +17,32 @@ _SHORT_ROW = 64
 @with_signature
 class _ShortSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(scores: Tensor) -> Tensor:
-        shares = scores.sub(scores.amax(-1, keepdim=True)).exp_()
+    def forward(scores: Tensor, largest: Tensor) -> Tensor:
+        shares = scores.sub(largest).exp_()
         return shares.div_(shares.sum(-1, keepdim=True))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (shares,) = ctx.saved_tensors
         weighted = grad * shares
-        return weighted - shares * weighted.sum(-1, keepdim=True)
+        return weighted - shares * weighted.sum(-1, keepdim=True), None
 
 
 def _is_short(scores: Tensor) -> bool:
     return scores.shape[-1] <= _SHORT_ROW and scores.is_cpu and plain_eager()
 
 
-def softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last dimension."""
-    return _ShortSoftmax.apply(scores) if _is_short(scores) else scores.softmax(-1)
+def softmax(scores: Tensor, largest: Tensor | None = None) -> Tensor:
+    """Softmax over the last dimension, whose largest scores, ``(..., 1)``, may be known."""
+    if not _is_short(scores):
+        return scores.softmax(-1)
+    if largest is None:
+        largest = scores.detach().amax(-1, keepdim=True)
+    return _ShortSoftmax.apply(scores, largest.detach())
 
 
 def log_softmax(scores: Tensor) -> Tensor:

@@ -107,8 +107,13 @@ def _invert_cumulative(weights: Tensor, sample_shape: torch.Size) -> Tensor:
 def one_hot_argmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
     """Put a one at the largest score of every row, and zeros elsewhere; no gradient."""
     index = scores.detach().max(-1, keepdim=True).indices  # on CPU `max` is faster than `argmax`
-    zero = torch.zeros((), dtype=dtype, device=scores.device)
-    return zero.expand(scores.shape).scatter(-1, index, 1)
+    return one_at(index, scores, dtype)
+
+
+def one_at(index: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Put a one at ``index``, ``(..., 1)``, of every row, and zeros elsewhere."""
+    zero = torch.zeros((), dtype=dtype or like.dtype, device=like.device)
+    return zero.expand(like.shape).scatter(-1, index, 1)
 
 
 def multilinear_log_prob(value: Tensor, log_probs: Tensor) -> Tensor:

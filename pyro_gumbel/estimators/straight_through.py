@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_gumbel.distributions._softmax import softmax
 from pyro_gumbel.distributions.gumbel import gumbel_noise
-from pyro_gumbel.distributions.one_hot import draw_one_hot, one_hot_argmax
+from pyro_gumbel.distributions.one_hot import draw_one_hot, one_at
 from pyro_gumbel.distributions.relaxed import straight_through
 from pyro_gumbel.estimators._arguments import check_number
 from pyro_gumbel.estimators.base import Estimator
@@ -233,8 +233,9 @@ class GumbelStraightThrough(OneHotEstimator):
         temperature = (
             self.temperature if self.backward_temperature is None else self.backward_temperature
         )
-        hard = one_hot_argmax(scores, scores.dtype)
-        return straight_through(hard, softmax(self._tempered(scores, temperature)))
+        largest, index = scores.detach().max(-1, keepdim=True)
+        tempered, peaks = (self._tempered(s, temperature) for s in (scores, largest))
+        return straight_through(one_at(index, scores), softmax(tempered, peaks))
 
 
 class GappedStraightThrough(OneHotEstimator):
