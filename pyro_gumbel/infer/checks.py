@@ -18,6 +18,7 @@ from pyro_gumbel.infer.particles import PARTICLE_PLATE
 
 __all__ = ["check_programs", "latent_sites", "misfits_named"]
 
+_COUNTS = (dist.Geometric, dist.NegativeBinomial, dist.Poisson)
 _PYRO_STRAIGHT_THROUGH = (
     dist.RelaxedOneHotCategoricalStraightThrough,
     dist.RelaxedBernoulliStraightThrough,
@@ -83,7 +84,7 @@ def _check_common_sites(model: dict[str, Any], guide: dict[str, Any], nesting: i
             continue
         _check_event(name, site["fn"], guide[name]["fn"])
         _check_measure(name, site["fn"], guide[name]["fn"])
-        _check_values(name, site["fn"], guide[name]["fn"])
+        _check_values(name, site, guide[name]["fn"])
         _check_batch(name, site, guide[name], nesting)
 
 
@@ -140,13 +141,13 @@ def _check_measure(name: str, model_fn: Any, guide_fn: Any) -> None:
     )
 
 
-def _check_values(name: str, model_fn: Any, guide_fn: Any) -> None:
+def _check_values(name: str, site: Any, guide_fn: Any) -> None:
     """Refuse a guide whose draws have no mass under the model's one-hots or bits.
 
     Their formulas would score them all the same; other families look at the values they score.
     """
-    model, guide = unwrap(model_fn), unwrap(guide_fn)
-    if isinstance(guide, dist.Delta) or _is_within(guide, model):
+    model, guide = unwrap(site["fn"]), unwrap(guide_fn)
+    if isinstance(guide, dist.Delta) or _is_within(guide, model, site["value"]):
         return
     raise ValueError(
         f"At site {name!r}, the guide's {_name(guide)} draws values that have no mass under the "
@@ -164,13 +165,15 @@ def _check_index(name: str, site: Any, guide_fn: Any) -> None:
         )
 
 
-def _is_within(guide: Any, model: Any) -> bool:
+def _is_within(guide: Any, model: Any, value: Any) -> bool:
     if is_one_hot(model):
-        return is_one_hot(guide)
-    if is_bit(model):
-        binary = is_categorical(guide) and guide.param_shape[-1] <= 2
-        return is_bit(guide) or is_one_hot(guide) or binary
-    return True
+        fits, misfits = is_one_hot(guide), is_bit(guide)
+    elif is_bit(model):
+        fits, misfits = is_bit(guide) or is_one_hot(guide), isinstance(guide, _COUNTS)
+    else:
+        return True
+    # Another family, a mixture or one of the user's, is known by what it draws.
+    return fits or not (misfits or not bool(model.support.check(value).all()))
 
 
 def _check_batch(name: str, model_site: Any, guide_site: Any, nesting: int | None) -> None:

@@ -206,7 +206,7 @@ def _configure_module(guide: nn.Module, messenger: GradientMessenger) -> nn.Modu
         return messenger.run(type(guide).__call__, self, *args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # noqa: N807
-        return config_gradient, (guide, messenger.config)
+        return _configure_module, (guide, messenger)
 
     namespace = {
         "__call__": __call__,

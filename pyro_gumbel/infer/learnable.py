@@ -20,13 +20,15 @@ _shown = WeakTensorKeyDictionary()
 
 @torch.no_grad()
 def adopt_stored(site: str, estimator: Estimator) -> None:
-    """Let an estimator go on with values that were loaded into the store before it was shown."""
+    """Let an estimator go on with values that were loaded into the store before it was shown.
+
+    They stay there until its own are shown in their place; what is frozen keeps its values.
+    """
     for key, parameter in _parameters(site, estimator):
         stored = pyro.get_param_store()._params.get(key)
         loaded = stored is not None and stored is not parameter and stored not in _shown
-        if loaded and stored.shape == parameter.shape:
+        if loaded and parameter.requires_grad and stored.shape == parameter.shape:
             parameter.copy_(stored)
-            del pyro.get_param_store()[key]  # the estimator's own is shown in its place
 
 
 def show_parameters(site: str, estimator: Estimator) -> None:

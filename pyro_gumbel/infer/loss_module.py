@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
-from pyro_gumbel.estimators import Call
+from pyro_gumbel.estimators import Call, Estimator
 
 if TYPE_CHECKING:
     from pyro_gumbel.infer.particle_elbo import ParticleELBO
@@ -23,9 +23,27 @@ class LossModule(ELBOModule):
     def __init__(self, model: nn.Module, guide: nn.Module, elbo: ParticleELBO) -> None:
         super().__init__(model, guide, elbo)
         self.estimators = nn.ModuleList(elbo.known_estimators(guide))
+        self._waiting: dict[str, dict[str, Any]] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         loss, estimators = self.elbo.differentiable(Call(self.model, self.guide, args, kwargs))
-        held = set(self.estimators)
-        self.estimators.extend(e for e in dict.fromkeys(estimators.values()) if e not in held)
+        held = set(self.modules())
+        for estimator in dict.fromkeys(estimators.values()):
+            if estimator not in held:
+                self._hold(estimator)
         return loss
+
+    def _hold(self, estimator: Estimator) -> None:
+        state = self._waiting.pop(f"{len(self.estimators)}", None)
+        if state is not None:
+            estimator.load_state_dict(state)
+        self.estimators.append(estimator)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Keep the state of estimators that a first call has yet to find."""
+        start = f"{prefix}estimators."
+        for key in [key for key in state_dict if key.startswith(start)]:
+            number, _, name = key.removeprefix(start).partition(".")
+            if int(number) >= len(self.estimators):
+                self._waiting.setdefault(number, {})[name] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -298,7 +298,7 @@ class ParticleELBO(ELBO):
             with draw:
                 guide_trace = poutine.trace(call.guide).get_trace(*call.args, **call.kwargs)
             traced_model = poutine.trace(poutine.replay(call.model, trace=guide_trace))
-            with misfits_named(traced_model, guide_trace, None):
+            with misfits_named(traced_model, guide_trace, _MANY_PLATES):
                 model_trace = traced_model.get_trace(*call.args, **call.kwargs)
         nesting = self.max_plate_nesting
         if nesting == float("inf"):

@@ -154,7 +154,8 @@ class DrawMessenger(Messenger):
             return
         name = cast(str, msg["name"])
         estimator = resolve(msg, self.auto, self.default, self.num_particles)
-        adopt_stored(name, estimator)
+        if not self.evaluate:  # a loss changes no estimator
+            adopt_stored(name, estimator)
         self.sizes[name] = estimator.block_size(unwrap(msg["fn"]), event_dims(msg["fn"]))
         msg["value"] = self._value(name, estimator, msg)
         self.estimators[name] = estimator

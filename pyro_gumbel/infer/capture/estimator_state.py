@@ -60,9 +60,17 @@ class EstimatorState:
         """Tell whether the estimators have the parts and numbers, and the tensors, they had."""
         if self._find_modules() != self.modules:
             return False
-        if any(where.get(name) != value for where, name, value in self._numbers):
+        if any(_differs(where.get(name), value) for where, name, value in self._numbers):
             return False
         return not self._places or self._leaves().keys() >= self._fixed
+
+    def forget_counts(self) -> None:
+        """Leave out the numbers that a run has changed by itself."""
+        self._numbers = [
+            (where, name, value)
+            for where, name, value in self._numbers
+            if not _differs(where.get(name), value)
+        ]
 
     def tensors(self) -> list[Tensor]:
         """The tensors of the step's places, in a fixed order."""
@@ -131,6 +139,10 @@ class EstimatorState:
         for number, module in enumerate(self.stateful):
             _collect(module.get_extra_state(), (number,), found)
         return found
+
+
+def _differs(now: Any, before: Any) -> bool:
+    return now is not before and (type(now) is not type(before) or repr(now) != repr(before))
 
 
 def _modules(module: nn.Module) -> list[nn.Module]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["code_names", "is_users", "modules_of", "reachable"]
+__all__ = ["code_names", "is_users", "modules_of", "own_attributes", "reachable"]
 
 _COMMON = ("torch", "pyro", "pyro_gumbel", "numpy")
 _MOST = 1000  # longer lists and dicts are data
@@ -49,6 +49,15 @@ def is_users(module: str | None) -> bool:
     return package not in _COMMON and package not in sys.stdlib_module_names
 
 
+def own_attributes(value: Any) -> dict[str, Any]:
+    """The attributes in an object's own dict, past whatever the object does when it is asked."""
+    try:
+        attributes = object.__getattribute__(value, "__dict__")
+    except Exception:  # slots, or a property that fails
+        return {}
+    return attributes if isinstance(attributes, dict) else {}
+
+
 def code_names(code: CodeType) -> Iterator[str]:
     """The globals that code names, that of functions defined within it included."""
     yield from code.co_names
@@ -63,7 +72,7 @@ def _within(value: Any) -> Iterator[Any]:
     elif inspect.ismethod(value):
         yield from (value.__self__, value.__func__)
         if not isinstance(value.__self__, nn.Module):
-            yield from getattr(value.__self__, "__dict__", {}).values()
+            yield from own_attributes(value.__self__).values()
     elif inspect.isfunction(value):
         yield from value.__defaults__ or ()
         yield getattr(value, "__wrapped__", None)
@@ -77,7 +86,7 @@ def _within(value: Any) -> Iterator[Any]:
     elif isinstance(value, (dict, list, tuple)) and len(value) <= _MOST:
         yield from value.values() if isinstance(value, dict) else value
     elif _is_called(value):
-        yield from (type(value).__call__, *getattr(value, "__dict__", {}).values())
+        yield from (type(value).__call__, *own_attributes(value).values())
 
 
 def _is_called(value: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from pyro_gumbel.infer.capture.comparison import difference_told
-from pyro_gumbel.infer.capture.modules import code_names, is_users, reachable
+from pyro_gumbel.infer.capture.modules import code_names, is_users, own_attributes, reachable
 from pyro_gumbel.infer.not_recordable import NotRecordable
 
 __all__ = ["own_numbers_kept"]
@@ -68,19 +68,21 @@ def _check_another_run(changed: list[_Number], again: Again) -> None:
 def _is_idle(
     counters: list[_Number], later: list[Any], outcome: tuple[Tensor, Any], again: Again
 ) -> bool:
-    """Tell whether runs with higher counts give the same step."""
-    if not all(type(value) in (int, float) for value in later):
-        return False
+    """Tell whether runs with higher counts, and with the words that follow, give the same step."""
     for times in _LATER:
         for number, value in zip(counters, later, strict=True):
-            ahead = number.value + times * (value - number.value)
-            number._replace(value=ahead).put_back()
+            number._replace(value=_ahead(number.value, value, times)).put_back()
         try:
             if difference_told(*again(), *outcome, compiled=False) is not None:
                 return False
-        except Exception:  # a schedule that ends before, say
-            return False
+        except Exception:  # a count that cannot go so far: the runs before have told
+            return True
     return True
+
+
+def _ahead(now: Any, then: Any, times: int) -> Any:
+    both_count = type(now) in (int, float) and type(then) in (int, float)
+    return now + times * (then - now) if both_count else then
 
 
 class _Number(NamedTuple):
@@ -135,8 +137,8 @@ def _in_variables(function: Any) -> Iterator[_Number]:
 
 
 def _in_attributes(value: Any) -> Iterator[_Number]:
-    attributes = getattr(value, "__dict__", None)
-    if isinstance(attributes, dict) and is_users(type(value).__module__):
+    attributes = own_attributes(value)
+    if attributes and is_users(type(value).__module__):
         yield from _plain(
             attributes, attributes, f"the attribute {{!r}} of {type(value).__name__}"
         )

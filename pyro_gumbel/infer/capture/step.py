@@ -135,6 +135,7 @@ class CapturedStep:
         if self._enumerates or self.elbo.vectorize_particles:
             self.elbo.find_structure(call)  # by a trial that is not the step's
         loss, gradients, states = self._recorded(call, inputs, look)
+        self.state.forget_counts()
         self._finish(states)
         self._apply(gradients)
         return loss
