@@ -5,7 +5,7 @@ from __future__ import annotations
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["is_integer", "is_number"]
+__all__ = ["is_integer", "is_number", "without_dimensions"]
 
 
 def is_integer(value: Any) -> bool:
@@ -16,3 +16,9 @@ def is_integer(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Tell a real number of any library; ``True`` is none, nor is a tensor."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def without_dimensions(value: Any) -> Any:
+    """Read the number off a tensor or array that has no dimensions, and that nothing learns."""
+    single = getattr(value, "ndim", None) == 0 and not getattr(value, "requires_grad", False)
+    return value.item() if single else value

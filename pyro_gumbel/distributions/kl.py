@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, OneHotCategorical, register_kl
 from torch.distributions import Gumbel as TorchGumbel
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.functional import logsigmoid
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from pyro_gumbel.distributions._base import broadcast_shapes, plain_eager
 from pyro_gumbel.distributions._categorical import CategoricalDistribution
@@ -52,7 +52,7 @@ class _Divergence(torch.autograd.Function):
         divergence = (p * difference).sum(-1)
         # Zeros need care where 0 * inf is nan. To ask is cheaper than to take it always, where no
         # device has to be waited for and nothing is being recorded.
-        if not divergence.is_cpu or get_proxy_mode() is not None or divergence.sum().isnan():
+        if not _is_at_hand(divergence) or divergence.sum().isnan():
             difference.masked_fill_(p == 0, 0.0)
             divergence = (p * difference).sum(-1)
         ctx.save_for_backward(log_p, log_q, p, difference)
@@ -70,6 +70,11 @@ class _Divergence(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             for_q = -weight
         return for_p, for_q
+
+
+def _is_at_hand(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be looked at, now and for good, without waiting."""
+    return tensor.is_cpu and _len_torch_dispatch_stack() == 0 and not torch.jit.is_tracing()
 
 
 def _gives_probs(distribution: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyro_gumbel._integers import is_integer, is_number
+from pyro_gumbel._integers import is_integer, is_number, without_dimensions
 
 __all__ = ["check_num_samples", "check_number"]
 
@@ -30,6 +30,7 @@ def check_number(owner: str, argument: str, value: Any, *, example: float) -> fl
     Raises:
         TypeError: If it is none; ``True`` is none.
     """
+    value = without_dimensions(value)
     if not is_number(value):
         raise TypeError(
             f"{owner}: {argument} must be a number, such as {argument}={example!r}; got {value!r}."

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyro_gumbel._integers import is_number
+from pyro_gumbel._integers import is_number, without_dimensions
 from pyro_gumbel.estimators._arguments import check_num_samples, check_number
 from pyro_gumbel.estimators._repr import rebuilding_repr
 
@@ -140,7 +140,10 @@ class Linear(Schedule):
         super().__init__()
         self.start = _check_positive("Linear", "start", start)
         self.end = _check_positive("Linear", "end", end)
-        self.steps = check_num_samples("Linear", steps, least=1, argument="steps")
+        whole = isinstance(steps, float) and steps.is_integer()  # such as 1e4
+        self.steps = check_num_samples(
+            "Linear", int(steps) if whole else steps, least=1, argument="steps"
+        )
 
     @property
     def value(self) -> float:
@@ -170,6 +173,8 @@ def check_temperature(
         TypeError: If it is of none of the ``kinds``.
         ValueError: If it is not positive.
     """
+    if "tensor" not in kinds:
+        value = without_dimensions(value)
     if isinstance(value, Schedule):
         kind = "schedule"
     elif isinstance(value, Tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -12,7 +13,7 @@ from pyro.infer import SVI
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyro_gumbel.estimators import NeuralBaseline, Rebar, Score
+from pyro_gumbel.estimators import Exponential, Linear, MovingAverage, NeuralBaseline, Rebar, Score
 from pyro_gumbel.infer import CapturedSVI, Estimator_ELBO, config_gradient
 
 BITS = dist.Bernoulli(torch.full((3,), 0.3)).to_event(1)
@@ -54,6 +55,14 @@ def test_a_users_own_error_in_the_trial_run_comes_through():
 
     with pytest.raises(ValueError, match="mine"):
         Estimator_ELBO().loss_and_grads(model, guide)
+
+
+def test_numbers_without_dimensions_are_numbers():
+    half = torch.tensor(0.5)
+    assert repr(Rebar(half)) == repr(Rebar(0.5))
+    assert MovingAverage(half).decay == 0.5
+    assert Exponential(torch.tensor(1.0), half, 0.1).value == 1.0
+    assert Linear(1.0, np.array(0.5), 1e4).steps == 10_000
 
 
 # Loaded stores
