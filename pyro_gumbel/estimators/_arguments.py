@@ -10,7 +10,7 @@ __all__ = ["check_num_samples", "check_number"]
 
 
 def check_num_samples(
-    owner: str, num_samples: int, least: int, *, argument: str = "num_samples"
+    owner: str, num_samples: Any, least: int, *, argument: str = "num_samples"
 ) -> int:
     """Make a number of samples, or of steps, Python's own; refuse no integer and too small ones.
 

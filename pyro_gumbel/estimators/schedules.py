@@ -136,14 +136,13 @@ class Linear(Schedule):
         0.95
     """
 
-    def __init__(self, start: float, end: float, steps: int) -> None:
+    def __init__(self, start: float, end: float, steps: float) -> None:
         super().__init__()
         self.start = _check_positive("Linear", "start", start)
         self.end = _check_positive("Linear", "end", end)
-        whole = isinstance(steps, float) and steps.is_integer()  # such as 1e4
-        self.steps = check_num_samples(
-            "Linear", int(steps) if whole else steps, least=1, argument="steps"
-        )
+        if isinstance(steps, float) and steps.is_integer():  # such as 1e4
+            steps = int(steps)
+        self.steps = check_num_samples("Linear", steps, least=1, argument="steps")
 
     @property
     def value(self) -> float:
