@@ -217,7 +217,8 @@ class DrawMessenger(Messenger):
     def _compose(self, name: str, blocks: list[Tensor], event_dim: int) -> Tensor:
         """Put the paths' values together: drawn here, or remembered from the main path."""
         particle_dim = self.layout.particle_dim
-        if particle_dim is None:
+        if particle_dim is None or len(self.layout.paths) == 1:
+            # Handed on as it is: a transform knows what it drew by the tensor itself.
             rows = [[block] for block in blocks]
         else:
             dim = particle_dim - event_dim
@@ -229,7 +230,7 @@ class DrawMessenger(Messenger):
             self._remember(path, name) if self._shares_main(path, name) else rows[0][index]
             for index, path in enumerate(self.layout.paths)
         ]
-        if particle_dim is None:
+        if particle_dim is None or len(values) == 1:
             return values[0]
         dim = particle_dim - event_dim
         # A value remembered from a single row has no dimension of rows.
