@@ -80,10 +80,10 @@ class Exponential(Schedule):
     Args:
         start: Value before the first step, positive.
         end: Bound, positive: the floor where ``rate > 0``, the ceiling where ``rate < 0``.
-        rate: Decay per optimisation step.
+        rate: Decay per optimisation step; at 0 the value stays at ``start``.
 
     Raises:
-        TypeError: If one of them is no number.
+        TypeError: If one of them is not a number.
         ValueError: If ``start`` or ``end`` is not positive, or ``rate`` leads away from ``end``.
 
     References:
@@ -110,9 +110,9 @@ class Exponential(Schedule):
 
     @property
     def value(self) -> float:
-        exponent = min(max(-self.rate * self.step_count, -700.0), 700.0)
-        bound = max if self.rate > 0 else min
-        return bound(self.start * math.exp(exponent), self.end)
+        exponent = min(max(-self.rate * self.step_count, -700.0), 700.0)  # exp must not overflow
+        least, most = sorted((self.start, self.end))
+        return min(max(self.start * math.exp(exponent), least), most)
 
 
 class Linear(Schedule):
@@ -126,8 +126,9 @@ class Linear(Schedule):
         steps: Number of optimisation steps between the two, at least 1.
 
     Raises:
-        TypeError: If ``start`` or ``end`` is no number.
-        ValueError: If ``start`` or ``end`` is not positive, or ``steps`` is no integer or below 1.
+        TypeError: If ``start`` or ``end`` is not a number.
+        ValueError: If ``start`` or ``end`` is not positive, or ``steps`` is not an integer of at
+            least 1.
 
     Example:
         >>> temperature = Linear(1.0, 0.5, 10)
@@ -146,7 +147,9 @@ class Linear(Schedule):
 
     @property
     def value(self) -> float:
-        return self.start + (self.end - self.start) * min(self.step_count / self.steps, 1.0)
+        if self.step_count >= self.steps:
+            return self.end  # the sum below would round it, a small one to zero
+        return self.start + (self.end - self.start) * (self.step_count / self.steps)
 
 
 def _check_positive(owner: str, name: str, value: float) -> float:
