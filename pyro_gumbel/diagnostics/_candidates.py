@@ -12,7 +12,7 @@ from pyro.poutine.util import site_is_subsample
 
 from pyro_gumbel.estimators import Call, Estimator, LeaveOneOut, MovingAverage, Pathwise, Score
 from pyro_gumbel.estimators.families import unwrap
-from pyro_gumbel.infer.names import CLASSES
+from pyro_gumbel.estimators.registry import CLASSES
 
 __all__ = ["Candidate", "candidates_for", "latent_distributions", "swap"]
 

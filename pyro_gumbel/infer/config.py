@@ -14,7 +14,14 @@ from torch import nn
 
 from pyro_gumbel.estimators import Estimator
 from pyro_gumbel.estimators.families import event_dims, is_relaxed, unwrap
-from pyro_gumbel.infer.names import CLASSES, Auto, Choice, check_choice, did_you_mean
+from pyro_gumbel.estimators.registry import (
+    CLASSES,
+    Choice,
+    DefaultEstimators,
+    NamedEstimators,
+    check_choice,
+    did_you_mean,
+)
 
 __all__ = ["Config", "GradientMessenger", "config_gradient", "resolve"]
 
@@ -37,8 +44,7 @@ class GradientMessenger(Messenger):
         self._unseen = set(config) if isinstance(config, Mapping) else set()
         self._names: list[str] = []
         self._observed: set[str] = set()
-        # One object for each name, so that a named estimator keeps its state from step to step.
-        self._named: dict[str, Estimator] = {}
+        self._named = NamedEstimators()
         for choice in self._choices():
             self._name(choice)
 
@@ -86,11 +92,9 @@ class GradientMessenger(Messenger):
 
     def _name(self, choice: Choice) -> Choice:
         """Return the estimator that a name stands for here, or whatever else was chosen."""
-        if not isinstance(choice, str) or choice not in CLASSES:
-            return choice
-        if choice not in self._named:
-            self._named[choice] = CLASSES[choice]()
-        return self._named[choice]
+        if isinstance(choice, str) and choice in CLASSES:
+            return self._named.named(choice)
+        return choice
 
     def _choices(self) -> list[Choice]:
         """What the config names outright: all that it can, unless it is a callable."""
@@ -115,7 +119,7 @@ class GradientMessenger(Messenger):
     def estimators(self) -> list[Estimator]:
         """Return the estimators that the config names outright, or has made of names so far."""
         named = [choice for choice in self._choices() if isinstance(choice, Estimator)]
-        return named + list(self._named.values())
+        return named + list(self._named.made().values())
 
 
 def _check_config(config: Config) -> Config:
@@ -225,7 +229,9 @@ def _configure_module(guide: nn.Module, messenger: GradientMessenger) -> nn.Modu
     return face
 
 
-def resolve(msg: Message, auto: Auto, default: Choice, num_particles: int) -> Estimator:
+def resolve(
+    msg: Message, auto: DefaultEstimators, default: Choice, num_particles: int
+) -> Estimator:
     """Find the estimator of a latent site and check that it can serve it.
 
     Raises:
@@ -238,13 +244,7 @@ def resolve(msg: Message, auto: Auto, default: Choice, num_particles: int) -> Es
     choice = cast(Choice, infer.get("gradient", default))
     check_choice(choice, f"at site {msg['name']!r}, infer['gradient'] is")
     fn = unwrap(msg["fn"])
-    if choice is None or choice == "auto":
-        return auto(fn, num_particles)
-    if choice == "score":
-        return auto.score(num_particles)
-    if isinstance(choice, str):
-        choice = auto.named(choice)
-    estimator = choice
+    estimator = auto.resolve(choice, fn, num_particles)
     if not estimator.supports(fn):
         _refuse(msg, estimator, f"it needs {estimator.sites}")
     objection = estimator.objection(fn, event_dims(msg["fn"]))

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from pyro_gumbel._integers import is_integer
 from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.estimators.registry import CLASSES, Choice, DefaultEstimators, check_choice
+from pyro_gumbel.infer._options import check_options
 from pyro_gumbel.infer._rng import preserved_rng, set_torch_generators, torch_generators
 from pyro_gumbel.infer.apart import check_apart
 from pyro_gumbel.infer.checks import misfits_named
 from pyro_gumbel.infer.finish import finish_step
 from pyro_gumbel.infer.loss_module import LossModule
-from pyro_gumbel.infer.names import CLASSES, Auto, Choice, check_choice, check_options
 from pyro_gumbel.infer.particles import (
     MAIN,
     DrawMessenger,
@@ -79,7 +80,7 @@ class ParticleELBO(ELBO):
         self.default: Choice = default
         self.analytic_kl = False
         self.full_scores = False
-        self._auto = Auto()
+        self._auto = DefaultEstimators()
         self._checked: tuple[Call, set[tuple[str, type[Estimator]]]] | None = None
         self._structure: tuple[Call, Layout] | None = None
         self._site_checks = SiteChecks()
@@ -104,7 +105,7 @@ class ParticleELBO(ELBO):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the estimators that names and ``"auto"`` stand for."""
-        return {name: chosen.state_dict() for name, chosen in vars(self._auto).items()}
+        return self._auto.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what :meth:`state_dict` returned.
@@ -112,8 +113,7 @@ class ParticleELBO(ELBO):
         Raises:
             ValueError: If the state names an estimator that there is not.
         """
-        for name, part in state.items():
-            self._auto.named(name).load_state_dict(part)
+        self._auto.load_state_dict(state)
 
     @torch.no_grad()
     def loss(

@@ -38,9 +38,9 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_gumbel.estimators import Estimator
 from pyro_gumbel.estimators.families import event_dims, exact_draw, on_own_logits, unwrap
+from pyro_gumbel.estimators.registry import Choice, DefaultEstimators
 from pyro_gumbel.infer.config import resolve
 from pyro_gumbel.infer.learnable import adopt_stored
-from pyro_gumbel.infer.names import Auto, Choice
 from pyro_gumbel.infer.not_recordable import NotRecordable
 
 __all__ = [
@@ -139,7 +139,7 @@ class DrawMessenger(Messenger):
 
     layout: Layout
     num_particles: int
-    auto: Auto
+    auto: DefaultEstimators
     default: Choice
     evaluate: bool = False
     memory: dict[str, list[Tensor]] = field(default_factory=dict)

@@ -208,6 +208,31 @@ ROWS = {
         TypeError,
         r"ImportanceWeighted_ELBO has no argument .*Did you mean 'doubly_reparameterized'\?",
     ),
+    "recording by torch.jit": (
+        lambda: Estimator_ELBO(jit_options={"check_trace": False}),
+        TypeError,
+        r"Estimator_ELBO: jit_options has no effect; .*CapturedSVI\(model, guide, optim, loss\)",
+    ),
+    "warnings of torch.jit": (
+        lambda: Estimator_ELBO(ignore_jit_warnings=True),
+        TypeError,
+        r"Estimator_ELBO: ignore_jit_warnings has no effect; .*CapturedSVI",
+    ),
+    "another bound's exponent": (
+        lambda: ImportanceWeighted_ELBO(2, tail_adaptive_beta=-0.5),
+        TypeError,
+        r"ImportanceWeighted_ELBO: tail_adaptive_beta has no effect; .*TraceTailAdaptive_ELBO",
+    ),
+    "a warning about enumeration": (
+        lambda: Estimator_ELBO(strict_enumeration_warning=False),
+        TypeError,
+        r"strict_enumeration_warning has no effect; .*infer=\{'gradient': Enumerate\(\)\}",
+    ),
+    "a deprecated option": (
+        lambda: Estimator_ELBO(max_iarange_nesting=1),
+        TypeError,
+        r"Estimator_ELBO: max_iarange_nesting has no effect; write max_plate_nesting",
+    ),
     "an option of no kind": (
         lambda: Estimator_ELBO(kwargs=3),
         TypeError,
@@ -369,6 +394,15 @@ def test_options_of_pyro_and_of_subclasses_are_known():
     assert Louder(volume=2, retain_graph=True, max_plate_nesting=1).retain_graph
     with pytest.raises(TypeError, match="Louder has no argument 'volumes'.*Did you mean 'volume'"):
         Louder(volumes=2)
+    with pytest.raises(TypeError, match="Louder: jit_options has no effect"):
+        Louder(jit_options={})
+
+
+def test_only_options_with_an_effect_are_suggested():
+    with pytest.raises(TypeError, match="has no argument 'jit_option'") as caught:
+        Estimator_ELBO(jit_option={})
+    assert "'retain_graph'" in str(caught.value)
+    assert "'jit_options'" not in str(caught.value)
 
 
 TEMPERED = [

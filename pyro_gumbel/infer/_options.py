@@ -1,0 +1,51 @@
+"""Options of the losses: which there are, and which of Pyro's have no effect here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+
+from pyro_gumbel.estimators.registry import did_you_mean
+
+__all__ = ["check_options"]
+
+_RECORD = "to record a step, write CapturedSVI(model, guide, optim, loss)"
+_WITHOUT_EFFECT = {
+    "ignore_jit_warnings": _RECORD,
+    "jit_options": _RECORD,
+    "max_iarange_nesting": "write max_plate_nesting",
+    "strict_enumeration_warning": (
+        "a site is enumerated where its estimator says so, infer={'gradient': Enumerate()}"
+    ),
+    "tail_adaptive_beta": "it belongs to Pyro's TraceTailAdaptive_ELBO",
+}
+
+
+def check_options(owner: type, options: Iterable[str]) -> None:
+    """Check keyword arguments that a class passes on to its parent.
+
+    Raises:
+        TypeError: If one has no effect, or neither the class nor a parent has a parameter of that
+            name.
+    """
+    known = _parameters(owner)
+    for name in options:
+        if name in _WITHOUT_EFFECT:
+            raise TypeError(f"{owner.__name__}: {name} has no effect; {_WITHOUT_EFFECT[name]}.")
+        if name not in known:
+            raise TypeError(
+                f"{owner.__name__} has no argument {name!r}; its arguments are {known}."
+                f"{did_you_mean(name, known)}"
+            )
+
+
+def _parameters(owner: type) -> list[str]:
+    """List the parameters with an effect of a class's constructor and of its parents'."""
+    kinds = {
+        name: parameter.kind
+        for part in owner.__mro__
+        for name, parameter in inspect.signature(part.__init__).parameters.items()  # type: ignore[misc]
+    }
+    loose = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    without = ("self", *_WITHOUT_EFFECT)
+    return [name for name, kind in kinds.items() if name not in without and kind not in loose]
