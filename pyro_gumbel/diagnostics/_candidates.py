@@ -10,8 +10,8 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 
+from pyro_gumbel.distributions.families import unwrap
 from pyro_gumbel.estimators import Call, Estimator, LeaveOneOut, MovingAverage, Pathwise, Score
-from pyro_gumbel.estimators.families import unwrap
 from pyro_gumbel.estimators.registry import CLASSES
 
 __all__ = ["Candidate", "candidates_for", "latent_distributions", "swap"]

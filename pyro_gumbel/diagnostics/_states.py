@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_gumbel.diagnostics._programs import plates_of
-from pyro_gumbel.estimators.families import unwrap
+from pyro_gumbel.distributions.families import unwrap
 
 __all__ = ["DiscreteSite", "States", "discrete_sites"]
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Protocol
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor, nn
 
+from pyro_gumbel.distributions.families import exact_draw, log_mass, shared_noise_draw
 from pyro_gumbel.estimators._repr import rebuilding_repr
-from pyro_gumbel.estimators.families import exact_draw, log_mass, shared_noise_draw
 from pyro_gumbel.estimators.schedules import Schedule
 
 __all__ = ["Call", "Estimator", "Site", "SiteReader"]

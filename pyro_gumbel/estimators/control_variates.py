@@ -7,14 +7,14 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor, nn
 
 from pyro_gumbel.distributions._noise import noise_dtype
-from pyro_gumbel.estimators._arguments import check_num_samples
-from pyro_gumbel.estimators.base import Estimator, Site
-from pyro_gumbel.estimators.families import (
+from pyro_gumbel.distributions.families import (
     exact_draw,
     is_bit,
     is_one_hot,
     log_mass_of_value,
 )
+from pyro_gumbel.estimators._arguments import check_num_samples
+from pyro_gumbel.estimators.base import Estimator, Site
 
 __all__ = ["DoubleControlVariate", "MuProp", "Rodeo", "lower"]
 

@@ -7,9 +7,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pyro_gumbel.estimators._arguments import check_num_samples
-from pyro_gumbel.estimators.base import Estimator, Site
-from pyro_gumbel.estimators.families import (
+from pyro_gumbel.distributions.families import (
     from_index,
     is_bit,
     is_categorical,
@@ -18,6 +16,8 @@ from pyro_gumbel.estimators.families import (
     to_index,
     uniform,
 )
+from pyro_gumbel.estimators._arguments import check_num_samples
+from pyro_gumbel.estimators.base import Estimator, Site
 
 __all__ = ["ARMS", "DisARM", "DisARMTree"]
 

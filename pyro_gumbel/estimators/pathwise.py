@@ -7,8 +7,8 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor
 from torch.distributions import Normal
 
+from pyro_gumbel.distributions.families import log_mass, shared_noise_draw
 from pyro_gumbel.estimators.base import Estimator
-from pyro_gumbel.estimators.families import log_mass, shared_noise_draw
 
 __all__ = ["Pathwise"]
 

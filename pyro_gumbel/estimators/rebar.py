@@ -9,11 +9,11 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor, nn
 
+from pyro_gumbel.distributions.families import is_bit, one_hot_logits
 from pyro_gumbel.distributions.gumbel import gumbel_noise
 from pyro_gumbel.distributions.one_hot import one_hot_argmax
 from pyro_gumbel.estimators.base import Site
 from pyro_gumbel.estimators.control_variates import DifferentiatingEstimator, lower
-from pyro_gumbel.estimators.families import is_bit, one_hot_logits
 from pyro_gumbel.estimators.rao import conditional_scores
 from pyro_gumbel.estimators.schedules import check_temperature
 

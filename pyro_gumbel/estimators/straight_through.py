@@ -7,18 +7,18 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor
 
 from pyro_gumbel.distributions._softmax import softmax
-from pyro_gumbel.distributions.gumbel import gumbel_noise
-from pyro_gumbel.distributions.one_hot import draw_one_hot, one_at
-from pyro_gumbel.distributions.relaxed import straight_through
-from pyro_gumbel.estimators._arguments import check_number
-from pyro_gumbel.estimators.base import Estimator
-from pyro_gumbel.estimators.families import (
+from pyro_gumbel.distributions.families import (
     is_bit,
     is_one_hot,
     log_mass,
     log_mass_of_value,
     one_hot_logits,
 )
+from pyro_gumbel.distributions.gumbel import gumbel_noise
+from pyro_gumbel.distributions.one_hot import draw_one_hot, one_at
+from pyro_gumbel.distributions.relaxed import straight_through
+from pyro_gumbel.estimators._arguments import check_number
+from pyro_gumbel.estimators.base import Estimator
 from pyro_gumbel.estimators.schedules import Schedule, check_temperature
 
 __all__ = [

@@ -6,15 +6,15 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
-from pyro_gumbel.estimators._arguments import check_num_samples
-from pyro_gumbel.estimators.base import Estimator, Site
-from pyro_gumbel.estimators.families import (
+from pyro_gumbel.distributions.families import (
     exact_draw,
     from_index,
     has_logits,
     one_hot_logits,
     to_index,
 )
+from pyro_gumbel.estimators._arguments import check_num_samples
+from pyro_gumbel.estimators.base import Estimator, Site
 
 __all__ = ["Enumerate", "LocalExpectation"]
 

@@ -11,7 +11,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_gumbel.estimators.families import is_bit, is_categorical, is_one_hot, unwrap
+from pyro_gumbel.distributions.families import is_bit, is_categorical, is_one_hot, unwrap
 
 __all__ = ["CentreMessenger", "centre", "quantile"]
 

@@ -13,7 +13,7 @@ from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_gumbel.distributions import OneHot
-from pyro_gumbel.estimators.families import is_bit, is_categorical, is_one_hot
+from pyro_gumbel.distributions.families import is_bit, is_categorical, is_one_hot
 
 __all__ = ["Head", "find_head"]
 

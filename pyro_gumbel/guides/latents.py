@@ -15,7 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyro_gumbel.estimators.families import unwrap
+from pyro_gumbel.distributions.families import unwrap
 from pyro_gumbel.guides.heads import Head, find_head
 
 __all__ = ["Latent", "observed_sites", "prototype", "read_latent"]

@@ -14,7 +14,7 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_gumbel.estimators.families import exact_draw, unwrap
+from pyro_gumbel.distributions.families import exact_draw, unwrap
 
 __all__ = ["PlateShape", "read_plates"]
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
 from pyro_gumbel.distributions._base import broadcast_shapes
+from pyro_gumbel.distributions.families import is_bit, is_categorical, is_one_hot, unwrap
 from pyro_gumbel.distributions.kl import (
     bernoulli_log_masses,
     categorical_log_probs,
     kl_from_log_probs,
     one_hot_log_probs,
 )
-from pyro_gumbel.estimators.families import is_bit, is_categorical, is_one_hot, unwrap
 from pyro_gumbel.infer.checks import latent_sites
 from pyro_gumbel.infer.costs import Term, site_frames
 

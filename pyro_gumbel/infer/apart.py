@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_gumbel.distributions.families import from_index, one_hot_logits, to_index, unwrap
 from pyro_gumbel.estimators import Call
-from pyro_gumbel.estimators.families import from_index, one_hot_logits, to_index, unwrap
 from pyro_gumbel.infer.particles import SharedSubsample
 from pyro_gumbel.infer.probe import score_given
 from pyro_gumbel.infer.run import Run

@@ -13,7 +13,7 @@ import torch.distributions as torch_dist
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 
-from pyro_gumbel.estimators.families import is_bit, is_categorical, is_one_hot, unwrap
+from pyro_gumbel.distributions.families import is_bit, is_categorical, is_one_hot, unwrap
 from pyro_gumbel.infer.particles import PARTICLE_PLATE
 
 __all__ = ["check_programs", "latent_sites", "misfits_named"]

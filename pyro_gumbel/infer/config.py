@@ -12,8 +12,8 @@ from pyro.poutine.runtime import _PYRO_STACK, Message
 from pyro.poutine.util import site_is_subsample
 from torch import nn
 
+from pyro_gumbel.distributions.families import event_dims, is_relaxed, unwrap
 from pyro_gumbel.estimators import Estimator
-from pyro_gumbel.estimators.families import event_dims, is_relaxed, unwrap
 from pyro_gumbel.estimators.registry import (
     CLASSES,
     Choice,

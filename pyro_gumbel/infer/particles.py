@@ -36,8 +36,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from pyro_gumbel.distributions.families import event_dims, exact_draw, on_own_logits, unwrap
 from pyro_gumbel.estimators import Estimator
-from pyro_gumbel.estimators.families import event_dims, exact_draw, on_own_logits, unwrap
 from pyro_gumbel.estimators.registry import Choice, DefaultEstimators
 from pyro_gumbel.infer.config import resolve
 from pyro_gumbel.infer.learnable import adopt_stored

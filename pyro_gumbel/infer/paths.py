@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_gumbel.distributions.families import event_dims, one_hot_logits, unwrap
 from pyro_gumbel.estimators import Call, Estimator, Site
-from pyro_gumbel.estimators.families import event_dims, one_hot_logits, unwrap
 from pyro_gumbel.infer.particles import MAIN
 from pyro_gumbel.infer.run import Run
 

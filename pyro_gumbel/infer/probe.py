@@ -12,8 +12,8 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_gumbel.distributions.families import is_bit, unwrap
 from pyro_gumbel.estimators import Call, Estimator
-from pyro_gumbel.estimators.families import is_bit, unwrap
 from pyro_gumbel.infer._rng import preserved_rng
 from pyro_gumbel.infer.particles import SharedSubsample
 from pyro_gumbel.infer.run import Run, in_rows

@@ -16,14 +16,14 @@ from torch.distributions import Independent, Transform, constraints, transform_t
 
 from pyro_gumbel.distributions import ExpRelaxedOneHot
 from pyro_gumbel.distributions import straight_through as pass_straight_through
-from pyro_gumbel.distributions.one_hot import one_hot_argmax
-from pyro_gumbel.estimators.families import (
+from pyro_gumbel.distributions.families import (
     is_bit,
     is_categorical,
     is_one_hot,
     is_relaxed,
     unwrap,
 )
+from pyro_gumbel.distributions.one_hot import one_hot_argmax
 from pyro_gumbel.estimators.schedules import Schedule, check_temperature
 
 __all__ = ["RelaxReparam"]

@@ -17,8 +17,8 @@ from pyro.util import check_site_shape
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyro_gumbel.distributions.families import event_dims, log_mass, unwrap
 from pyro_gumbel.estimators import Call, Estimator
-from pyro_gumbel.estimators.families import event_dims, log_mass, unwrap
 from pyro_gumbel.infer.analytic_kl import analytic_kls
 from pyro_gumbel.infer.checks import check_programs, latent_sites, misfits_named
 from pyro_gumbel.infer.costs import Costs, EnumeratedSite, Term, site_frames

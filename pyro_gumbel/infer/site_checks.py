@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from pyro_gumbel.distributions._base import LIGHT, BaseDistribution
+from pyro_gumbel.distributions.families import is_bit, is_one_hot, unwrap
 from pyro_gumbel.estimators import Call
-from pyro_gumbel.estimators.families import is_bit, is_one_hot, unwrap
 
 __all__ = ["Doubt", "SiteChecks", "same_programs"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_gumbel.distributions import OneHot, RelaxedOneHot
-from pyro_gumbel.estimators.families import unwrap
+from pyro_gumbel.distributions.families import unwrap
 from pyro_gumbel.guides import AutoAmortized, AutoDiscrete
 from pyro_gumbel.infer import Estimator_ELBO
 

@@ -18,9 +18,10 @@ from torch.distributions import (
 )
 from torch.nn.functional import softplus
 
-from pyro_gumbel.distributions import OneHot, RelaxedBernoulli, RelaxedOneHot
 from pyro_gumbel.distributions.gumbel import gumbel_noise
-from pyro_gumbel.distributions.one_hot import draw_one_hot, multilinear_log_prob
+from pyro_gumbel.distributions.one_hot import OneHot, draw_one_hot, multilinear_log_prob
+from pyro_gumbel.distributions.relaxed import RelaxedOneHot
+from pyro_gumbel.distributions.relaxed_bernoulli import RelaxedBernoulli
 
 __all__ = [
     "event_dims",
