@@ -9,6 +9,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 
 class _Light:
@@ -54,6 +55,16 @@ def checkable(*tensors: Tensor) -> bool:
         if tensor.is_meta or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
             return False
     return True
+
+
+def at_hand(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be looked at, now and for good, without waiting."""
+    return (
+        plain_eager()
+        and tensor.is_cpu
+        and _len_torch_dispatch_stack() == 0
+        and not torch.jit.is_tracing()
+    )
 
 
 def may_cache() -> bool:

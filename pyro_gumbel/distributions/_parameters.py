@@ -99,8 +99,16 @@ def check_one_given(probs: Any, logits: Any) -> None:
 
 def exact_log(probs: Tensor) -> Tensor:
     """Logarithm that is exactly ``-inf`` at zero and sends no gradient there."""
-    zero = probs == 0
-    return probs.masked_fill(zero, 1.0).log().masked_fill(zero, -math.inf)
+    # Below the smallest normal number the slope would overflow.
+    log_probs = probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
+    return log_probs.masked_fill(probs == 0, -math.inf)
+
+
+def exact_logit(probs: Tensor) -> Tensor:
+    """Log-odds that are exactly infinite at 0 and 1 and send no gradient there."""
+    info = torch.finfo(probs.dtype)
+    log_odds = probs.clamp(info.tiny, 1 - info.eps / 2).logit()
+    return log_odds.masked_fill(probs == 0, -math.inf).masked_fill(probs == 1, math.inf)
 
 
 def resolve_temperature(

@@ -1,8 +1,9 @@
-"""What an estimator may know of a distribution: its family, its logits, an exact draw."""
+"""What an estimator may know of a distribution: its family, its numbers, an exact draw."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributions as torch_dist
@@ -18,18 +19,36 @@ from torch.distributions import (
 )
 from torch.nn.functional import softplus
 
-from pyro_gumbel.distributions.gumbel import gumbel_noise
-from pyro_gumbel.distributions.one_hot import OneHot, draw_one_hot, multilinear_log_prob
+from pyro_gumbel.distributions._base import plain_eager
+from pyro_gumbel.distributions._law import has_law_of
+from pyro_gumbel.distributions._noise import gumbel_noise, noise_dtype
+from pyro_gumbel.distributions._numbers import (
+    bit_probs,
+    log_odds,
+    log_probs,
+    value_dtype,
+    weights,
+)
+from pyro_gumbel.distributions.one_hot import (
+    draw_index,
+    draw_one_hot,
+    multilinear_log_prob,
+    one_at,
+)
 from pyro_gumbel.distributions.relaxed import RelaxedOneHot
 from pyro_gumbel.distributions.relaxed_bernoulli import RelaxedBernoulli
 
 __all__ = [
+    "base_noise",
     "event_dims",
     "exact_draw",
     "from_index",
+    "from_noise",
+    "has_law_of",
     "has_logits",
     "is_bit",
     "is_categorical",
+    "is_normal",
     "is_one_hot",
     "is_relaxed",
     "log_mass",
@@ -40,6 +59,7 @@ __all__ = [
     "to_index",
     "uniform",
     "unwrap",
+    "value_dtype",
 ]
 
 _CERTAIN = 32768.0  # beyond it a bit is certain in every dtype
@@ -59,14 +79,14 @@ def event_dims(fn: Distribution) -> int:
 
 def is_one_hot(fn: Distribution) -> bool:
     """Tell whether the values of ``fn`` are one-hot vectors scored by their mass."""
-    return isinstance(fn, (OneHotCategorical, OneHot)) or (
-        isinstance(fn, RelaxedOneHot) and fn.straight_through
+    return has_law_of(fn, OneHotCategorical) or (
+        has_law_of(fn, RelaxedOneHot) and fn.straight_through
     )
 
 
 def is_bit(fn: Distribution) -> bool:
     """Tell whether the values of ``fn`` are 0 or 1."""
-    return isinstance(fn, Bernoulli) or (isinstance(fn, RelaxedBernoulli) and fn.straight_through)
+    return has_law_of(fn, Bernoulli) or (has_law_of(fn, RelaxedBernoulli) and fn.straight_through)
 
 
 def is_relaxed(fn: Distribution) -> bool:
@@ -77,12 +97,17 @@ def is_relaxed(fn: Distribution) -> bool:
         torch_dist.RelaxedOneHotCategorical,
         torch_dist.RelaxedBernoulli,
     )
-    return isinstance(fn, families) and not (is_one_hot(fn) or is_bit(fn))
+    return has_law_of(fn, *families) and not (is_one_hot(fn) or is_bit(fn))
 
 
 def is_categorical(fn: Distribution) -> bool:
     """Tell whether the values of ``fn`` are category indices."""
-    return isinstance(fn, Categorical)
+    return has_law_of(fn, Categorical)
+
+
+def is_normal(fn: Distribution) -> bool:
+    """Tell whether ``fn`` is a normal distribution of single numbers."""
+    return has_law_of(fn, Normal)
 
 
 def has_logits(fn: Distribution) -> bool:
@@ -91,11 +116,14 @@ def has_logits(fn: Distribution) -> bool:
 
 
 def one_hot_logits(fn: Distribution) -> Tensor:
-    """Logits ``batch_shape + (C,)``; a bit is a one-hot of two, the first standing for 1."""
+    """Logits ``batch_shape + (C,)``; a bit is a one-hot of two, the first standing for 1.
+
+    They are float32 or better, and exactly ``-inf`` for categories of probability zero.
+    """
     if is_bit(fn):
-        logits = _finite(fn.logits)
+        logits = _finite(log_odds(fn))
         return torch.stack([logits, torch.zeros_like(logits)], -1)
-    return fn.logits
+    return log_probs(fn)
 
 
 def _finite(logits: Tensor) -> Tensor:
@@ -109,9 +137,12 @@ def on_own_logits(fn: Distribution) -> tuple[Distribution, Tensor]:
     What is drawn from the copy can be differentiated in the tensor returned, whatever else the
     program does with the logits: they may be a parameter that other runs and sites share.
     """
-    logits = fn.logits.view_as(fn.logits)
+    logits = log_odds(fn) if is_bit(fn) else log_probs(fn)
+    logits = logits.view_as(logits)
     law = Bernoulli if is_bit(fn) else OneHotCategorical
-    return law(logits=logits, validate_args=False), logits
+    copy: Any = law(logits=logits, validate_args=False)
+    copy.dtype = value_dtype(fn)
+    return copy, logits
 
 
 def log_mass(fn: Distribution, value: Tensor) -> Tensor:
@@ -121,22 +152,33 @@ def log_mass(fn: Distribution, value: Tensor) -> Tensor:
     checked again.
     """
     if is_one_hot(fn):
-        return multilinear_log_prob(value, fn.logits)
+        return multilinear_log_prob(value, log_probs(fn))
     if is_bit(fn):
-        logits = fn.logits
-        # An infinite logit meets a value that agrees with it: 0 * inf would be nan.
-        finite = torch.finfo(logits.dtype)
-        logits = logits.clamp(finite.min, finite.max)
-        return value * logits - softplus(logits)
+        return _log_mass_of_bit(value, log_odds(fn))
+    if is_categorical(fn):
+        if fn._validate_args:  # an index may come from a guide with more categories
+            fn._validate_sample(value)
+        return _log_mass_of_index(value, log_probs(fn))
     return fn.log_prob(value)
 
 
 def log_mass_of_value(fn: Distribution, value: Tensor) -> Tensor:
     """Score one-hot values or bits with a gradient in the value and none in the parameters."""
-    logits = fn.logits.detach()
     if is_one_hot(fn):
-        return multilinear_log_prob(value, logits)
-    return log_mass(Bernoulli(logits=_finite(logits), validate_args=False), value)
+        return multilinear_log_prob(value, log_probs(fn).detach())
+    return _log_mass_of_bit(value, _finite(log_odds(fn).detach()))
+
+
+def _log_mass_of_bit(value: Tensor, logits: Tensor) -> Tensor:
+    finite = torch.finfo(logits.dtype)
+    bounded = logits.clamp(finite.min, finite.max)  # 0 * inf would be nan
+    score = value * bounded - softplus(bounded)
+    return score.masked_fill(score < finite.min / 2, -math.inf)
+
+
+def _log_mass_of_index(value: Tensor, log_probs: Tensor) -> Tensor:
+    index, log_probs = torch.broadcast_tensors(value.long().unsqueeze(-1), log_probs)
+    return log_probs.gather(-1, index[..., :1]).squeeze(-1)
 
 
 def to_index(fn: Distribution, value: Tensor) -> Tensor:
@@ -149,10 +191,8 @@ def to_index(fn: Distribution, value: Tensor) -> Tensor:
 def from_index(fn: Distribution, index: Tensor) -> Tensor:
     """Write categories as values of ``fn``: the inverse of :func:`to_index`."""
     if is_one_hot(fn):
-        # Not torch's one_hot, which looks at the values and so waits for the device.
-        categories = torch.arange(fn.logits.shape[-1], device=index.device)
-        return (index.unsqueeze(-1) == categories).to(fn.logits.dtype)
-    return (1 - index).to(fn.logits.dtype) if is_bit(fn) else index
+        return one_at(index.unsqueeze(-1), fn.event_shape[-1], value_dtype(fn))
+    return (1 - index).to(value_dtype(fn)) if is_bit(fn) else index
 
 
 def uniform(like: Tensor, sample_shape: tuple[int, ...] = ()) -> Tensor:
@@ -165,12 +205,56 @@ def uniform(like: Tensor, sample_shape: tuple[int, ...] = ()) -> Tensor:
 
 @torch.no_grad()
 def exact_draw(fn: Distribution) -> Tensor:
-    """Draw from ``fn`` without gradient; Gumbel noise is in float32 or better."""
-    if is_one_hot(fn):
-        return draw_one_hot(fn.logits)
-    if is_categorical(fn):
-        return draw_one_hot(fn.logits).argmax(-1)
-    return fn.sample()
+    """Draw from ``fn`` without gradient, in the law of its numbers as they were given.
+
+    A distribution of no family known here is drawn as Pyro draws it.
+    """
+    if is_bit(fn):
+        probs = bit_probs(fn)
+        return (torch.rand_like(probs) < probs).to(value_dtype(fn))
+    if not has_logits(fn):
+        return fn() if callable(fn) else fn.sample()
+    masses = weights(fn)
+    if masses.is_cpu and plain_eager():
+        return from_index(fn, draw_index(masses).squeeze(-1))
+    one_hot = draw_one_hot(log_probs(fn))
+    return one_hot.argmax(-1) if is_categorical(fn) else one_hot.to(value_dtype(fn))
+
+
+def base_noise(fn: Distribution) -> Tensor | None:
+    """Draw noise that :func:`from_noise` turns into a value of ``fn``.
+
+    Other distributions of the same family and shape make of the same noise values that are alike
+    as their laws are.
+
+    Returns:
+        Gumbels, ``batch_shape + (C,)``, for one-hot vectors and categories; uniforms for bits and
+        normals for a Normal, ``batch_shape``; ``None`` for other families.
+    """
+    return _base_noise(fn, tuple(fn.batch_shape))
+
+
+def _base_noise(fn: Distribution, batch_shape: tuple[int, ...]) -> Tensor | None:
+    # In float64, lest improbable categories lie beyond the largest Gumbel.
+    if is_one_hot(fn) or is_categorical(fn):
+        logits = log_probs(fn)
+        return gumbel_noise((*batch_shape, logits.shape[-1]), torch.float64, logits.device)
+    if is_bit(fn):
+        return torch.rand(batch_shape, dtype=torch.float64, device=log_odds(fn).device)
+    if is_normal(fn):
+        return torch.randn(batch_shape, dtype=noise_dtype(fn.loc.dtype), device=fn.loc.device)
+    return None
+
+
+def from_noise(fn: Distribution, noise: Tensor) -> Tensor:
+    """Turn noise of :func:`base_noise` into a draw of ``fn``, a Normal's with its gradient."""
+    if is_normal(fn):
+        value = (fn.loc + fn.scale * noise).to(torch.promote_types(fn.loc.dtype, fn.scale.dtype))
+        return value if fn.has_rsample else value.detach()
+    with torch.no_grad():
+        if is_bit(fn):
+            return (noise < bit_probs(fn)).to(value_dtype(fn))
+        return from_index(fn, (log_probs(fn) + noise).max(-1).indices)
 
 
 def shared_noise_draw(fn: Distribution, dim: int, copies: int) -> Tensor | None:
@@ -184,24 +268,9 @@ def shared_noise_draw(fn: Distribution, dim: int, copies: int) -> Tensor | None:
     Returns:
         The draw, with gradient where ``fn`` is a Normal, or ``None`` for other families.
     """
-    if is_one_hot(fn) or is_categorical(fn):
-        phi = fn.logits.detach()
-        noise = gumbel_noise(_first_block(phi.shape, dim - 1, copies), phi.dtype, phi.device)
-        index = (phi + torch.cat([noise] * copies, dim - 1)).max(-1).indices
-        return from_index(fn, index)
-    if is_bit(fn):
-        probs = fn.logits.detach().sigmoid()
-        noise = uniform(probs.new_empty(_first_block(probs.shape, dim, copies)))
-        return (torch.cat([noise] * copies, dim) < probs).to(probs.dtype)
-    if isinstance(fn, Normal):
-        noise = torch.randn(
-            _first_block(fn.loc.shape, dim, copies), dtype=fn.loc.dtype, device=fn.loc.device
-        )
-        return fn.loc + fn.scale * torch.cat([noise] * copies, dim)
-    return None
-
-
-def _first_block(shape: torch.Size, dim: int, copies: int) -> list[int]:
-    block = list(shape)
+    block = list(fn.batch_shape)
     block[dim] //= copies
-    return block
+    noise = _base_noise(fn, tuple(block))
+    if noise is None:
+        return None
+    return from_noise(fn, torch.cat([noise] * copies, dim - (noise.dim() - len(block))))

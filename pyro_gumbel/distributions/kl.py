@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, OneHotCategorical, register_kl
 from torch.distributions import Gumbel as TorchGumbel
-from torch.nn.functional import logsigmoid
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-from pyro_gumbel.distributions._base import broadcast_shapes, plain_eager
-from pyro_gumbel.distributions._categorical import CategoricalDistribution
+from pyro_gumbel.distributions._base import at_hand, broadcast_shapes, plain_eager
 from pyro_gumbel.distributions._noise import noise_dtype
-from pyro_gumbel.distributions._parameters import CategoricalParameters
+from pyro_gumbel.distributions._numbers import bit_log_masses, log_probs
 from pyro_gumbel.distributions.gumbel import EULER_GAMMA, Gumbel
 from pyro_gumbel.distributions.one_hot import OneHot
 from pyro_gumbel.distributions.relaxed import RelaxedOneHot
@@ -52,7 +48,7 @@ class _Divergence(torch.autograd.Function):
         divergence = (p * difference).sum(-1)
         # Zeros need care where 0 * inf is nan. To ask is cheaper than to take it always, where no
         # device has to be waited for and nothing is being recorded.
-        if not _is_at_hand(divergence) or divergence.sum().isnan():
+        if not at_hand(divergence) or divergence.sum().isnan():
             difference.masked_fill_(p == 0, 0.0)
             divergence = (p * difference).sum(-1)
         ctx.save_for_backward(log_p, log_q, p, difference)
@@ -70,49 +66,6 @@ class _Divergence(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             for_q = -weight
         return for_p, for_q
-
-
-def _is_at_hand(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be looked at, now and for good, without waiting."""
-    return tensor.is_cpu and _len_torch_dispatch_stack() == 0 and not torch.jit.is_tracing()
-
-
-def _gives_probs(distribution: Any) -> bool:
-    """Whether torch's (one-hot) categorical or Bernoulli was given ``probs``."""
-    return distribution._param is distribution.__dict__.get("probs")
-
-
-def one_hot_log_probs(distribution: Any) -> Tensor:
-    """Log-probabilities of a one-hot distribution, ours, Pyro's or torch's, exact at zeros."""
-    if isinstance(distribution, CategoricalDistribution):
-        return distribution._parameters.log_probs
-    return categorical_log_probs(distribution._categorical)
-
-
-def categorical_log_probs(categorical: Any) -> Tensor:
-    """Log-probabilities of torch's distribution over indices, exact at zeros."""
-    if _gives_probs(categorical):  # torch's own logits of these would hide the zeros
-        return CategoricalParameters(categorical.probs, None).log_probs
-    logits = categorical.logits
-    if "probs" in categorical.__dict__:
-        # After expand torch cannot tell which was given. Logits of a probability that underflows
-        # are far lower than those it gives to a zero.
-        lowest = math.log(torch.finfo(logits.dtype).tiny)
-        zero = (categorical.probs == 0) & (logits > lowest)
-        logits = logits.masked_fill(zero, -math.inf)
-    if logits.dtype == noise_dtype(logits.dtype):
-        return logits  # torch has normalised them
-    return CategoricalParameters(None, logits).log_probs
-
-
-def bernoulli_log_masses(distribution: Any) -> Tensor:
-    """Log-probabilities of 0 and 1, stacked, of a Bernoulli; exact at zeros."""
-    if isinstance(distribution, RelaxedBernoulli):
-        return distribution._log_masses()
-    if _gives_probs(distribution):
-        return RelaxedBernoulli(1.0, distribution.probs, validate_args=False)._log_masses()
-    logits = distribution.logits.to(noise_dtype(distribution.logits.dtype))
-    return torch.stack([logsigmoid(-logits), logsigmoid(logits)], -1)
 
 
 def _check_discrete(*distributions: Distribution) -> None:
@@ -145,12 +98,12 @@ def _kl_one_hot(p: Distribution, q: Distribution) -> Tensor:
             f"KL divergence between {p!r} and {q!r}: the numbers of categories differ, "
             f"{p.event_shape[0]} and {q.event_shape[0]}."
         )
-    return _finish(p, q, kl_from_log_probs(one_hot_log_probs(p), one_hot_log_probs(q)))
+    return _finish(p, q, kl_from_log_probs(log_probs(p), log_probs(q)))
 
 
 def _kl_bernoulli(p: Distribution, q: Distribution) -> Tensor:
     _check_discrete(p, q)
-    return _finish(p, q, kl_from_log_probs(bernoulli_log_masses(p), bernoulli_log_masses(q)))
+    return _finish(p, q, kl_from_log_probs(bit_log_masses(p), bit_log_masses(q)))
 
 
 def _kl_gumbel(p: Any, q: Any) -> Tensor:

@@ -58,7 +58,7 @@ def draw_one_hot(logits: Tensor, sample_shape: Sequence[int] = ()) -> Tensor:
     # An offset common to all categories would cost the scores their last digits.
     phi = phi - phi.amax(-1, keepdim=True)
     if phi.is_cpu and plain_eager():
-        index = _invert_cumulative(phi.exp_(), torch.Size(sample_shape))
+        index = draw_index(phi.exp_(), torch.Size(sample_shape))
         shape = index.shape[:-1] + logits.shape[-1:]
         return torch.zeros(shape, dtype=logits.dtype).scatter_(-1, index, 1)
     log_noise = log_exponential_noise((*sample_shape, *phi.shape), phi.dtype, phi.device)
@@ -92,7 +92,7 @@ def _fused_kernel(device: torch.device) -> Callable[[Tensor, torch.Size], Tensor
     return _fused_draw.one_hot_draw
 
 
-def _invert_cumulative(weights: Tensor, sample_shape: torch.Size) -> Tensor:
+def draw_index(weights: Tensor, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
     """Draw indices, ``sample_shape + batch_shape + (1,)``, in proportion to ``weights``."""
     batch_shape, num_categories = weights.shape[:-1], weights.shape[-1]
     cumulative = weights.cumsum(-1, dtype=torch.float64)
@@ -107,13 +107,13 @@ def _invert_cumulative(weights: Tensor, sample_shape: torch.Size) -> Tensor:
 def one_hot_argmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
     """Put a one at the largest score of every row, and zeros elsewhere; no gradient."""
     index = scores.detach().max(-1, keepdim=True).indices  # on CPU `max` is faster than `argmax`
-    return one_at(index, scores, dtype)
+    return one_at(index, scores.shape[-1], dtype)
 
 
-def one_at(index: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Put a one at ``index``, ``(..., 1)``, of every row, and zeros elsewhere."""
-    zero = torch.zeros((), dtype=dtype or like.dtype, device=like.device)
-    return zero.expand(like.shape).scatter(-1, index, 1)
+def one_at(index: Tensor, num_categories: int, dtype: torch.dtype) -> Tensor:
+    """Put a one at ``index``, ``(..., 1)``, of every row of zeros, ``(..., num_categories)``."""
+    zero = torch.zeros((), dtype=dtype, device=index.device)
+    return zero.expand(*index.shape[:-1], num_categories).scatter(-1, index, 1)
 
 
 def multilinear_log_prob(value: Tensor, log_probs: Tensor) -> Tensor:

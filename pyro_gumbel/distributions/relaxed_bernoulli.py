@@ -14,20 +14,17 @@ from torch.nn.functional import logsigmoid
 from pyro_gumbel.distributions._base import as_floating, broadcast_shapes, checkable, may_cache
 from pyro_gumbel.distributions._density import log_coordinate_pair
 from pyro_gumbel.distributions._noise import logistic_noise
-from pyro_gumbel.distributions._parameters import align_temperature, check_one_given
+from pyro_gumbel.distributions._parameters import (
+    align_temperature,
+    check_one_given,
+    exact_logit,
+)
 from pyro_gumbel.distributions._straight_through import straight_through
 from pyro_gumbel.distributions._tempered import TemperedDistribution
 from pyro_gumbel.distributions._widen import widen
 from pyro_gumbel.distributions.one_hot import multilinear_log_prob
 
 __all__ = ["RelaxedBernoulli"]
-
-
-def exact_logit(probs: Tensor) -> Tensor:
-    """Log-odds that are exactly infinite at 0 and 1 and send no gradient there."""
-    zero, one = probs == 0, probs == 1
-    log_odds = probs.masked_fill(zero | one, 0.5).logit()
-    return log_odds.masked_fill(zero, -math.inf).masked_fill(one, math.inf)
 
 
 class RelaxedBernoulli(TemperedDistribution):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,9 +46,10 @@ def conditional_scores(
         -gumbel_noise((*sample_shape, *log_probs.shape), log_probs.dtype, log_probs.device)
     ).exp()
     top = (noise * hard).sum(-1, keepdim=True)
-    # A category of probability zero waits for ever; the clamp keeps its score finite.
+    # A category of probability zero waits for ever; the clamp keeps gradients finite.
     waits = noise * (-log_probs).clamp(max=80.0).exp()
-    return -torch.where(hard > 0, top, waits + top).log()
+    scores = -torch.where(hard > 0, top, waits + top).log()
+    return scores.masked_fill(log_probs == -math.inf, -math.inf)
 
 
 _AT_ONCE = 1 << 17  # numbers of which a few copies are held while draws are made

@@ -235,7 +235,9 @@ class GumbelStraightThrough(OneHotEstimator):
         )
         largest, index = scores.detach().max(-1, keepdim=True)
         tempered, peaks = (self._tempered(s, temperature) for s in (scores, largest))
-        return straight_through(one_at(index, scores), softmax(tempered, peaks))
+        return straight_through(
+            one_at(index, scores.shape[-1], scores.dtype), softmax(tempered, peaks)
+        )
 
 
 class GappedStraightThrough(OneHotEstimator):

@@ -11,22 +11,18 @@ from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
 from pyro_gumbel.distributions._base import broadcast_shapes
+from pyro_gumbel.distributions._numbers import bit_log_masses, log_probs
 from pyro_gumbel.distributions.families import is_bit, is_categorical, is_one_hot, unwrap
-from pyro_gumbel.distributions.kl import (
-    bernoulli_log_masses,
-    categorical_log_probs,
-    kl_from_log_probs,
-    one_hot_log_probs,
-)
+from pyro_gumbel.distributions.kl import kl_from_log_probs
 from pyro_gumbel.infer.checks import latent_sites
 from pyro_gumbel.infer.costs import Term, site_frames
 
 __all__ = ["analytic_kls"]
 
 _FAMILIES = (
-    (is_one_hot, one_hot_log_probs),
-    (is_bit, bernoulli_log_masses),
-    (is_categorical, categorical_log_probs),
+    (is_one_hot, log_probs),
+    (is_bit, bit_log_masses),
+    (is_categorical, log_probs),
 )
 
 
@@ -67,9 +63,9 @@ def _divergence(q: Any, p: Any) -> Tensor:
         joined = q.reinterpreted_batch_ndims
         if joined == p.reinterpreted_batch_ndims and q.event_shape == p.event_shape:
             return sum_rightmost(_divergence(q.base_dist, p.base_dist), joined)
-    for is_family, log_probs in _FAMILIES:
+    for is_family, read in _FAMILIES:
         if is_family(q) and is_family(p) and q.event_shape == p.event_shape:
-            log_q, log_p = log_probs(q), log_probs(p)
+            log_q, log_p = read(q), read(p)
             if log_q.shape[-1] == log_p.shape[-1]:
                 return kl_from_log_probs(log_q, log_p)
     return kl_divergence(q, p)

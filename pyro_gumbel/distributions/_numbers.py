@@ -1,0 +1,131 @@
+"""The probabilities of discrete distributions, read in the form in which they were given.
+
+Torch keeps the given one of ``probs`` and ``logits``, derives the other when it is asked for, and
+clamps the logits that it derives: there zeros get a share, and small probabilities too large a
+one. It checks both where Pyro's validation is on, and cannot tell them apart after ``expand``.
+Everything here is float32 or better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions.utils import logits_to_probs, probs_to_logits
+from torch.nn.functional import logsigmoid
+
+from pyro_gumbel.distributions._base import at_hand
+from pyro_gumbel.distributions._categorical import CategoricalDistribution
+from pyro_gumbel.distributions._noise import noise_dtype
+from pyro_gumbel.distributions._parameters import exact_log, exact_logit
+from pyro_gumbel.distributions._softmax import log_softmax
+from pyro_gumbel.distributions._widen import widen
+from pyro_gumbel.distributions.relaxed_bernoulli import RelaxedBernoulli
+
+__all__ = ["bit_log_masses", "bit_probs", "log_odds", "log_probs", "value_dtype", "weights"]
+
+
+def value_dtype(fn: Any) -> torch.dtype:
+    """The dtype of the parameters, and so of one-hot values and bits."""
+    own = getattr(fn, "dtype", None)
+    return fn._param.dtype if own is None else own
+
+
+def log_probs(fn: Any) -> Tensor:
+    """Normalised log-probabilities of a one-hot or categorical, ``batch_shape + (C,)``.
+
+    They are exactly ``-inf`` where the probability is zero.
+    """
+    if isinstance(fn, CategoricalDistribution):
+        return fn._parameters.log_probs.expand(fn.batch_shape + fn.event_shape)
+    return _read(getattr(fn, "_categorical", fn), _log, _normalise, is_binary=False)
+
+
+def log_odds(fn: Any) -> Tensor:
+    """Log-odds of a one of a Bernoulli, ``batch_shape``; infinite where it is certain."""
+    if isinstance(fn, RelaxedBernoulli):
+        return fn._log_odds().expand(fn.batch_shape)
+    return _read(fn, lambda probs: exact_logit(widen(probs)), widen, is_binary=True)
+
+
+def bit_log_masses(fn: Any) -> Tensor:
+    """Log-probabilities of 0 and of 1 of a Bernoulli, stacked at the end; exact at zeros."""
+    odds = log_odds(fn)
+    return torch.stack([logsigmoid(-odds), logsigmoid(odds)], -1)
+
+
+@torch.no_grad()
+def weights(fn: Any) -> Tensor:
+    """Probabilities of a one-hot or categorical, up to a factor for each row; no gradient."""
+    if not isinstance(fn, CategoricalDistribution):
+        probs = vars(getattr(fn, "_categorical", fn)).get("probs")
+        if probs is not None and probs.dtype == noise_dtype(probs.dtype):
+            return probs.detach()  # whichever was given: a softmax is not clamped
+    scores = log_probs(fn)
+    return (scores - scores.amax(-1, keepdim=True)).exp_()
+
+
+@torch.no_grad()
+def bit_probs(fn: Any) -> Tensor:
+    """The probability of a one of a Bernoulli, in float64 and without gradient."""
+    if not isinstance(fn, RelaxedBernoulli):
+        return _read(fn, Tensor.double, lambda odds: odds.double().sigmoid(), is_binary=True)
+    return log_odds(fn).double().sigmoid()
+
+
+def _log(probs: Tensor) -> Tensor:
+    # Torch has normalised them, in their own dtype.
+    return log_softmax(exact_log(widen(probs)))
+
+
+def _normalise(logits: Tensor) -> Tensor:
+    wide = widen(logits)
+    return wide if wide.dtype == logits.dtype else log_softmax(wide)
+
+
+def _read(
+    fn: Any,
+    from_probs: Callable[[Tensor], Tensor],
+    from_logits: Callable[[Tensor], Tensor],
+    *,
+    is_binary: bool,
+) -> Tensor:
+    """Compute from what torch's distribution was given; number by number where it has both."""
+    own = vars(fn)
+    probs, logits = own.get("probs"), own.get("logits")
+    if logits is None or own.get("_param") is probs:
+        return from_probs(own["probs"])
+    if probs is None:
+        return from_logits(logits)
+    # It was given the logits, or the probabilities and expanded with both.
+    if probs.dtype != noise_dtype(probs.dtype):
+        derived = _is_derived(logits, probs, is_binary)
+    else:
+        derived = _is_clamped(logits, probs, is_binary)
+        if at_hand(derived) and not derived.any():
+            return from_logits(logits)
+    return torch.where(derived, from_probs(probs), from_logits(logits))
+
+
+@torch.no_grad()
+def _is_derived(logits: Tensor, probs: Tensor, is_binary: bool) -> Tensor:
+    """Find which was derived from which: in half precision there is no way back."""
+    forth = logits == probs_to_logits(probs, is_binary)
+    back = probs == logits_to_probs(logits, is_binary)
+    return forth.sum() > back.sum()
+
+
+@torch.no_grad()
+def _is_clamped(logits: Tensor, probs: Tensor, is_binary: bool) -> Tensor:
+    """Find the logits that torch derived from probabilities too close to zero or to one.
+
+    They lie where the bound has its logit, which is far from that of the probability.
+    """
+    eps = torch.finfo(probs.dtype).eps
+    bounds = probs_to_logits(torch.tensor([0.0, 1.0], dtype=probs.dtype), is_binary).tolist()
+    clamped = (probs < 0.999 * eps) & (logits > bounds[0] - 5e-4)
+    if not is_binary:
+        return clamped
+    return clamped | ((probs > 1 - eps) & (logits < bounds[1] + 1e-2))

@@ -1,0 +1,216 @@
+"""Draws and masses follow the numbers of a distribution in the form in which they were given."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_gumbel.distributions import OneHot, RelaxedBernoulli, RelaxedOneHot
+from pyro_gumbel.distributions._numbers import log_odds, log_probs, weights
+from pyro_gumbel.distributions.families import (
+    base_noise,
+    exact_draw,
+    from_noise,
+    log_mass,
+    shared_noise_draw,
+    to_index,
+)
+
+DRAWS = 20_000
+INDEX = {
+    "categorical": dist.Categorical,
+    "one_hot": dist.OneHotCategorical,
+    "torch": torch.distributions.OneHotCategorical,
+    "OneHot": OneHot,
+    "RelaxedOneHot": lambda **given: RelaxedOneHot(0.5, straight_through=True, **given),
+}
+BITS = {
+    "bernoulli": dist.Bernoulli,
+    "RelaxedBernoulli": lambda **given: RelaxedBernoulli(0.5, straight_through=True, **given),
+}
+families = pytest.mark.parametrize("family", INDEX)
+bits = pytest.mark.parametrize("family", BITS)
+forms = pytest.mark.parametrize("form", ["probs", "logits"])
+dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+read_before = pytest.mark.parametrize("read_before", [False, True], ids=["fresh", "both_read"])
+
+
+def given(family, form, probs, dtype):
+    """The numbers in the form and the dtype, and the exact probabilities that they stand for.
+
+    Torch's classes normalise in the dtype itself: what they hold then is what counts.
+    """
+    binary = family in BITS
+    numbers = probs if form == "probs" else probs.logit() if binary else probs.log()
+    numbers = numbers.to(dtype)
+    held = getattr({**INDEX, **BITS}[family](**{form: numbers}), "_param", numbers).double()
+    if binary:
+        return numbers, held if form == "probs" else held.sigmoid()
+    exact = held if form == "probs" else held.exp()
+    return numbers, exact / exact.sum(-1, keepdim=True)
+
+
+def make(family, form, numbers, batch, read_before):
+    """A distribution in a plate; torch derives the other form where it is asked before."""
+    fn = {**INDEX, **BITS}[family](**{form: numbers})
+    if read_before:
+        assert fn.probs.shape == fn.logits.shape
+    return fn.expand(batch)
+
+
+def spread(num_categories):
+    """Probabilities from zero to near one, tiny ones among them."""
+    probs = torch.logspace(0, -9, num_categories, dtype=torch.float64)
+    probs[1::7] = 0.0
+    return probs / probs.sum()
+
+
+def worst_z(draws, probs):
+    """Compare the shares of categories with their probabilities."""
+    count = draws.numel()
+    counts = torch.bincount(draws.long().flatten(), minlength=len(probs)).double()
+    error = (count * probs * (1 - probs)).sqrt()
+    assert (counts[probs == 0] == 0).all()
+    # A count below one has no standard error to speak of.
+    return ((counts - count * probs).abs() / error.clamp(min=1.0)).max().item()
+
+
+@read_before
+@dtypes
+@forms
+@families
+def test_masses_and_weights_are_exact(family, form, dtype, read_before):
+    numbers, exact = given(family, form, spread(40), dtype)
+    fn = make(family, form, numbers, (3,), read_before)
+    masses = log_probs(fn).double().exp()
+    shares = weights(fn).double()
+    for found in (masses, shares / shares.sum(-1, keepdim=True)):
+        torch.testing.assert_close(found, exact.expand(3, -1), rtol=2e-5, atol=0.0)
+    assert (masses[:, exact == 0] == 0).all()
+
+
+@read_before
+@dtypes
+@forms
+@families
+def test_draws_follow_the_numbers(family, form, dtype, read_before):
+    numbers, exact = given(family, form, spread(40), dtype)
+    fn = make(family, form, numbers, (DRAWS,), read_before)
+    noise = base_noise(fn)
+    assert noise.dtype == torch.float64
+    for value in (exact_draw(fn), from_noise(fn, noise)):
+        assert value.shape == fn.batch_shape + fn.event_shape
+        assert value.dtype == (torch.int64 if family == "categorical" else dtype)
+        assert worst_z(to_index(fn, value), exact) < 5
+
+
+@read_before
+@dtypes
+@forms
+@bits
+def test_bits_follow_the_numbers(family, form, dtype, read_before):
+    probs = torch.tensor([0.0, 1e-9, 3e-3, 0.3, 0.9, 1 - 1e-6, 1.0], dtype=torch.float64)
+    numbers, exact = given(family, form, probs, dtype)
+    fn = make(family, form, numbers, (DRAWS, 7), read_before)
+    torch.testing.assert_close(log_odds(fn)[0].double(), exact.logit(), rtol=2e-6, atol=2e-6)
+    for value in (exact_draw(fn), from_noise(fn, base_noise(fn))):
+        assert value.dtype == dtype
+        share = value.double().mean(0)
+        error = (exact * (1 - exact) / DRAWS).sqrt().clamp(min=1 / DRAWS)
+        assert ((share - exact).abs() / error).max() < 5
+        assert (share[exact == 0] == 0).all()
+        assert (share[exact == 1] == 1).all()
+
+
+@forms
+@dtypes
+def test_many_tiny_categories_keep_their_share(form, dtype):
+    """One category in fifty thousand has half of the mass, the others the rest."""
+    probs = torch.full((50_000,), 1e-5, dtype=torch.float64)
+    probs[7], probs[::5] = 0.5, 0.0
+    with pyro.validation_enabled(False):  # torch takes none of these for a simplex
+        numbers, exact = given("one_hot", form, probs, dtype)
+        fn = make("one_hot", form, numbers, (500,), True)
+    index = exact_draw(fn).argmax(-1)
+    assert (exact[index] > 0).all()
+    share, expected = (index == 7).double().mean(), exact[7]
+    assert (share - expected).abs() < 5 * (expected * (1 - expected) / 500).sqrt()
+    torch.testing.assert_close(log_probs(fn)[0].double().exp(), exact, rtol=1e-4, atol=0.0)
+
+
+def test_noise_reaches_categories_of_any_probability():
+    fn = dist.Categorical(probs=torch.tensor([1.0, 1e-12, 0.0]))
+    assert from_noise(fn, torch.tensor([0.0, 28.0, 60.0], dtype=torch.float64)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("family", [*INDEX, *BITS])
+def test_masses_have_the_gradient_of_torch_in_probabilities(family, dtype):
+    binary = family in BITS
+    raw = torch.tensor([0.2, 0.5, 0.3, 0.7], dtype=dtype, requires_grad=True)
+    fn = {**INDEX, **BITS}[family](probs=raw)
+    law = dist.Bernoulli(probs=raw) if binary else dist.OneHotCategorical(probs=raw)
+    value = torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=dtype)
+    scored = value.argmax() if family == "categorical" else value
+    (ours,) = torch.autograd.grad(log_mass(fn, scored).sum(), raw)
+    (torchs,) = torch.autograd.grad(law.log_prob(value).sum(), raw)
+    torch.testing.assert_close(ours, torchs)
+
+
+@dtypes
+@read_before
+@pytest.mark.parametrize("family", INDEX)
+def test_gradients_are_finite_beside_impossible_categories(family, read_before, dtype):
+    raw = torch.tensor([0.0, 0.25, 0.75, 1e-7, 1e-42], dtype=dtype).requires_grad_()
+    levels = torch.arange(5, dtype=torch.float64)
+    fn = make(family, "probs", raw, (), read_before)
+    masses = log_probs(fn).exp()
+    (gradient,) = torch.autograd.grad((masses * levels).sum(), raw)
+    assert gradient.isfinite().all()
+    total = raw.detach().double().sum()
+    mean = (raw.detach().double() * levels).sum() / total
+    expected = (levels - mean) / total
+    torch.testing.assert_close(gradient[1:4].double(), expected[1:4], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("family", [*INDEX, *BITS, "normal"])
+def test_shared_noise_keeps_the_law_of_each_block(family):
+    """Two blocks of rows draw by the same noise, each from its own law."""
+    probs = torch.tensor([[0.2, 0.5, 0.3], [0.25, 0.4, 0.35]], dtype=torch.float64)
+    rows = probs.repeat_interleave(DRAWS, 0)
+    if family == "normal":
+        fn = dist.Normal(rows[:, 0], rows[:, 1])
+        value = shared_noise_draw(fn, -1, 2)
+        noise = (value - fn.loc) / fn.scale
+        torch.testing.assert_close(noise[:DRAWS], noise[DRAWS:])
+        assert noise[:DRAWS].mean().abs() < 5 / math.sqrt(DRAWS)
+        return
+    rows = rows[:, 0] if family in BITS else rows
+    fn = {**INDEX, **BITS}[family](probs=rows)
+    index = to_index(fn, shared_noise_draw(fn, -1, 2)).view(2, DRAWS)
+    for block, law in zip(index, probs, strict=True):
+        exact = torch.stack([law[0], 1 - law[0]]) if family in BITS else law
+        assert worst_z(block, exact) < 5
+    assert (index[0] == index[1]).double().mean() > 0.8
+
+
+def test_normal_draw_of_noise_carries_its_gradient():
+    loc = torch.tensor([0.3, -0.2], requires_grad=True)
+    fn = dist.Normal(loc, 2.0)
+    noise = base_noise(fn)
+    value = from_noise(fn, noise)
+    torch.testing.assert_close(value, loc + 2 * noise)
+    assert torch.autograd.grad(value.sum(), loc)[0].tolist() == [1.0, 1.0]
+    assert not from_noise(fn.has_rsample_(False), noise).requires_grad
+
+
+@pytest.mark.parametrize("fn", [dist.Poisson(1.0), dist.Gamma(1.0, 1.0), dist.LogNormal(0.0, 1.0)])
+def test_other_families_have_no_noise_of_ours(fn):
+    assert base_noise(fn) is None
+    assert shared_noise_draw(fn.expand([4]), -1, 2) is None
