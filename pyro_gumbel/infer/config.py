@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, cast
 
@@ -22,6 +21,7 @@ from pyro_gumbel.estimators.registry import (
     check_choice,
     did_you_mean,
 )
+from pyro_gumbel.infer._configured_guide import ConfiguredGuide, configure_module
 
 __all__ = ["Config", "GradientMessenger", "config_gradient", "resolve"]
 
@@ -141,10 +141,17 @@ def config_gradient(
 ) -> Callable[..., Any]:
     """Attach an estimator to each latent site of a guide.
 
+    A name in a config stands for one object, which belongs to the configured guide and keeps its
+    state from step to step. A copy of the configured guide (``copy.deepcopy``, ``pickle``) has
+    copies of guide and estimators. The parameters and the state of a configured guide are those of
+    the guide: ``Estimator_ELBO()(model, guide)`` is the module that holds the estimators' too.
+
     Args:
-        guide: A function or a module (``PyroModule``, autoguide). Left out, a decorator is
-            returned. A module gives a module of the same class with the same parameters and
-            attributes: it shares all of them with the original, which itself stays unconfigured.
+        guide: A function, a method or a module (``PyroModule``, autoguide). Left out, a decorator
+            is returned, for functions and for methods of a class; a decorated method shares its
+            estimators between all objects of the class. A module gives a module of the same class
+            with the same parameters and attributes: it shares all of them with the original, which
+            itself stays unconfigured.
         config: One of
 
             * an estimator, or a name such as ``"reinmax"``, for every site;
@@ -154,15 +161,16 @@ def config_gradient(
 
             ``"auto"`` is pathwise where a site can and else the score function with leave-one-out
             (two particles or more) or a moving average; ``"score"`` is the latter at every site.
-            The outermost configuration wins, also over ``pyro.sample(..., infer={"gradient":
-            ...})``. It is for the losses of this package: Pyro's own, such as ``Trace_ELBO``,
-            know nothing of it and take their own gradient.
+            Both leave the choice, and the state, to the ELBO. The outermost configuration wins,
+            also over ``pyro.sample(..., infer={"gradient": ...})``. It is for the losses of this
+            package: Pyro's own, such as ``Trace_ELBO``, ignore it and take their own gradient.
 
     Returns:
-        The configured guide.
+        The configured guide: a module where the guide is one, else a callable object with the
+        guide's name, docstring, signature and attributes.
 
     Raises:
-        TypeError: If the config is none of these, or the guide is no program.
+        TypeError: If the config is none of these, or the guide is a class or cannot be called.
         ValueError: If a name stands for no estimator; when the guide runs, if a site of the dict
             is not in it, or observed there.
 
@@ -175,6 +183,11 @@ def config_gradient(
         ...     pyro.sample("z", dist.OneHotCategorical(logits=logits))
         >>> guide()
     """
+    if isinstance(guide, type):
+        raise TypeError(
+            f"config_gradient: got the class {guide.__name__}; configure an object, "
+            f"config_gradient({guide.__name__}(...), config), or decorate the method that samples."
+        )
     if guide is not None and (isinstance(guide, Estimator) or not callable(guide)):
         raise TypeError(
             f"config_gradient: the first argument is the guide; got {guide!r}. "
@@ -187,46 +200,10 @@ def config_gradient(
         )
     if guide is None:
         return functools.partial(config_gradient, config=config)
-    return _configure(guide, config)
-
-
-def _configure(guide: Callable[..., Any], config: Config) -> Callable[..., Any]:
     messenger = GradientMessenger(config)
     if isinstance(guide, nn.Module):
-        return _configure_module(guide, messenger)
-
-    @functools.wraps(guide)
-    def configured(*args: Any, **kwargs: Any) -> Any:
-        return messenger.run(guide, *args, **kwargs)
-
-    configured.gradient_messenger = messenger  # type: ignore[attr-defined]
-    return configured
-
-
-def _configure_module(guide: nn.Module, messenger: GradientMessenger) -> nn.Module:
-    """Give the module a second face: same attributes, but calls run under the messenger."""
-
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        return messenger.run(type(guide).__call__, self, *args, **kwargs)
-
-    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # noqa: N807
-        return _configure_module, (guide, messenger)
-
-    namespace = {
-        "__call__": __call__,
-        "__reduce_ex__": __reduce_ex__,
-        "__module__": type(guide).__module__,
-        "__qualname__": type(guide).__qualname__,
-        "gradient_messenger": messenger,
-    }
-    configured = types.new_class(
-        type(guide).__name__, (type(guide),), exec_body=lambda ns: ns.update(namespace)
-    )
-    face: nn.Module = object.__new__(configured)
-    # One dict for both: parameters and lazily made attributes (an autoguide's prototype) are never
-    # out of step.
-    object.__setattr__(face, "__dict__", guide.__dict__)
-    return face
+        return configure_module(guide, messenger)
+    return ConfiguredGuide(guide, messenger)
 
 
 def resolve(

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from pyro_gumbel.infer._configured_guide import ConfiguredGuide
+
 __all__ = ["code_names", "is_users", "modules_of", "own_attributes", "reachable"]
 
 _COMMON = ("torch", "pyro", "pyro_gumbel", "numpy")
@@ -69,6 +71,8 @@ def code_names(code: CodeType) -> Iterator[str]:
 def _within(value: Any) -> Iterator[Any]:
     if isinstance(value, functools.partial):
         yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, ConfiguredGuide):
+        yield value.guide
     elif inspect.ismethod(value):
         yield from (value.__self__, value.__func__)
         if not isinstance(value.__self__, nn.Module):
