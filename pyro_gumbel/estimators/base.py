@@ -66,6 +66,7 @@ class Site:
         fn: The main path's distribution without ``to_event`` and ``mask``.
         event_dims: How many of its batch dimensions ``to_event`` joined.
         call: The programs and their arguments.
+        training: Whether this pass may change the state of estimators and baselines.
         values: The coupled values, ``(K, R) + batch_shape + event_shape``.
         cost: The detached cost that each value met, ``(K, R) + batch_shape``.
         live_cost: The same with its gradient.
@@ -98,12 +99,20 @@ class Site:
     """
 
     def __init__(
-        self, name: str, fn: Distribution, event_dims: int, call: Call, reader: SiteReader
+        self,
+        name: str,
+        fn: Distribution,
+        event_dims: int,
+        call: Call,
+        reader: SiteReader,
+        *,
+        training: bool = True,
     ) -> None:
         self.name = name
         self.fn = fn
         self.event_dims = event_dims
         self.call = call
+        self.training = training
         self._reader = reader
 
     @cached_property

@@ -19,6 +19,8 @@ __all__ = ["Baseline", "LeaveOneOut", "MovingAverage", "NeuralBaseline"]
 class Baseline(nn.Module):
     """What is subtracted from a particle's cost; it must not depend on the particle's draw.
 
+    A baseline with state changes it where ``site.training`` is true, and nowhere else.
+
     Example:
         One of your own: the least cost of any other particle, for each element of a plate.
 
@@ -82,8 +84,9 @@ class MovingAverage(Baseline):
     """An exponential moving average of past costs, one number a site.
 
     The average never contains the draw it is subtracted from, and is corrected for its start from
-    nothing (the first step has no baseline). It does not depend on positions in a minibatch, so
-    minibatches may differ in size. The state is part of ``state_dict``.
+    nothing (the first step has no baseline). It moves in training only. It does not depend on
+    positions in a minibatch, so minibatches may differ in size. The state is part of
+    ``state_dict``.
 
     Args:
         decay: Weight of the past, from 0 (the last step alone) to below 1.
@@ -119,6 +122,8 @@ class MovingAverage(Baseline):
         else:
             past, weight = past.to(mean), self._weights[site.name].to(mean)
             baseline = past / weight
+        if not site.training:
+            return baseline, None
         # One infinite cost must not stay in the average for good (inf - inf is not zero).
         mean = torch.where(mean - mean == 0, mean, baseline)
         self._sums[site.name] = torch.lerp(past, mean, 1 - self.decay)

@@ -23,6 +23,20 @@ class Estimator_ELBO(ParticleELBO):  # noqa: N801
     attached by :func:`~pyro_gumbel.infer.config_gradient` or by ``infer={"gradient": ...}`` at the
     site.
 
+    Training moves the state of estimators, evaluation does not. A pass that makes a gradient
+    advances every schedule and every moving average by one:
+
+    ================================================== ===============
+    call                                               moves the state
+    ================================================== ===============
+    ``SVI.step``, ``loss_and_grads``                   once
+    ``differentiable_loss``                            once
+    ``elbo(model, guide)`` as a module, in train mode  once
+    the same after ``.eval()``                         no
+    any of these under ``no_grad``, ``inference_mode`` no
+    ``SVI.evaluate_loss``, ``loss``                    no
+    ================================================== ===============
+
     As in Pyro, a site in a plate is taken to influence its own element of the plate alone. Where a
     later site of the guide gathers the elements outside of the plate, and sites of the plate
     depend on that one in turn, write ``.to_event(1)`` in place of the plate.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 
@@ -26,7 +27,9 @@ class LossModule(ELBOModule):
         self._waiting: dict[str, dict[str, Any]] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss, estimators = self.elbo.differentiable(Call(self.model, self.guide, args, kwargs))
+        call = Call(self.model, self.guide, args, kwargs)
+        training = self.training and torch.is_grad_enabled()
+        loss, estimators = self.elbo.differentiable(call, training=training)
         held = set(self.modules())
         for estimator in dict.fromkeys(estimators.values()):
             if estimator not in held:

@@ -131,9 +131,16 @@ class ParticleELBO(ELBO):
         """Estimate the negative bound by a scalar whose gradient is the estimators'."""
         return self.differentiable(Call(model, guide, args, kwargs))[0]
 
-    def differentiable(self, call: Call) -> tuple[Tensor, dict[str, Estimator]]:
-        """Return what :meth:`differentiable_loss` does, and each site's estimator."""
-        loss, surrogate, estimators = self._step(call)
+    def differentiable(
+        self, call: Call, *, training: bool = True
+    ) -> tuple[Tensor, dict[str, Estimator]]:
+        """Return what :meth:`differentiable_loss` does, and each site's estimator.
+
+        Args:
+            call: The programs and their arguments.
+            training: Whether to move schedules and baselines.
+        """
+        loss, surrogate, estimators = self._step(call, training=training)
         return loss + (surrogate - surrogate.detach()), estimators
 
     def loss_and_grads(
@@ -162,21 +169,32 @@ class ParticleELBO(ELBO):
     def _estimate(self, paths: Paths, call: Call) -> tuple[Tensor, Tensor]:
         """Estimate the bound, and give a surrogate with the gradient's estimate."""
 
-    def _step(self, call: Call) -> tuple[Tensor, Tensor, dict[str, Estimator]]:
-        """Do as :meth:`estimate_step`, and count an optimisation step."""
-        loss, surrogate, estimators = self.estimate_step(call)
-        finish_step(estimators)
+    def _step(
+        self, call: Call, *, training: bool = True
+    ) -> tuple[Tensor, Tensor, dict[str, Estimator]]:
+        """Do as :meth:`estimate_step`, and count an optimisation step in training."""
+        if torch.is_grad_enabled():
+            loss, surrogate, estimators = self.estimate_step(call, training=training)
+            if training:
+                finish_step(estimators)
+        else:  # there is nothing to differentiate
+            paths = self._run(call, SharedSubsample(), evaluate=True)
+            loss = surrogate = -self._value(paths)
+            estimators = paths.estimators
         if is_validation_enabled():
             warn_if_nan(loss, "loss")
         return loss, surrogate, estimators
 
-    def estimate_step(self, call: Call) -> tuple[Tensor, Tensor, dict[str, Estimator]]:
+    def estimate_step(
+        self, call: Call, *, training: bool = True
+    ) -> tuple[Tensor, Tensor, dict[str, Estimator]]:
         """Return the detached loss, the surrogate loss and each site's estimator.
 
-        Baselines move on; to count the step is left to :func:`finish_step`.
+        Baselines move on in training; to count the step is left to :func:`finish_step`.
         """
         subsample = SharedSubsample()
         paths = self._run(call, subsample, evaluate=False)
+        paths.training = training
         if is_validation_enabled():
             self._check_costs(paths, call, subsample)
         value, surrogate = self._estimate(paths, call)

@@ -25,7 +25,10 @@ class Paths:
     Attributes:
         groups: The passes.
         estimators: The estimator of each latent site, in program order.
+        training: Whether the step may change the state of estimators.
     """
+
+    training = True
 
     def __init__(self, groups: list[list[Run]]) -> None:
         self.groups = groups
@@ -105,7 +108,8 @@ class Paths:
     def site(self, name: str, call: Call) -> Site:
         """Put together what the estimator of ``name`` sees."""
         fn = self.having(name)[0][0].guide[name]["fn"]
-        return Site(name, unwrap(fn), event_dims(fn), call, _Reader(self, name, fn))
+        reader = _Reader(self, name, fn)
+        return Site(name, unwrap(fn), event_dims(fn), call, reader, training=self.training)
 
 
 class _Reader:

@@ -406,6 +406,7 @@ def test_an_infinite_cost_leaves_the_moving_average_usable():
 
     class FakeSite:
         name = "z"
+        training = True
 
     values = []
     for cost in costs:
