@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.distributions import Normal
+from torch.distributions import Normal, TransformedDistribution
 
 from pyro_gumbel.distributions.families import log_mass, shared_noise_draw
 from pyro_gumbel.estimators.base import Estimator
 
-__all__ = ["Pathwise"]
+__all__ = ["Pathwise", "path_of_score"]
 
 
 class Pathwise(Estimator):
@@ -53,9 +55,51 @@ class Pathwise(Estimator):
         return shared_noise_draw(fn, dim, copies) if isinstance(fn, Normal) else None
 
     def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
-        log_prob = log_mass(fn, value)
         # A Delta's log_density is the Jacobian of a value drawn upstream, not a score.
-        if not self.sticking_the_landing or isinstance(fn, Delta):
-            return log_prob
-        score = log_mass(fn, value.detach())
-        return log_prob - (score - score.detach())
+        if self.sticking_the_landing and not isinstance(fn, Delta):
+            return log_mass(fn, value).detach() + path_of_score(fn, value, instead="Pathwise()")
+        return score_given(
+            fn,
+            value,
+            instead="vectorize_particles=False, or Score(LeaveOneOut()) at sites whose coupled "
+            "estimator (DisARM() and the like) makes paths share this value",
+        )
+
+
+def path_of_score(fn: Distribution, value: Tensor, *, instead: str) -> Tensor:
+    """A tensor of value zero with the gradient of ``log_prob`` in the value alone.
+
+    The gradient passes through the value to what it was drawn by, and not through what it is
+    scored by. A transform that caches would score the noise in the value's place, so the value is
+    scored as if it had been given.
+
+    Raises:
+        ValueError: If the distribution scores nothing but its own draws; write ``instead``.
+    """
+    if not value.requires_grad:
+        return torch.zeros((), dtype=value.dtype, device=value.device)
+    given = value.detach().requires_grad_()
+    with torch.enable_grad():
+        score = score_given(fn, given, instead=instead).sum()
+    if not score.requires_grad:
+        return torch.zeros_like(score)
+    (slope,) = torch.autograd.grad(score, given, allow_unused=True, materialize_grads=True)
+    return sum_rightmost(slope * (value - value.detach()), fn.event_dim)
+
+
+def score_given(fn: Distribution, value: Tensor, *, instead: str) -> Tensor:
+    """Score a value that need not be the tensor that ``fn`` drew last.
+
+    Raises:
+        ValueError: If a transform without an inverse would be needed; write ``instead``.
+    """
+    try:
+        return log_mass(fn, value)
+    except (KeyError, NotImplementedError) as error:
+        if not isinstance(fn, TransformedDistribution):
+            raise
+        transforms = ", ".join(type(transform).__name__ for transform in fn.transforms)
+        raise ValueError(
+            f"{transforms} has no inverse and scores only the tensor that it drew last. Write "
+            f"{instead}, or a flow that has an inverse."
+        ) from error

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from pyro_gumbel.estimators import Call, Pathwise, Score
-from pyro_gumbel.infer.costs import Frames
+from pyro_gumbel.estimators import Call, Score
+from pyro_gumbel.infer._doubly_reparameterized import doubly_reparameterize
+from pyro_gumbel.infer._log_weights import LogWeights, filled, vimco_signal
 from pyro_gumbel.infer.particle_elbo import ParticleELBO
 from pyro_gumbel.infer.paths import Paths
 from pyro_gumbel.infer.run import Run
@@ -74,24 +73,17 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
         self.full_scores = True  # under the logarithm the score of q has no mean of zero
 
     def _value(self, paths: Paths) -> Tensor:
-        return _bound(_LogWeights(paths)).sum()
+        return LogWeights(_mains(paths)).bound().sum()
 
     def _estimate(self, paths: Paths, call: Call) -> tuple[Tensor, Tensor]:
         self._check(paths)
-        weights = _LogWeights(paths)
+        weights = LogWeights(_mains(paths))
         if self.doubly_reparameterized:
-            _double_reparameterize(paths, weights)
-        bound = _bound(weights)
-        surrogate = bound.sum()
-        scored = [
-            name for name, estimator in paths.estimators.items() if isinstance(estimator, Score)
-        ]
-        if scored:
-            signal = _vimco_signal(weights, bound)
-            for name in scored:
-                log_prob = weights.align(paths, name)
-                surrogate = surrogate + (signal * log_prob).sum()
-        return bound.sum(), surrogate
+            weights = doubly_reparameterize(weights)
+        bound = surrogate = weights.bound().sum()
+        if any(isinstance(estimator, Score) for estimator in paths.estimators.values()):
+            surrogate = surrogate + _scores(weights)
+        return bound, surrogate
 
     def _check(self, paths: Paths) -> None:
         for name, estimator in paths.estimators.items():
@@ -121,119 +113,17 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
                 )
 
 
-class _LogWeights:
-    """Log importance weights ``(K,) + common plates``, with gradient, and what they count for.
-
-    Attributes:
-        frames: The plates that every site is in.
-        value: The log-weights, without the scale that subsampling puts on the common plates.
-        scale: That scale.
-    """
-
-    def __init__(self, paths: Paths) -> None:
-        runs = [group[0] for group in paths.groups]
-        particles = {
-            run.layout.particle_dim for run in runs if run.layout.particle_dim is not None
-        }
-        frames = [term.frames for run in runs for term in run.costs.terms]
-        common = frozenset.intersection(*frames) if frames else frozenset()
-        self.frames: Frames = frozenset(f for f in common if f.dim not in particles)
-        self.scale = math.prod(_plate_scale(frame) for frame in self.frames)
-        self.value = torch.cat([self._of_run(run) for run in runs])
-
-    def _of_run(self, run: Run) -> Tensor:
-        total = None
-        for term in run.costs.terms:
-            part = self.common(term.value, run) / self.scale
-            total = part if total is None else total + part
-        if total is None:
-            return torch.zeros(run.layout.repetitions)
-        return run.layout.split(total)[0]
-
-    def common(self, value: Tensor, run: Run) -> Tensor:
-        """Sum a tensor over the plates that are not common."""
-        kept = {frame.dim for frame in self.frames} | {run.layout.particle_dim}
-        dims = [dim for dim in range(-value.dim(), 0) if dim not in kept]
-        return value.sum(dims, keepdim=True) if dims else value
-
-    def align(self, paths: Paths, name: str) -> Tensor:
-        """The score of a site for each weight, with as many dimensions."""
-        score = paths.gather(name, lambda run: self.common(run.log_prob(name), run))[0]
-        missing = self.value.dim() - score.dim()
-        return score.reshape(score.shape[:1] + (1,) * missing + score.shape[1:])
+def _mains(paths: Paths) -> list[Run]:
+    """The runs of the main path: one of all particles, or one each."""
+    return [group[0] for group in paths.groups]
 
 
-def _plate_scale(frame: CondIndepStackFrame) -> float:
-    full = frame.full_size if frame.full_size is not None else frame.size
-    return full / frame.size
-
-
-def _bound(weights: _LogWeights) -> Tensor:
-    """The bound of each element of the common plates, scaled."""
-    count = weights.value.shape[0]
-    return weights.scale * (weights.value.logsumexp(0) - math.log(count))
-
-
-@torch.no_grad()
-def _vimco_signal(weights: _LogWeights, bound: Tensor) -> Tensor:
-    """What each particle adds to the bound, ``(K,) + common plates``."""
-    log_w = weights.value.detach()
-    count = log_w.shape[0]
-    stand_in = (log_w.sum(0) - log_w) / (count - 1)
-    # Row k has particle k's weight replaced by the geometric mean of the others'.
-    replaced = log_w.expand(count, *log_w.shape).clone()
-    index = torch.arange(count, device=log_w.device)
-    replaced[index, index] = stand_in
-    without = weights.scale * (replaced.logsumexp(1) - math.log(count))
-    return bound.detach() - without
-
-
-def _double_reparameterize(paths: Paths, weights: _LogWeights) -> None:
-    """Square the weights on the paths of the sites that allow it, and drop their scores."""
-    normalised = weights.value.detach().softmax(0)
-    corrections = []
-    for index, (run, *_) in enumerate(paths.groups):
-        share = normalised if len(paths.groups) == 1 else normalised[index : index + 1]
-        total = torch.zeros_like(share)
+def _scores(weights: LogWeights) -> Tensor:
+    """Sum VIMCO's signal times the score of each site that asks for it."""
+    total = torch.zeros((), dtype=weights.value.dtype, device=weights.value.device)
+    for run, signal in zip(weights.runs, weights.by_run(vimco_signal(weights)), strict=True):
         for name, estimator in run.estimators.items():
-            if isinstance(estimator, Pathwise) and not _feeds_later_site(run, name):
-                total = total + _drop_score(run, name, weights)
-                _weigh_gradient(run, name, share)
-        corrections.append(total)
-    weights.value = weights.value + torch.cat(corrections)
-
-
-def _feeds_later_site(run: Run, name: str) -> bool:
-    """Tell whether the distribution of a later site of the guide depends on this one's value."""
-    value, names = run.value(name), list(run.estimators)
-    if not value.requires_grad:
-        return True
-    for later in names[names.index(name) + 1 :]:
-        score = run.log_prob(later).sum()
-        if score.requires_grad:
-            (grad,) = torch.autograd.grad(score, value, retain_graph=True, allow_unused=True)
-            if grad is not None:
-                return True
-    return False
-
-
-def _drop_score(run: Run, name: str, weights: _LogWeights) -> Tensor:
-    """What cancels the gradient of ``log q`` in its parameters, and has the value zero."""
-    score = run.fixed_value_score(name)
-    score = weights.common(score, run) / weights.scale
-    return run.layout.split(score - score.detach())[0]
-
-
-def _weigh_gradient(run: Run, name: str, share: Tensor) -> None:
-    """Multiply the gradient that reaches a value by its particle's normalised weight."""
-    value, event_dim = run.value(name), run.guide[name]["fn"].event_dim
-    weight = share.reshape(share.shape + (1,) * event_dim)
-    if run.layout.particle_dim is None:
-        weight = weight[0]
-        while weight.dim() > value.dim():
-            weight = weight.squeeze(0)
-        value.register_hook(lambda grad: grad * weight)
-        return
-    dim = run.layout.particle_dim - event_dim
-    rows = weight.movedim(0, dim)
-    value.register_hook(lambda grad: grad * rows)
+            if isinstance(estimator, Score):
+                log_prob = run.layout.split(weights.common(run.log_prob(name), run))[0]
+                total = total + (signal * filled(log_prob, signal.dim())).sum()
+    return total

@@ -78,12 +78,6 @@ class Run:
             raw = self._scores[name] = log_mass(unwrap(fn), self.value(name))
         return sum_rightmost(raw, event_dims(fn))
 
-    def fixed_value_score(self, name: str) -> Tensor:
-        """Score a site's value, held fixed, as in the ELBO's terms: scaled and masked."""
-        site = self.guide[name]
-        raw = log_mass(unwrap(site["fn"]), site["value"].detach())
-        return scale_and_mask(_apply_wrappers(site["fn"], raw), site["scale"], site["mask"])
-
     def cost(self, name: str, *, live: bool = False) -> Tensor:
         """The downstream cost of a site, shaped like its ``log_prob``, detached unless live."""
         like = self.log_prob(name)
@@ -193,7 +187,8 @@ def _collect(
         elif full_scores:
             raw = scores[name] = log_mass(unwrap(site["fn"]), site["value"])
         else:
-            raw = estimator.log_prob(unwrap(site["fn"]), site["value"])
+            with _named_errors(site):
+                raw = estimator.log_prob(unwrap(site["fn"]), site["value"])
             if type(estimator).log_prob is Estimator.log_prob:
                 scores[name] = raw
             if not estimator.keeps_score_gradient:

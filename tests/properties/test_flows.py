@@ -1,7 +1,8 @@
-"""Guides with normalising flows: those that know no inverse score their own draws all the same."""
+"""Guides with normalising flows: each way to their gradient, with and without an inverse."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,13 @@ import pyro.distributions as dist
 import pyro.distributions.transforms as T
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoNormalizingFlow
 from torch import Tensor
 
-from pyro_gumbel.infer import Estimator_ELBO, ImportanceWeighted_ELBO
+from pyro_gumbel.estimators import DisARM, LeaveOneOut, Pathwise, Score
+from pyro_gumbel.infer import Estimator_ELBO, ImportanceWeighted_ELBO, config_gradient
 
 WITHOUT_INVERSE: dict[str, Callable[[int], Any]] = {
     "planar": T.planar,
@@ -30,9 +33,9 @@ LOSSES = {
 }
 
 
-def model() -> None:
+def model(x: Tensor | float = 1.0) -> None:
     z = pyro.sample("z", dist.Normal(torch.tensor([0.3, -0.2]), 1.0).to_event(1))
-    pyro.sample("x", dist.Normal(z.sum(-1), 0.7), obs=torch.tensor(1.0))
+    pyro.sample("x", dist.Normal(z.sum(-1), 0.7), obs=torch.as_tensor(x))
 
 
 def guide_of(flow: Any) -> Callable[[], None]:
@@ -44,9 +47,11 @@ def guide_of(flow: Any) -> Callable[[], None]:
     return guide
 
 
-def step(elbo: Any, guide: Callable[[], None]) -> list[Tensor]:
+def step(
+    elbo: Any, guide: Callable[[], None], model: Callable[[], None] = model, seed: int = 3
+) -> list[Tensor]:
     """The loss and the gradients of one step from a known seed."""
-    pyro.set_rng_seed(3)
+    pyro.set_rng_seed(seed)
     loss = torch.as_tensor(elbo.loss_and_grads(model, guide))
     params = list(pyro.get_param_store()._params.values())
     grads = [param.grad.clone() for param in params if param.grad is not None]
@@ -91,3 +96,185 @@ def test_the_flow_of_an_autoguide_steps_as_pyro_s(
     )
     assert len(ours) > 2
     torch.testing.assert_close(ours, pyros, rtol=1e-5, atol=1e-6)
+
+
+def sticking(guide: Any) -> Any:
+    return config_gradient(guide, Pathwise(sticking_the_landing=True))
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("flow", WITHOUT_INVERSE)
+def test_flows_without_an_inverse_are_refused_where_values_are_scored_by_themselves(
+    flow: str, vectorize: bool
+) -> None:
+    guide = guide_of(WITHOUT_INVERSE[flow](2))
+    options = {"vectorize_particles": vectorize, "max_plate_nesting": 0}
+    doubly = ImportanceWeighted_ELBO(2, doubly_reparameterized=True, **options)
+    with pytest.raises(ValueError, match=r"'z'.*no inverse.*doubly_reparameterized=False"):
+        doubly.loss_and_grads(model, guide)
+    with pytest.raises(ValueError, match=r"'z'.*no inverse.*Write Pathwise\(\)"):
+        Estimator_ELBO(2, **options).loss_and_grads(model, sticking(guide))
+    assert math.isfinite(Estimator_ELBO(2, **options).loss(model, sticking(guide)))
+
+
+CLOSED_FORMS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "normal": dist.Normal,
+    "lognormal": dist.LogNormal,
+}
+
+
+def transformed(form: str, cache_size: int, compose: bool) -> Callable[[Tensor, Tensor], Any]:
+    """The closed form as a transformed standard normal, drawn from the same noise."""
+
+    def make(loc: Tensor, scale: Tensor) -> Any:
+        transforms: list[Any] = [T.AffineTransform(loc, scale, cache_size=cache_size)]
+        if form == "lognormal":
+            transforms.append(T.ExpTransform(cache_size=cache_size))
+        if compose:
+            transforms = [T.ComposeTransform(transforms, cache_size=cache_size)]
+        return dist.TransformedDistribution(dist.Normal(torch.zeros(5), 1.0), transforms)
+
+    return make
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("compose", [False, True], ids=["list", "composed"])
+@pytest.mark.parametrize("cache_size", [0, 1])
+@pytest.mark.parametrize("form", CLOSED_FORMS)
+@pytest.mark.parametrize("way", ["doubly", "sticking", "plain"])
+def test_transforms_have_the_gradient_of_the_closed_form(
+    way: str, form: str, cache_size: int, compose: bool, vectorize: bool
+) -> None:
+    torch.set_default_dtype(torch.float64)
+
+    def scaled_model() -> None:
+        with pyro.plate("n", 5), poutine.scale(scale=0.3):
+            z = pyro.sample("z", CLOSED_FORMS[form](torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.7), obs=torch.ones(5))
+
+    def scaled_guide(make: Callable[[Tensor, Tensor], Any]) -> Callable[[], None]:
+        def guide() -> None:
+            loc, scale = pyro.param("loc", torch.tensor(-0.5)), pyro.param("s", torch.tensor(0.7))
+            with pyro.plate("n", 5), poutine.scale(scale=0.3):
+                pyro.sample("z", make(loc, scale))
+
+        return sticking(guide) if way == "sticking" else guide
+
+    options = {"vectorize_particles": vectorize, "max_plate_nesting": 1}
+    loss: Any = Estimator_ELBO(3, **options)
+    if way == "doubly":
+        loss = ImportanceWeighted_ELBO(3, doubly_reparameterized=True, **options)
+    flow = transformed(form, cache_size, compose)
+    found = step(loss, scaled_guide(flow), scaled_model)
+    expected = step(loss, scaled_guide(CLOSED_FORMS[form]), scaled_model)
+    assert len(found) == 3
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+WITH_INVERSE: dict[str, Callable[[int], Any]] = {
+    "affine_autoregressive": T.affine_autoregressive,
+    "affine_coupling": T.affine_coupling,
+    "spline_coupling": T.spline_coupling,
+    "householder": T.householder,
+    "matrix_exponential": T.matrix_exponential,
+}
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("way", ["doubly", "sticking"])
+@pytest.mark.parametrize("flow", WITH_INVERSE)
+def test_flows_with_an_inverse_have_the_mean_of_the_plain_gradient(
+    flow: str, way: str, vectorize: bool
+) -> None:
+    repeats, batches = 200, 30
+    flow_of_two = WITH_INVERSE[flow](2)
+
+    def repeated_model() -> None:
+        with pyro.plate("n", repeats):
+            model(torch.ones(repeats))
+
+    def repeated_guide() -> None:
+        with pyro.plate("n", repeats):
+            guide_of(flow_of_two)()
+
+    options = {"vectorize_particles": vectorize, "max_plate_nesting": 1}
+    plain: Any = Estimator_ELBO(3, **options)
+    special: Any = plain
+    if way == "doubly":
+        plain = ImportanceWeighted_ELBO(3, **options)
+        special = ImportanceWeighted_ELBO(3, doubly_reparameterized=True, **options)
+    chosen = sticking(repeated_guide) if way == "sticking" else repeated_guide
+    results = []
+    for loss, guide in ((plain, repeated_guide), (special, chosen)):
+        draws = []
+        for seed in range(batches):
+            _, *grads = step(loss, guide, repeated_model, seed)
+            draws.append(torch.cat([grad.flatten() for grad in grads]))
+        results.append(torch.stack(draws) / repeats)
+    gap = results[1] - results[0]  # of the same noise
+    error = gap.std(0) / math.sqrt(batches)
+    assert error.max() < 0.1 * results[0].mean(0).norm()
+    assert (gap.mean(0).abs() < 5 * error + 1e-6).all()
+
+
+def beside_a_bit() -> tuple[Callable[[], None], Callable[[], None]]:
+    """A flow, and a bit before it on which its base depends."""
+    flow, n = T.planar(2), 200
+
+    def bit_model() -> None:
+        with pyro.plate("n", n):
+            b = pyro.sample("b", dist.Bernoulli(0.3))
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1) + 2 * b, 0.7), obs=torch.ones(n))
+
+    def bit_guide() -> None:
+        pyro.module("flow", flow)
+        logit = pyro.param("logit", torch.tensor(0.4))
+        with pyro.plate("n", n):
+            b = pyro.sample("b", dist.Bernoulli(logits=logit))
+            base = dist.Normal(b.unsqueeze(-1) * torch.tensor([0.5, -0.3]), 1.0).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+
+    return bit_model, bit_guide
+
+
+def test_branches_of_a_coupled_bit_draw_from_a_flow_by_loops() -> None:
+    bit_model, bit_guide = beside_a_bit()
+    results = []
+    for estimator in (DisARM(), Score(LeaveOneOut())):
+        loss = Estimator_ELBO(2, max_plate_nesting=1)
+        configured = config_gradient(bit_guide, {"b": estimator})
+        draws = []
+        for seed in range(100):
+            _, *grads = step(loss, configured, bit_model, seed)
+            draws.append(torch.cat([grad.flatten() for grad in grads]) / 200)
+        results.append(torch.stack(draws))
+    difference = results[0].mean(0) - results[1].mean(0)
+    error = ((results[0].var(0) + results[1].var(0)) / 100).sqrt()
+    assert error.max() < 0.05 * results[1].mean(0).norm()
+    assert (difference.abs() < 5 * error + 1e-6).all()
+
+
+def test_a_value_shared_by_branches_names_the_flow_and_the_way_out() -> None:
+    """The flow comes first, so that the bit's branches have its value in rows of their own."""
+    flow = T.planar(2)
+
+    def flow_first() -> None:
+        pyro.module("flow", flow)
+        z = pyro.sample(
+            "z", dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0), [flow])
+        )
+        pyro.sample("b", dist.Bernoulli(logits=z.sum(-1)))
+
+    def flow_first_model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("b", dist.Bernoulli(logits=z[..., 0]))
+
+    configured = config_gradient(flow_first, {"b": DisARM()})
+    rows, loop = (
+        Estimator_ELBO(2, vectorize_particles=vectorize, max_plate_nesting=0)
+        for vectorize in (True, False)
+    )
+    with pytest.raises(ValueError, match=r"'z'.*Planar has no inverse.*vectorize_particles=False"):
+        rows.loss_and_grads(flow_first_model, configured)
+    assert math.isfinite(loop.loss_and_grads(flow_first_model, configured))

@@ -1,0 +1,162 @@
+r"""Doubly reparameterised gradients of the importance-weighted bound.
+
+Let a site's :math:`\log q(z)` enter the log weight :math:`\ell_k` with the coefficient :math:`c`:
+its scale and mask, over the scale of the common plates, which is outside of the logarithm. With
+the normalised weight :math:`w_k`, the bound's gradient passes through particle ``k`` as
+
+.. math::
+    w_k \Bigl(\frac{\partial \ell_k}{\partial z} \frac{dz}{d\phi}
+    - c\, \partial_\phi \log q_\phi(z)\Bigr),
+
+:math:`\partial_\phi` holding ``z`` fixed. The value was drawn from :math:`q`, whatever its scale
+and mask, so the score function's gradient of an expectation is the path's:
+
+.. math::
+    E[w_k\, \partial_\phi \log q_\phi(z)]
+    = E\Bigl[\frac{\partial w_k}{\partial z} \frac{dz}{d\phi}\Bigr]
+    = E\Bigl[(w_k - w_k^2) \frac{\partial \ell_k}{\partial z} \frac{dz}{d\phi}\Bigr].
+
+So the score is dropped and the path has the weight :math:`w_k - c\,(w_k - w_k^2)`. The logarithm
+supplies :math:`w_k`; the gradient that reaches the value is multiplied by the remaining
+:math:`1 - c\,(1 - w_k)`.
+
+The second step needs all of the weight's dependence on the value. Where a later site of the guide
+is drawn from a distribution that depends on it, that site's draw is part of it, so that the plain
+gradient is kept. The parameters :math:`\phi` of a site are all that its distribution is computed
+from, earlier values included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from pyro.distributions import Delta, Distribution, MaskedDistribution
+from pyro.distributions.util import scale_and_mask, sum_rightmost
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyro_gumbel.distributions.families import event_dims, unwrap
+from pyro_gumbel.estimators import Pathwise
+from pyro_gumbel.estimators.pathwise import path_of_score
+from pyro_gumbel.infer._log_weights import LogWeights
+from pyro_gumbel.infer.run import Run
+
+__all__ = ["doubly_reparameterize"]
+
+
+def doubly_reparameterize(weights: LogWeights) -> LogWeights:
+    """Weigh the paths of the sites that allow it anew, and drop their scores.
+
+    Raises:
+        ValueError: With the site's name, if its distribution cannot score a given value.
+    """
+    terms = []
+    for run, shares in zip(weights.runs, weights.by_run(weights.normalised()), strict=True):
+        lines = {}
+        for name in filter(lambda name: _applies(run, name), run.estimators):
+            coefficient = _coefficient(run.guide[name])
+            lines[name] = _path_of_log_q(run, name, coefficient)
+            _weigh_gradient(run, name, shares, coefficient / weights.scale)
+        terms.append(
+            [
+                dataclasses.replace(term, value=term.value.detach() - lines[term.site])
+                if term.site in lines and not term.of_model
+                else term
+                for term in run.costs.terms
+            ]
+        )
+    return LogWeights(weights.runs, terms)
+
+
+def _applies(run: Run, name: str) -> bool:
+    return (
+        isinstance(run.estimators[name], Pathwise)
+        and run.value(name).requires_grad
+        and _is_reparameterised(unwrap(run.guide[name]["fn"]))
+        and not _feeds_later_site(run, name)
+    )
+
+
+def _is_reparameterised(fn: Any) -> bool:
+    """Return whether draws have a density and the path is all of its gradient.
+
+    Given values (Delta) and straight-through ones have none, and a distribution with score parts
+    of its own is drawn by rejection.
+    """
+    if isinstance(fn, Delta) or type(fn).score_parts is not Distribution.score_parts:
+        return False
+    try:
+        return not fn.support.is_discrete
+    except NotImplementedError:
+        return True
+
+
+def _feeds_later_site(run: Run, name: str) -> bool:
+    """Return whether the distribution of a later site of the guide depends on this one's value.
+
+    The given value of a later Delta may depend on it: that is part of the path.
+    """
+    value, names = run.value(name), list(run.estimators)
+    for later in names[names.index(name) + 1 :]:
+        if isinstance(unwrap(run.guide[later]["fn"]), Delta):
+            continue
+        score = run.log_prob(later).sum()
+        if score.requires_grad:
+            (grad,) = torch.autograd.grad(score, value, retain_graph=True, allow_unused=True)
+            if grad is not None:
+                return True
+    return False
+
+
+def _coefficient(site: Any) -> Tensor:
+    """Scale and mask of each variable's ``log q``, of the unwrapped distribution's batch shape."""
+    fn = site["fn"]
+    masked = _apply_masks(fn, site["value"].new_ones(unwrap(fn).batch_shape))
+    scale, mask = (_per_variable(number, fn) for number in (site["scale"], site["mask"]))
+    return scale_and_mask(masked, scale, mask).detach()
+
+
+def _apply_masks(fn: Any, ones: Tensor) -> Tensor:
+    if isinstance(fn, Independent):
+        return _apply_masks(fn.base_dist, ones)
+    if isinstance(fn, MaskedDistribution):
+        mask = _per_variable(fn._mask, fn.base_dist)
+        return scale_and_mask(_apply_masks(fn.base_dist, ones), mask=mask)
+    return ones
+
+
+def _per_variable(number: Any, fn: Any) -> Any:
+    """Align a scale or mask of a distribution's batch with the variables of ``to_event``."""
+    if isinstance(number, Tensor):
+        return number.reshape(number.shape + (1,) * event_dims(fn))
+    return number
+
+
+def _path_of_log_q(run: Run, name: str, coefficient: Tensor) -> Tensor:
+    """A tensor of value zero with the gradient of the site's ``log q`` in its value alone."""
+    fn = run.guide[name]["fn"]
+    instead = "ImportanceWeighted_ELBO(..., doubly_reparameterized=False)"
+    try:
+        path = path_of_score(unwrap(fn), run.value(name), instead=instead)
+    except ValueError as error:
+        raise ValueError(
+            f"At site {name!r}, a doubly reparameterised gradient scores a copy of the value: "
+            f"{error}"
+        ) from error
+    return sum_rightmost(coefficient * path, event_dims(fn))
+
+
+def _weigh_gradient(run: Run, name: str, shares: Tensor, coefficient: Tensor) -> None:
+    """Multiply the gradient that reaches a value by ``1 - c (1 - w)``."""
+    value, fn = run.value(name), run.guide[name]["fn"]
+    joined, event_dim = event_dims(fn), unwrap(fn).event_dim
+    particle_dim = run.layout.particle_dim
+    share = shares[0] if particle_dim is None else shares.movedim(0, particle_dim)
+    batch_dims = value.dim() - joined - event_dim
+    # What is left of the site's own dimensions are ones.
+    share = share.reshape(share.shape[max(0, share.dim() - batch_dims) :] + (1,) * joined)
+    factor = share + (1 - coefficient) * (1 - share)
+    factor = factor.reshape(factor.shape + (1,) * event_dim).to(value.dtype)
+    value.register_hook(lambda grad: grad * factor)

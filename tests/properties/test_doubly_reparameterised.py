@@ -1,0 +1,102 @@
+"""Doubly reparameterised gradients where scales, masks and subsampling weigh log q."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import Normal
+from weighed_programs import CASES, X, by_formula, mean_gradients, programs, recorded_gradients
+
+from pyro_gumbel.estimators import Score
+from pyro_gumbel.infer import ImportanceWeighted_ELBO, config_gradient
+
+
+@pytest.fixture(autouse=True)
+def _double() -> None:
+    torch.set_default_dtype(torch.float64)
+
+
+def elbo(num_particles: int, *, doubly: bool, vectorize: bool) -> ImportanceWeighted_ELBO:
+    return ImportanceWeighted_ELBO(
+        num_particles,
+        doubly_reparameterized=doubly,
+        vectorize_particles=vectorize,
+        max_plate_nesting=2,
+    )
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "bits"])
+def test_each_draw_follows_the_formula(name: str, vectorize: bool) -> None:
+    case = CASES[name]
+    loss = elbo(3, doubly=True, vectorize=vectorize)
+    found, w, z = recorded_gradients(loss, {}, case, repeats=5)
+
+    def weigh(log_w: Tensor, coefficient: Any) -> Tensor:
+        share = log_w.softmax(0)
+        return share - coefficient * (share - share**2)
+
+    torch.testing.assert_close(found, by_formula(case, w, z, weigh), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_mean_is_that_of_the_plain_gradient(name: str, vectorize: bool) -> None:
+    case, repeats = CASES[name], 500
+    model, guide = programs(case, repeats)
+    configured = config_gradient(guide, {"d": Score()} if case.bits else {})
+    (mean, error), (plain, plain_error) = (
+        mean_gradients(elbo(3, doubly=doubly, vectorize=vectorize), model, configured, repeats)
+        for doubly in (True, False)
+    )
+    error = (error**2 + plain_error**2).sqrt()
+    assert error.max() < 0.03 * plain.norm()
+    assert ((mean - plain).abs() < 5 * error + 1e-9).all()
+
+
+def by_quadrature(scale: float, mask: bool) -> Tensor:
+    """The gradient of two particles' bound in the mean and log scale of a normal guide."""
+    nodes, masses = np.polynomial.hermite_e.hermegauss(80)
+    noise, masses = torch.as_tensor(nodes), torch.as_tensor(masses / masses.sum())
+    a, log_t = (torch.tensor(value, requires_grad=True) for value in (-0.5, 0.1))
+    z = a + log_t.exp() * noise
+    ratio = Normal(0.0, 1.0).log_prob(z) - Normal(a, log_t.exp()).log_prob(z)
+    log_w = scale * mask * ratio + Normal(z, 0.7).log_prob(torch.tensor(X))
+    bounds = torch.logaddexp(log_w, log_w.unsqueeze(-1)) - math.log(2)
+    return torch.stack(torch.autograd.grad(-(masses @ bounds @ masses), (a, log_t)))
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("scale", "mask"), [(1.0, True), (0.3, True), (2.0, True), (1.0, False)], ids=str
+)
+def test_the_mean_is_that_of_quadrature(
+    scale: float, mask: bool, dtype: torch.dtype, vectorize: bool
+) -> None:
+    exact, n = by_quadrature(scale, mask), 2000
+    torch.set_default_dtype(dtype)
+
+    def model() -> None:
+        with pyro.plate("n", n):
+            with poutine.scale(scale=scale), poutine.mask(mask=mask):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.7), obs=torch.full((n,), X))
+
+    def guide() -> None:
+        a, log_t = pyro.param("a", torch.tensor(-0.5)), pyro.param("log_t", torch.tensor(0.1))
+        with pyro.plate("n", n), poutine.scale(scale=scale), poutine.mask(mask=mask):
+            pyro.sample("z", dist.Normal(a, log_t.exp()))
+
+    loss = elbo(2, doubly=True, vectorize=vectorize)
+    mean, error = mean_gradients(loss, model, guide, n)
+    assert error.max() < 0.01 * exact.norm()
+    assert ((mean - exact) / error).abs().max() < 5
