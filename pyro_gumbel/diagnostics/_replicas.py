@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from pyro.infer.elbo import ELBO
-from torch import nn
+from pyro.ops.jit import CompiledFunction
 
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
+from pyro_gumbel.infer.names import Auto
 
 __all__ = ["Replica", "site_seed", "split_choice"]
 
@@ -53,7 +54,7 @@ class Replica:
         if elbo is None:
             elbo = Estimator_ELBO(num_particles, vectorize_particles=vectorize_particles)
         self.call = call
-        self.elbo = _own(elbo)
+        self.elbo = _own(elbo, call)
         guide = call.guide if config is None else config_gradient(call.guide, config)
         # The outermost configuration sees what the inner ones chose, and puts copies in its place.
         self.guide = config_gradient(guide, self._replace)
@@ -69,11 +70,13 @@ class Replica:
 
     def save(self) -> Callable[[], None]:
         """Remember the estimators' state; return what puts it back."""
-        states = [(module, copy.deepcopy(module.state_dict())) for module in self._estimators()]
+        copies = [own for _, own in self._copies.values()]
+        held = [*copies, *_estimators(vars(self.elbo))]
+        states = [(estimator, copy.deepcopy(estimator.state_dict())) for estimator in held]
 
         def restore() -> None:
-            for module, state in states:
-                module.load_state_dict(copy.deepcopy(state))
+            for estimator, state in states:
+                estimator.load_state_dict(copy.deepcopy(state))
 
         return restore
 
@@ -90,22 +93,25 @@ class Replica:
             self._copies[id(chosen)] = (chosen, copy.deepcopy(chosen))
         return self._copies[id(chosen)][1]
 
-    def _estimators(self) -> list[nn.Module]:
-        found = [own for _, own in self._copies.values()]
-        held = list(vars(self.elbo).values())
-        if hasattr(self.elbo, "_auto"):
-            held += vars(self.elbo._auto).values()
-        found += [value for value in held if isinstance(value, Estimator)]
-        return list({id(module): module for module in found}.values())
+
+def _own(elbo: ELBO, call: Call) -> ELBO:
+    """Copy an ELBO with all that it holds, except the programs and what is compiled of them."""
+    compiled = [value for value in vars(elbo).values() if isinstance(value, CompiledFunction)]
+    shared = [call.model, call.guide, *compiled]
+    return copy.deepcopy(elbo, {id(value): value for value in shared})
 
 
-def _own(elbo: ELBO) -> ELBO:
-    """Copy an ELBO with the estimators it holds, but not the programs it has seen."""
-    own = copy.copy(elbo)
-    for name, value in vars(elbo).items():
-        if isinstance(value, nn.Module) or name == "_auto":
-            setattr(own, name, copy.deepcopy(value))
-    return own
+def _estimators(value: Any) -> Iterator[Estimator]:
+    """Find the estimators in containers."""
+    if isinstance(value, Estimator):
+        yield value
+    elif isinstance(value, Auto):
+        yield from _estimators(vars(value))
+    elif isinstance(value, Mapping):
+        yield from _estimators(list(value.values()))
+    elif isinstance(value, (list, tuple, set)):
+        for part in value:
+            yield from _estimators(part)
 
 
 def site_seed(base: int, name: str, visit: int) -> int:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_gumbel._integers import is_integer
 
@@ -47,12 +47,11 @@ def seed_torch(seed: int) -> None:
 
 
 class Keeper:
-    """Remembers leaves and buffers, and puts them back."""
+    """Remembers leaves and other tensors, and puts them back."""
 
     def __init__(self) -> None:
         self._leaves: dict[int, tuple[Tensor, Tensor, Tensor, Tensor | None]] = {}
-        self._buffers: list[tuple[Tensor, Tensor]] = []
-        self._modules: dict[int, nn.Module] = {}
+        self._others: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, leaves: Iterable[Tensor]) -> None:
         """Remember leaves, with their gradients, and clear these."""
@@ -62,22 +61,18 @@ class Keeper:
                 self._leaves[id(leaf)] = (leaf, storage, storage.clone(), leaf.grad)
                 leaf.grad = None
 
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Remember, before it runs, each module that runs inside."""
+    def watch(self) -> Watch:
+        """Remember each tensor that is used inside, before it is used first.
 
-        def remember(module: nn.Module, _: Any) -> None:
-            if id(module) not in self._modules:
-                self._modules[id(module)] = module
-                self(module.parameters(recurse=False))
-                buffers = module.buffers(recurse=False)
-                self._buffers += [(buffer, buffer.clone()) for buffer in buffers]
+        Buffers that a program moves as it runs, and parameters that no store has, are among them.
+        """
+        return Watch(self._remember)
 
-        handle = register_module_forward_pre_hook(remember)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def _remember(self, tensor: Tensor) -> None:
+        if tensor.is_leaf and tensor.requires_grad:
+            self([tensor])
+        elif id(tensor) not in self._others and tensor.layout == torch.strided:
+            self._others[id(tensor)] = (tensor, tensor.detach().clone())
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -86,8 +81,51 @@ class Keeper:
                 storage.copy_(value)
             leaf.data = storage
             leaf.grad = gradient
-        for buffer, value in self._buffers:
-            buffer.copy_(value)
+        for tensor, value in self._others.values():
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
+
+
+class Watch(TorchDispatchMode):
+    """Shows tensors that operations read, unless earlier operations made them.
+
+    It sees the operations of its own thread alone, those of scripted modules included.
+
+    Args:
+        show: Called with each tensor before the first operation that reads it.
+    """
+
+    def __init__(self, show: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self._show = show
+        self._known: dict[int, Tensor] = {}  # held, so that no other tensor has the id
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first operation imports the compiler, for a second
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for tensor in _tensors((args, kwargs)):
+            if id(tensor) not in self._known:
+                self._known[id(tensor)] = tensor
+                self._show(tensor)
+        result = func(*args, **kwargs)
+        self._known |= {id(tensor): tensor for tensor in _tensors(result)}
+        return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested arguments or results."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
 
 
 @contextmanager

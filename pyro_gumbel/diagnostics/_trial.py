@@ -168,7 +168,7 @@ class Trial:
     @contextmanager
     def _attempt(self) -> Iterator[None]:
         """Leave no trace but draws; note what is warned of, and why it cannot be done."""
-        with warnings.catch_warnings(record=True) as said, preserved() as keep, keep.watch():
+        with warnings.catch_warnings(record=True) as said, preserved():
             warnings.simplefilter("always")
             try:
                 yield

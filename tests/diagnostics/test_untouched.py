@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI
+from pyro.infer import SVI, JitTrace_ELBO
 
 from pyro_gumbel.diagnostics import (
     check_unbiased,
@@ -21,7 +22,9 @@ from pyro_gumbel.diagnostics import (
     recommend,
     train,
 )
+from pyro_gumbel.diagnostics._replicas import Replica
 from pyro_gumbel.estimators import (
+    Call,
     Exponential,
     GumbelStraightThrough,
     MovingAverage,
@@ -105,6 +108,81 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
     return one == other
+
+
+class Recording(Estimator_ELBO):
+    """A loss of the user's: it holds estimators in containers, and keeps a record of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.history: list[float] = []
+        self.by_size = {2: [Score(MovingAverage())]}
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        own = config_gradient(guide, {"b": self.by_size[2][0]})
+        loss = super().loss_and_grads(model, own, *args, **kwargs)
+        self.history.append(float(loss))
+        return loss
+
+
+def contents(value: Any) -> Any:
+    """What an object holds at any depth, as values that can be compared."""
+    if isinstance(value, torch.nn.Module):
+        return {name: part.clone() for name, part in value.state_dict().items()}
+    if isinstance(value, dict):
+        return {key: contents(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [contents(part) for part in value]
+    plain = callable(value) or not hasattr(value, "__dict__")
+    return value if plain else contents(vars(value))
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
+@pytest.mark.parametrize("name", ["gradient_draws", "train"])
+def test_a_loss_is_left_as_it_was(name: str, used: bool) -> None:
+    watched = Watched()
+    watched.elbo = Recording()
+    problem = watched.problem
+    for _ in range(used):
+        watched.elbo.loss_and_grads(problem.model, problem.guide, problem.x)
+    before = contents(watched.elbo)
+    held = {key: id(value) for key, value in vars(watched.elbo).items()}
+    CALLS[name](watched)
+    assert same(before, contents(watched.elbo))
+    assert held == {key: id(value) for key, value in vars(watched.elbo).items()}
+    assert len(watched.elbo.history) == used
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_compiled_loss_of_pyro_can_be_used_before() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(pyro.param("m", torch.tensor(0.2)), 1.0))
+
+    elbo = JitTrace_ELBO()
+    elbo.loss_and_grads(model, guide)
+    draws = gradient_draws(model, guide, estimators={"jit": elbo}, num_draws=3, **QUIET)
+    assert np.isfinite(draws["jit"]["m"]).all()
+
+
+def test_copies_of_a_loss_share_nothing_but_the_programs() -> None:
+    watched = Watched()
+    watched.elbo = Recording()
+    call = Call(watched.problem.model, watched.problem.guide, (watched.problem.x,))
+    for _ in range(2):
+        watched.elbo.loss_and_grads(call.model, call.guide, *call.args)
+    replica = Replica(watched.elbo, call)
+    mutable = {
+        name: value
+        for name, value in vars(watched.elbo).items()
+        if isinstance(value, (dict, list, set, torch.Tensor)) or hasattr(value, "__dict__")
+    }
+    assert {"history", "by_size", "_auto"} <= set(mutable)
+    assert [name for name in mutable if getattr(replica.elbo, name) is mutable[name]] == []
+    assert replica.elbo.history == watched.elbo.history
+    assert replica.elbo.by_size[2][0] is not watched.elbo.by_size[2][0]
 
 
 QUIET = {"progress": False}
@@ -227,3 +305,80 @@ def test_check_unbiased_changes_nothing() -> None:
             num_draws=20,
         )
     assert same(before, watched.state())
+
+
+def bare_programs(state: torch.Tensor, network: torch.nn.Module) -> tuple[Any, Any]:
+    """Programs that use a module and a tensor which are in no parameter store."""
+
+    def model() -> None:
+        pyro.sample("z", dist.Bernoulli(0.4))
+
+    def guide() -> None:
+        state.mul_(0.5).add_(1.0)
+        shift = network(torch.tensor([[1.0], [3.0]])).sum()
+        logit = pyro.param("l", torch.tensor(0.2)) + shift + state
+        pyro.sample("z", dist.Bernoulli(logits=logit))
+
+    return model, guide
+
+
+BARE: dict[str, Callable[..., Any]] = {
+    "gradient_draws": lambda m, g: gradient_draws(
+        m, g, estimators={"s": "score"}, num_draws=3, **QUIET
+    ),
+    "exact_gradient": lambda m, g: exact_gradient(m, g),
+    "guide_khat": lambda m, g: guide_khat(m, g, num_samples=30),
+    "train": lambda m, g: train(
+        m, g, estimators={"s": "score"}, optim=OPTIM, num_steps=3, **QUIET
+    ),
+    "recommend": lambda m, g: recommend(
+        m, g, candidates={"s": Score()}, budget_seconds=0.2, **QUIET
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_state_outside_the_store_is_put_back(name: str) -> None:
+    state = torch.tensor(0.25)
+    network = torch.nn.Sequential(torch.nn.BatchNorm1d(1), torch.nn.Linear(1, 1))
+    network[1].weight.grad = torch.ones(1, 1)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    BARE[name](*bare_programs(state, network))
+    assert float(state) == 0.25
+    assert same(before, dict(network.state_dict()))
+    assert torch.equal(network[1].weight.grad, torch.ones(1, 1))
+    assert network[1].bias.grad is None
+
+
+def test_buffers_of_compiled_and_scripted_modules_are_put_back() -> None:
+    def eager(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        return graph.forward
+
+    makers = (lambda net: torch.compile(net, backend=eager), torch.jit.script)
+    for make in makers:
+        pyro.clear_param_store()
+        network = make(torch.nn.Sequential(torch.nn.BatchNorm1d(1), torch.nn.Linear(1, 1)))
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+        programs = bare_programs(torch.tensor(0.25), network)
+        gradient_draws(*programs, estimators={"s": "score"}, num_draws=3, **QUIET)
+        assert same(before, dict(network.state_dict()))
+
+
+def test_modules_of_other_threads_go_on() -> None:
+    """Nothing is installed for the whole process while programs run."""
+    elsewhere = torch.nn.BatchNorm1d(1)
+    runs = 0
+
+    def model() -> None:
+        nonlocal runs
+        runs += 1
+        thread = threading.Thread(target=elsewhere, args=(torch.randn(4, 1),))
+        thread.start()
+        thread.join()
+        pyro.sample("z", dist.Bernoulli(0.4))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.2))))
+
+    gradient_draws(model, guide, estimators={"s": "score"}, num_draws=3, **QUIET)
+    assert int(elsewhere.num_batches_tracked) == runs
