@@ -35,6 +35,9 @@ ARVIZ_1 = int(version("arviz").split(".", 1)[0]) >= 1
 def tree(groups: Mapping[str, xr.Dataset]) -> Any:
     """Put named groups into the installed ArviZ's container.
 
+    ArviZ's functions need coordinates, so dimensions without any are numbered. Slashes in names,
+    which netCDF cannot hold, become dots.
+
     Args:
         groups: A Dataset for each group's name.
 
@@ -46,11 +49,29 @@ def tree(groups: Mapping[str, xr.Dataset]) -> Any:
         >>> sorted(group(tree({"gradients": xr.Dataset({"a": 1.0})}), "gradients"))
         ['a']
     """
+    ready = {name: _without_slashes(_numbered(dataset)) for name, dataset in groups.items()}
     if ARVIZ_1:
-        return xr.DataTree.from_dict(dict(groups))
+        return xr.DataTree.from_dict(ready)
     import arviz as az
 
-    return az.InferenceData(**groups, warn_on_custom_groups=False)
+    return az.InferenceData(**ready, warn_on_custom_groups=False)
+
+
+def _numbered(dataset: xr.Dataset) -> xr.Dataset:
+    missing = [dim for dim in dataset.dims if dim not in dataset.coords]
+    return dataset.assign_coords({dim: np.arange(dataset.sizes[dim]) for dim in missing})
+
+
+def _without_slashes(dataset: xr.Dataset) -> xr.Dataset:
+    taken = {str(name) for name in (*dataset.variables, *dataset.dims)}
+    renamed = {}
+    for name in sorted(name for name in taken if "/" in name):
+        free = name.replace("/", ".")
+        while free in taken:
+            free += "_"
+        taken.add(free)
+        renamed[name] = free
+    return dataset.rename(renamed)
 
 
 def group(data: Any, name: str) -> xr.Dataset:

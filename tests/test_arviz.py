@@ -65,6 +65,39 @@ def test_tree_and_group(tmp_path: Path) -> None:
     xr.testing.assert_allclose(shim.group(read, "sample_stats"), draws(2.0))
 
 
+def unlabelled() -> xr.Dataset:
+    """Draws whose dimensions have no coordinates, under a name that is a path."""
+    values = np.random.default_rng(0).normal(size=(4, 100, 2))
+    return xr.Dataset({"net/weight": (("chain", "draw", "net/weight_dim_0"), values)})
+
+
+def test_every_dimension_has_coordinates() -> None:
+    found = shim.group(shim.tree({"gradients": unlabelled()}), "gradients")
+    assert set(found.coords) == {"chain", "draw", "net.weight_dim_0"}
+    assert list(found.coords["draw"].values) == list(range(100))
+    labelled = draws().assign_coords(draw=np.arange(5, 105))
+    kept = shim.group(shim.tree({"gradients": labelled}), "gradients")
+    xr.testing.assert_identical(kept, labelled)
+
+
+@pytest.mark.parametrize("name", ["gradients", "sample_stats"])
+def test_any_group_is_summarised(name: str) -> None:
+    import arviz as az
+
+    data = shim.tree({"gradients": unlabelled(), "sample_stats": unlabelled()})
+    summary = az.summary(data, group=name, kind="diagnostics")
+    assert list(summary.index) == ["net.weight[0]", "net.weight[1]"]
+    frame = shim.group(data, name).to_dataframe()
+    assert frame.index.names == ["chain", "draw", "net.weight_dim_0"]
+
+
+@pytest.mark.skipif(shim.ARVIZ_1, reason="a DataTree has no to_dataframe")
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # pandas 3.1 deprecates it
+def test_any_group_becomes_a_frame() -> None:
+    data = shim.tree({"gradients": unlabelled(), "sample_stats": unlabelled()})
+    assert data.to_dataframe(groups="gradients").shape == (400, 4)
+
+
 @pytest.mark.parametrize(("freedom", "shape"), [(1.2, 0.83), (3.0, 0.33), (30.0, 0.03)])
 def test_pareto_khat_of_student_t(freedom: float, shape: float) -> None:
     rng = np.random.default_rng(0)

@@ -4,9 +4,9 @@
 table, :func:`recommend` the choice; :func:`to_arviz` hands the draws over to ArviZ.
 """
 
+from pyro_gumbel.diagnostics.arviz import to_arviz
 from pyro_gumbel.diagnostics.check import UnbiasedCheck, check_unbiased
 from pyro_gumbel.diagnostics.compare import compare_gradients
-from pyro_gumbel.diagnostics.convert import to_arviz
 from pyro_gumbel.diagnostics.draws import gradient_draws
 from pyro_gumbel.diagnostics.exact import exact_gradient
 from pyro_gumbel.diagnostics.fit import guide_khat

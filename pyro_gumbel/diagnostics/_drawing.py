@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_gumbel.diagnostics._evaluations import EvaluationCounter
 from pyro_gumbel.diagnostics._parameters import read_gradients
-from pyro_gumbel.diagnostics._recorder import AllDraws, Projections, Recorder
+from pyro_gumbel.diagnostics._recorder import AllDraws, Projections, Recorder, free_name
 from pyro_gumbel.diagnostics._replicas import Replica
 from pyro_gumbel.diagnostics._state import seed_everything
 from pyro_gumbel.diagnostics.sites import site_effects
@@ -153,8 +153,8 @@ class Drawer:
         # Values have a dimension of their own: a coordinate that only some of the variables have
         # stands in the way of stacking them, which ArviZ does.
         values = {
-            f"{name}.value": (
-                [f"{name}.index"],
+            free_name(f"{name}.value", self.plan.leaves): (
+                [free_name(f"{name}.index", self.plan.leaves)],
                 leaf.detach().double().flatten().cpu().clone().numpy(),
             )
             for name, leaf in self.plan.leaves.items()

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+import xarray as xr
 from torch import Tensor
 
 from pyro_gumbel.diagnostics._moments import BATCH, Moments
 
-__all__ = ["RESERVED", "AllDraws", "Projections", "Recorder", "check_dims", "dims_of"]
+__all__ = [
+    "RESERVED",
+    "AllDraws",
+    "Projections",
+    "Recorder",
+    "check_dims",
+    "dims_of",
+    "free_name",
+    "statistic",
+]
 
 # Dimensions and coordinates of the draws, which no parameter can share its name with.
 RESERVED = frozenset(
@@ -59,11 +70,11 @@ def check_dims(dims: Any, leaves: Iterable[str]) -> None:
     for name, own in dims.items():
         if name not in known:
             raise ValueError(f"dims: no parameter is called {name!r}; there are {known}.")
-        taken = sorted({"chain", "draw", "estimator"} & set(own))
+        taken = sorted({"chain", "draw", "estimator", *known} & set(own))
         if taken:
             raise ValueError(
-                f"dims: parameter {name!r} cannot have a dimension {taken[0]!r}: the draws have "
-                "one of that name. Choose another."
+                f"dims: parameter {name!r} cannot have a dimension {taken[0]!r}: a dimension of "
+                "the draws or a parameter has that name. Choose another."
             )
 
 
@@ -71,14 +82,28 @@ def _are_names(own: Any) -> bool:
     return isinstance(own, (list, tuple)) and all(isinstance(name, str) for name in own)
 
 
-def dims_of(name: str, rank: int, dims: dict[str, list[str]] | None) -> list[str]:
+def free_name(name: str, taken: Collection[Any]) -> str:
+    """Append underscores until no parameter has the name."""
+    while name in taken:
+        name += "_"
+    return name
+
+
+def statistic(dataset: xr.Dataset, name: str, kind: str) -> xr.DataArray:
+    """Read a statistic that is kept beside a parameter's draws, ``<name>.<kind>``."""
+    return dataset.coords[free_name(f"{name}.{kind}", dataset.data_vars)]
+
+
+def dims_of(
+    name: str, rank: int, dims: dict[str, list[str]] | None, names: Collection[Any]
+) -> list[str]:
     """The names of a parameter's own dimensions: the caller's, or ``<name>_dim_0``, ...
 
     Raises:
         ValueError: If the caller named another number of dimensions.
     """
     if dims is None or name not in dims:
-        return [f"{name}_dim_{axis}" for axis in range(rank)]
+        return [free_name(f"{name}_dim_{axis}", names) for axis in range(rank)]
     if len(dims[name]) != rank:
         raise ValueError(
             f"dims: parameter {name!r} has {rank} dimensions of its own; got names for "
@@ -106,7 +131,9 @@ class Recorder(ABC):
     ) -> None:
         self.leaves = leaves
         self.shape = (num_chains, num_draws)
-        self.own_dims = {name: dims_of(name, leaf.dim(), dims) for name, leaf in leaves.items()}
+        self.own_dims = {
+            name: dims_of(name, leaf.dim(), dims, leaves) for name, leaf in leaves.items()
+        }
 
     @abstractmethod
     def add(self, chain: int, draw: int, gradients: list[Tensor]) -> None:
@@ -157,7 +184,8 @@ class AllDraws(Recorder):
         for array in self.arrays.values():
             # Not in double, which would take a copy and much longer.
             dtype = torch.promote_types(array.dtype, torch.float32)
-            norms = torch.linalg.vector_norm(array.reshape(*self.shape, -1), dim=2, dtype=dtype)
+            rows = array.reshape(*self.shape, math.prod(array.shape[2:]))
+            norms = torch.linalg.vector_norm(rows, dim=2, dtype=dtype)
             squares += norms.double().numpy() ** 2
         return data, {"grad_norm": self._norms(squares)}, {}
 
@@ -217,18 +245,18 @@ class Projections(Recorder):
             "parameter": list(self.leaves),
             "parameter_norm": (["chain", "draw", "parameter"], self.norms),
         }
-        for statistic in ("mean", "variance"):
-            pieces = getattr(self.moments, statistic).cpu().split(self.sizes)
+        for kind in ("mean", "variance"):
+            pieces = getattr(self.moments, kind).cpu().split(self.sizes)
             for (name, leaf), piece in zip(self.leaves.items(), pieces, strict=True):
-                coords[f"{name}.{statistic}"] = (
+                coords[free_name(f"{name}.{kind}", self.leaves)] = (
                     self.own_dims[name],
                     piece.reshape(leaf.shape).numpy(),
                 )
         blocks = [self.moments.spread(index) for index in range(len(self.sizes))]
         spreads = [*blocks, self.moments.spread()]
         coords["block"] = [*self.leaves, "all"]
-        for statistic in ("trace", "trace_variance", "square_trace"):
-            values = [getattr(spread, statistic) for spread in spreads]
-            coords[statistic] = (["block"], np.array(values))
+        for kind in ("trace", "trace_variance", "square_trace"):
+            values = [getattr(spread, kind) for spread in spreads]
+            coords[kind] = (["block"], np.array(values))
         attrs = {"project": len(self.directions[0].T), "moments_of": self.moments.count}
         return data, coords, attrs

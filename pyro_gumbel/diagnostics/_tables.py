@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import xarray as xr
 
 from pyro_gumbel.diagnostics._moments import BATCH, Moments, Spread
+from pyro_gumbel.diagnostics._recorder import statistic
 
 __all__ = [
     "Block",
@@ -110,7 +112,7 @@ def _projected(dataset: xr.Dataset) -> bool:
 def _own_shape(dataset: xr.Dataset, name: str) -> tuple[int, ...]:
     """The parameter's own shape."""
     if _projected(dataset):
-        return tuple(dataset.coords[f"{name}.mean"].shape)
+        return statistic(dataset, name, "mean").shape
     shape = dataset[name].shape
     return tuple(shape[2:] if is_drawn(dataset) else shape)
 
@@ -139,7 +141,11 @@ def _batches(dataset: xr.Dataset, names: list[str]) -> Iterator[torch.Tensor]:
     """Draws as rows, chain after chain, a few at a time."""
     arrays = [dataset[name].values for name in names]
     number = arrays[0].shape[0] * arrays[0].shape[1]
-    rows = [torch.from_numpy(np.ascontiguousarray(array)).reshape(number, -1) for array in arrays]
+    sizes = [math.prod(array.shape[2:]) for array in arrays]
+    rows = [
+        torch.from_numpy(np.ascontiguousarray(array)).reshape(number, width)
+        for array, width in zip(arrays, sizes, strict=True)
+    ]
     for start in range(0, number, BATCH):
         yield torch.cat([row[start : start + BATCH].double() for row in rows], 1)
 
@@ -152,7 +158,7 @@ def _stored_blocks(dataset: xr.Dataset, names: list[str]) -> dict[str, Block]:
             f"draws kept as projections are cut to {count}, and their moments are those of all "
             f"{of}. Give them whole, or draw with num_draws={dataset.sizes['draw']}."
         )
-    means = {name: dataset.coords[f"{name}.mean"].values.reshape(-1) for name in names}
+    means = {name: statistic(dataset, name, "mean").values.reshape(-1) for name in names}
     norms = dataset.coords["parameter_norm"].values.reshape(count, -1)
     columns = {name: norms[:, i] for i, name in enumerate(dataset.coords["parameter"].values)}
     statistics = zip(*(dataset.coords[name].values for name in _SPREAD), strict=True)

@@ -13,6 +13,7 @@ import xarray as xr
 from pyro_gumbel.diagnostics._arguments import integer, positive
 from pyro_gumbel.diagnostics._parameters import Params
 from pyro_gumbel.diagnostics._rare import doubt
+from pyro_gumbel.diagnostics._recorder import statistic
 from pyro_gumbel.diagnostics._tables import (
     blocks_of,
     check_reference,
@@ -143,9 +144,11 @@ def _judge(
     worst, coordinate, message = -1.0, "", ""
     errors, length = 0.0, 0.0
     for name in parameters_of(draws):
-        mean = draws.coords[f"{name}.mean"].values
+        if not statistic(draws, name, "mean").size:
+            continue  # nothing to compare
+        mean = statistic(draws, name, "mean").values
         exact, reference_error = _reference(reference, name, mean.shape)
-        variance = draws.coords[f"{name}.variance"].values
+        variance = statistic(draws, name, "variance").values
         variance = np.maximum(variance, variance.mean() / 100) / num_draws + reference_error
         rounding = rounding_of(draws, np.abs(exact) + np.abs(exact).max())
         error = np.sqrt(variance + rounding**2)
@@ -197,9 +200,9 @@ def _reference(
     if not is_drawn(reference):
         value = reference[name].values
     elif "project" in reference.attrs:
-        value = reference.coords[f"{name}.mean"].values
+        value = statistic(reference, name, "mean").values
         count = reference.sizes["chain"] * reference.sizes["draw"]
-        error = reference.coords[f"{name}.variance"].values / count
+        error = statistic(reference, name, "variance").values / count
     else:
         array = reference[name].astype(float)
         value = array.mean(("chain", "draw")).values

@@ -11,6 +11,7 @@ import xarray as xr
 
 from pyro_gumbel._arviz import folded_rhat, pareto_khat
 from pyro_gumbel.diagnostics._rare import doubt
+from pyro_gumbel.diagnostics._recorder import free_name
 from pyro_gumbel.diagnostics._statistics import Bias, bias_of, cosine_of, snr_of, two_sided_z
 from pyro_gumbel.diagnostics._tables import (
     Block,
@@ -265,7 +266,8 @@ def _flat(dataset: xr.Dataset) -> xr.Dataset:
         for index in np.ndindex(*(array.sizes[dim] for dim in own)):
             at = dict(zip(own, index, strict=True))
             labels = [str(array[dim].values[i]) for dim, i in at.items()]
-            flat[f"{name}[{', '.join(labels)}]" if labels else name] = array.isel(at, drop=True)
+            label = free_name(f"{name}[{', '.join(labels)}]", dataset) if labels else name
+            flat[label] = array.isel(at, drop=True)
     return xr.Dataset(
         {name: array.drop_vars(list(array.coords)) for name, array in flat.items()},
         attrs=dataset.attrs,
@@ -290,8 +292,8 @@ def _norms(dataset: xr.Dataset, names: list[str]) -> np.ndarray:
         )
     squares = np.zeros((dataset.sizes["chain"], dataset.sizes["draw"]))
     for name in names:
-        rows = dataset[name].values.reshape(*squares.shape, -1).astype(float)
-        squares += (rows**2).sum(-1)
+        values = dataset[name].values.astype(float)
+        squares += (values**2).sum(tuple(range(2, values.ndim)))
     return np.sqrt(squares)
 
 

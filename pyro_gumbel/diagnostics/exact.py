@@ -91,7 +91,7 @@ def exact_gradient(
     gradients, attrs = sum_states(call, params, max_states, seed)
     check_dims(dims, gradients)
     variables = {
-        name: (dims_of(name, gradient.ndim, dims), gradient)
+        name: (dims_of(name, gradient.ndim, dims, gradients), gradient)
         for name, gradient in gradients.items()
     }
     return xr.Dataset(variables, dict(coords or {}), attrs)

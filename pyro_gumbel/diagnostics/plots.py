@@ -85,7 +85,7 @@ def plot_gradients(
 def _names(draws: xr.Dataset, var_names: Any) -> list[str]:
     known = parameters_of(draws)
     if var_names is None:
-        return known
+        return [name for name in known if draws[name].size]
     chosen = [var_names] if isinstance(var_names, str) else var_names
     if not isinstance(chosen, Iterable):
         raise TypeError(

@@ -56,9 +56,10 @@ def test_groups(tmp_path: Path) -> None:
     )
     assert gradients.attrs["inference_library"] == "pyro"
     statistics = group(data, "sample_stats")
-    each, every = ("elbo", "loss", "grad_norm", "seconds"), ("evaluations", "num_particles")
-    assert all(statistics[name].dims == ("chain", "draw", "estimator") for name in each)
-    assert all(statistics[name].dims == ("estimator",) for name in every)
+    names = {"elbo", "loss", "grad_norm", "seconds", "evaluations", "num_particles"}
+    assert set(statistics.data_vars) == names
+    assert all(statistics[name].dims == ("chain", "draw", "estimator") for name in names)
+    assert (statistics["num_particles"] == 1).all()
     np.testing.assert_array_equal(
         statistics["seconds"].sel(estimator="score"), draws["score"].coords["seconds"]
     )
@@ -95,6 +96,35 @@ def test_summary_by_the_name_of_the_group() -> None:
     assert {"w[score]", "w[reinmax]", "b_logits[score, 0, x]"} <= set(summary.index)
 
 
+@pytest.mark.parametrize("project", [None, 2])
+def test_every_dimension_has_coordinates(project: int | None) -> None:
+    data = to_arviz(*drawn(project=project, dims=None, coords=None))
+    for name in ("gradients", "sample_stats", "constant_data"):
+        found = group(data, name)
+        assert set(found.dims) <= set(found.coords)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # a constant has no R-hat
+@pytest.mark.filterwarnings("ignore:Your data appears to have a single value")
+def test_statistics_are_summarised_and_drawn() -> None:
+    draws, _ = drawn()
+    data = to_arviz(draws)
+    summary = az.summary(data, group="sample_stats", kind="diagnostics")
+    assert {"elbo[score]", "evaluations[reinmax]"} <= set(summary.index)
+    assert az.plot_trace(group(data, "sample_stats")) is not None
+
+
+def test_posterior() -> None:
+    draws, _ = drawn()
+    samples = torch.randn(4, 100, 3)
+    given = xr.Dataset({"z": (("chain", "draw", "z_dim_0"), samples.numpy())})
+    for posterior in (given, {"z": samples}, {"z": samples.numpy()}):
+        data = to_arviz(draws, posterior=posterior)
+        np.testing.assert_array_equal(group(data, "posterior")["z"], samples)
+        assert list(az.summary(data, kind="diagnostics").index) == ["z[0]", "z[1]", "z[2]"]
+    assert "posterior" not in list(to_arviz(draws).groups())
+
+
 def test_projections(tmp_path: Path) -> None:
     draws, exact = drawn(project=2)
     data = to_arviz(draws, exact)
@@ -122,6 +152,10 @@ def test_errors() -> None:
         to_arviz({})
     with pytest.raises(TypeError, match="draws must be a dict of Datasets"):
         to_arviz(None)
+    with pytest.raises(TypeError, match="posterior must be a Dataset, or a dict of.*Tensor"):
+        to_arviz(draws, posterior=torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"'z' has shape \(7,\).*chains and draws first"):
+        to_arviz(draws, posterior={"z": torch.zeros(7)})
 
 
 # Pictures

@@ -1,0 +1,174 @@
+"""Gradient draws in the container of the installed ArviZ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from pyro_gumbel._arviz import tree
+from pyro_gumbel.diagnostics._recorder import dims_of, free_name, statistic
+from pyro_gumbel.diagnostics._tables import check_draws, parameters_of, reference_blocks
+
+__all__ = ["to_arviz"]
+
+_PER_DRAW = ("loss", "grad_norm", "seconds", "cosine")  # coordinates of the draws
+_PER_ESTIMATOR = ("evaluations", "num_particles")  # attributes
+
+
+def to_arviz(
+    draws: Any,
+    reference: xr.Dataset | None = None,
+    *,
+    posterior: xr.Dataset | Mapping[str, Any] | None = None,
+) -> Any:
+    """Put draws, their statistics and the reference into one container.
+
+    Groups:
+
+    * ``gradients``: the draws, dims ``chain, draw, estimator`` and the parameter's own;
+    * ``sample_stats``: of each draw ``elbo``, ``loss``, ``grad_norm`` and ``seconds`` (``cosine``
+      with projections), and of its estimator ``evaluations`` and ``num_particles``, all of dims
+      ``chain, draw, estimator``;
+    * ``constant_data``: the parameters' values, and ``<name>.gradient``, the reference;
+    * ``posterior``: posterior samples, where they are given.
+
+    Every dimension has coordinates. Slashes in names, which netCDF cannot hold, become dots.
+
+    Args:
+        draws: What :func:`gradient_draws` returns; the same number of draws for all estimators.
+        reference: What :func:`exact_gradient` returns, or draws whose mean is to be kept.
+        posterior: Samples of latent variables: a Dataset of dims ``chain, draw, ...``, or a dict
+            of arrays or tensors of that shape, as ``MCMC.get_samples(group_by_chain=True)``
+            returns it.
+
+    Returns:
+        ``arviz.InferenceData`` (ArviZ 0.x) or ``xarray.DataTree`` (1.x); ``to_netcdf`` writes
+        either, and ``arviz.from_netcdf`` of either reads it.
+
+    Raises:
+        TypeError: If draws, reference or posterior are of another kind.
+        ValueError: If estimators differ in parameters or in the number of draws, the reference
+            does not fit, or the posterior has no dimensions ``chain, draw``.
+
+    Example:
+        >>> noise = np.random.default_rng(0).normal(size=(2, 50))
+        >>> data = to_arviz({"noisy": xr.Dataset({"l": (("chain", "draw"), noise)})})
+        >>> data["gradients"]["l"].dims
+        ('chain', 'draw', 'estimator')
+
+        ArviZ looks for a group ``posterior`` unless another is named, 0.x and 1.x alike:
+
+        >>> import arviz as az
+        >>> list(az.summary(data, group="gradients").index)
+        ['l[noisy]']
+    """
+    draws = check_draws(draws)
+    _check_sizes(draws)
+    first = next(iter(draws.values()))
+    names = parameters_of(first)
+    groups = {
+        "gradients": _join(
+            {label: _variables(dataset, names) for label, dataset in draws.items()}
+        ),
+        "sample_stats": _join({label: _statistics(dataset) for label, dataset in draws.items()}),
+        "constant_data": _constants(first, names, reference),
+    }
+    groups["gradients"].attrs = _common_attributes(draws)
+    if posterior is not None:
+        groups["posterior"] = _posterior(posterior)
+    return tree(groups)
+
+
+def _variables(dataset: xr.Dataset, names: list[str]) -> xr.Dataset:
+    """The draws without what is kept beside them; coordinates of their dimensions stay."""
+    kept = dataset[names]
+    return kept.drop_vars([str(name) for name in kept.coords if name not in kept.dims])
+
+
+def _statistics(dataset: xr.Dataset) -> xr.Dataset:
+    each = {name: dataset.coords[name].values for name in _PER_DRAW if name in dataset.coords}
+    if "loss" in each:
+        each["elbo"] = -each["loss"]
+    shape = (dataset.sizes["chain"], dataset.sizes["draw"])
+    for name in _PER_ESTIMATOR:
+        each[name] = np.full(shape, float(dataset.attrs.get(name, np.nan)))
+    own = {dim: dataset.coords[dim] for dim in ("chain", "draw") if dim in dataset.coords}
+    return xr.Dataset({name: (("chain", "draw"), values) for name, values in each.items()}, own)
+
+
+def _join(datasets: dict[str, xr.Dataset]) -> xr.Dataset:
+    index = xr.IndexVariable("estimator", list(datasets))
+    joined = xr.concat(list(datasets.values()), dim=index, join="exact", combine_attrs="drop")
+    return joined.transpose("chain", "draw", "estimator", ...)
+
+
+def _constants(first: xr.Dataset, names: list[str], reference: xr.Dataset | None) -> xr.Dataset:
+    variables: dict[str, Any] = {}
+    for name in names:
+        dims, shape = _own(first, name)
+        if free_name(f"{name}.value", names) in first.coords:
+            variables[name] = (dims, statistic(first, name, "value").values.reshape(shape))
+    if reference is not None:
+        blocks = reference_blocks(reference, first, names)
+        for name in names:
+            dims, shape = _own(first, name)
+            label = free_name(f"{name}.gradient", names)
+            variables[label] = (dims, blocks[name].mean.reshape(shape))
+    data = xr.Dataset(variables)
+    data = data.assign_coords({dim: first.coords[dim] for dim in data.dims if dim in first.coords})
+    if reference is not None:
+        data.attrs["reference"] = str(reference.attrs.get("estimator", ""))
+    return data
+
+
+def _own(dataset: xr.Dataset, name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """A parameter's own dimensions and shape."""
+    if "project" in dataset.attrs:
+        array = statistic(dataset, name, "mean")
+    else:
+        array = dataset[name].isel(chain=0, draw=0)
+    return tuple(map(str, array.dims)), array.shape
+
+
+def _posterior(given: Any) -> xr.Dataset:
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            "posterior must be a Dataset, or a dict of arrays, such as posterior={'z': samples}; "
+            f"got {type(given).__name__}."
+        )
+    if not isinstance(given, xr.Dataset):
+        given = xr.Dataset({name: _samples(name, value, given) for name, value in given.items()})
+    for name, array in given.data_vars.items():
+        if array.dims[:2] != ("chain", "draw"):
+            raise ValueError(
+                f"posterior: {name!r} has shape {array.shape}, dims {array.dims}; expected chains "
+                "and draws first, such as MCMC.get_samples(group_by_chain=True), or value[None] "
+                "of a single chain."
+            )
+    return given
+
+
+def _samples(name: str, value: Any, names: Mapping[str, Any]) -> xr.Variable:
+    array = torch.as_tensor(value).detach().cpu().numpy()
+    dims = ("chain", "draw", *dims_of(name, max(array.ndim - 2, 0), None, names))
+    return xr.Variable(dims[: array.ndim], array)
+
+
+def _check_sizes(draws: dict[str, xr.Dataset]) -> None:
+    sizes = {label: (d.sizes["chain"], d.sizes["draw"]) for label, d in draws.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"to_arviz: the estimators' numbers of chains and draws differ: {sizes}. Draw as many "
+            "with each, or convert them one by one."
+        )
+
+
+def _common_attributes(draws: dict[str, xr.Dataset]) -> dict[str, Any]:
+    first, *others = (dataset.attrs for dataset in draws.values())
+    shared = {key: first[key] for key in first if all(o.get(key) == first[key] for o in others)}
+    configs = [f"{label}: {dataset.attrs.get('config', '')}" for label, dataset in draws.items()]
+    return shared | {"config": "; ".join(configs)}
