@@ -12,8 +12,8 @@ from pyro.infer.elbo import ELBO
 from pyro.ops.jit import CompiledFunction
 
 from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.estimators.registry import NamedEstimators
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
-from pyro_gumbel.infer.names import Auto
 
 __all__ = ["Replica", "site_seed", "split_choice"]
 
@@ -105,8 +105,8 @@ def _estimators(value: Any) -> Iterator[Estimator]:
     """Find the estimators in containers."""
     if isinstance(value, Estimator):
         yield value
-    elif isinstance(value, Auto):
-        yield from _estimators(vars(value))
+    elif isinstance(value, NamedEstimators):
+        yield from _estimators(value.made())
     elif isinstance(value, Mapping):
         yield from _estimators(list(value.values()))
     elif isinstance(value, (list, tuple, set)):

@@ -103,7 +103,8 @@ def test_all_noise_is_some_sites(estimator: str, vectorize: bool) -> None:
     def guide() -> None:
         with pyro.plate("n", 3):
             for name in ("u", "v"):
-                pyro.sample(name, dist.Bernoulli(logits=pyro.param(name + "_l", torch.zeros(3))))
+                logits = pyro.param(name + "_l", torch.tensor([-0.5, 0.3, 1.0]))
+                pyro.sample(name, dist.Bernoulli(logits=logits))
 
     draws = gradient_draws(
         model,
