@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyro_gumbel._arviz import tail_khat
 from pyro_gumbel.diagnostics._arguments import check_programs, integer
-from pyro_gumbel.diagnostics._programs import Evaluation, evaluate
+from pyro_gumbel.diagnostics._programs import Evaluation, evaluate, plates_of
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
 from pyro_gumbel.estimators import Call
+from pyro_gumbel.infer.particles import SharedSubsample
 
 __all__ = ["guide_khat"]
+
+_EQUAL = 0.01  # log weights closer than that are equal: rounding in float32 comes near it
 
 
 @torch.no_grad()
@@ -38,6 +44,9 @@ def guide_khat(
     independent data points is judged far more severely than each of theirs: name their ``plate``
     for a value for each of them.
 
+    Scales (``poutine.scale``, subsampling) multiply a loss and not a density, so they are left
+    out; masks are kept. All draws have the minibatch of the first.
+
     Args:
         model: The model.
         guide: The guide; gradient estimators configured in it play no part.
@@ -48,13 +57,19 @@ def guide_khat(
         **kwargs: Keyword arguments of both.
 
     Returns:
-        The shape k-hat, or with ``plate`` a DataArray of that dimension; ``nan`` where the largest
-        weights are of fewer than ten sizes (a guide of few states: there is no tail).
+        The shape k-hat, or with ``plate`` a DataArray of that dimension. It is 0 where all weights
+        are equal to within a percent (the guide is the posterior), ``inf`` where all are zero, and
+        ``nan`` where the largest ones are of fewer than ten sizes (a guide of few states: there is
+        no tail).
 
     Raises:
         TypeError: If an argument is of another kind.
         ValueError: If there are fewer than 25 samples, no plate of that name, or one of the
             model's latent sites is missing from the guide.
+
+    Warns:
+        UserWarning: If ``plate`` is not given and a latent site is outside a subsampled plate: it
+            is judged by the posterior given the minibatch alone.
 
     References:
         Yes, but Did It Work?: Evaluating Variational Inference (Yao, Vehtari, Simpson, Gelman,
@@ -71,30 +86,57 @@ def guide_khat(
     check_programs(model, guide)
     num_samples = integer("guide_khat: num_samples", num_samples, 25)  # fewer have no tail
     call = Call(model, guide, args, kwargs)
-    with preserved() as keep:
+    with preserved() as keep, SharedSubsample(), _Unscaled():
         with keep.watch():
             seed_everything(seeds(seed, 1)[0])
-            evaluate(call, {}, {})
-        runs = [_log_weights(evaluate(call, {}, {}), plate) for _ in range(num_samples)]
-    log_weights = torch.stack(runs, -1).double().cpu().numpy()
+            first = evaluate(call, {}, {})
+        if plate is None:
+            _warn_of_minibatch(first)
+        draws = [_log_weights(evaluate(call, {}, {}), plate) for _ in range(num_samples)]
+    log_weights = torch.stack(draws, -1).cpu().numpy()
     khats = np.array([_khat(row) for row in log_weights.reshape(-1, num_samples)])
     if plate is None:
         return float(khats[0])
     return xr.DataArray(khats.reshape(log_weights.shape[:-1]), dims=[plate])
 
 
+class _Unscaled(Messenger):
+    """Undoes the scales of handlers inside: an importance weight is a ratio of densities."""
+
+    def _pyro_sample(self, msg: Message) -> None:
+        msg["scale"] = 1.0
+
+
+def _warn_of_minibatch(run: Evaluation) -> None:
+    plates = frozenset(frame for term in run.terms for frame in term.plates)
+    for frame in plates:
+        if frame.full_size is None or frame.full_size <= frame.size:
+            continue
+        outside = [name for name, site in run.sites.items() if frame not in plates_of(site)]
+        if outside:
+            warnings.warn(
+                f"guide_khat: site {outside[0]!r} is outside the plate {frame.name!r}, of which "
+                f"the weights have {frame.size} of its {frame.full_size} elements: the guide is "
+                "judged by the posterior given these alone. Run the programs without "
+                f"subsample_size, or judge the elements by guide_khat(..., plate={frame.name!r}).",
+                stacklevel=3,
+            )
+
+
 def _khat(log_weights: np.ndarray) -> float:
-    finite = np.isfinite(log_weights)
-    if not finite.any() or np.ptp(log_weights[finite]) < 1e-6:
-        return math.nan  # all weights are equal: the guide is the posterior
+    impossible = log_weights == -math.inf
+    if impossible.all():
+        return math.inf
+    if np.ptp(log_weights) < _EQUAL:
+        return 0.0
     # A weight of zero is in the lower tail, whatever its logarithm is set to.
-    return tail_khat(np.maximum(log_weights, log_weights[finite].min() - 100))
+    return tail_khat(np.maximum(log_weights, log_weights[~impossible].min() - 100))
 
 
 def _log_weights(run: Evaluation, plate: str | None) -> Tensor:
     """Sum a run's terms; with ``plate``, those inside it, ``(elements,)``."""
     if plate is None:
-        return torch.stack([term.value.sum() for term in run.terms]).sum()
+        return torch.stack([term.value.double().sum() for term in run.terms]).sum()
     inside = [(term, frame) for term in run.terms for frame in term.plates if frame.name == plate]
     if not inside:
         plates = sorted({frame.name for term in run.terms for frame in term.plates})
@@ -102,5 +144,5 @@ def _log_weights(run: Evaluation, plate: str | None) -> Tensor:
     rows = []
     for term, frame in inside:
         value = term.value.reshape((1,) * (-frame.dim - term.value.dim()) + term.value.shape)
-        rows.append(value.movedim(frame.dim, 0).reshape(frame.size, -1).sum(1))
+        rows.append(value.movedim(frame.dim, 0).reshape(frame.size, -1).double().sum(1))
     return torch.stack(rows).sum(0)
