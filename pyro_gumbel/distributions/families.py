@@ -40,6 +40,7 @@ from pyro_gumbel.distributions.relaxed_bernoulli import RelaxedBernoulli
 
 __all__ = [
     "base_noise",
+    "bit_probs",
     "event_dims",
     "exact_draw",
     "from_index",

@@ -12,6 +12,8 @@ from pyro_gumbel.distributions.families import (
     is_bit,
     is_one_hot,
     log_mass_of_value,
+    one_hot_logits,
+    value_dtype,
 )
 from pyro_gumbel.estimators._arguments import check_num_samples
 from pyro_gumbel.estimators.base import Estimator, Site
@@ -56,7 +58,8 @@ class MuProp(DifferentiatingEstimator):
     branches_are_draws = False
 
     def draw(self, fn: Distribution) -> Tensor:
-        mean = fn.logits.detach().sigmoid() if is_bit(fn) else fn.logits.detach().softmax(-1)
+        probs = one_hot_logits(fn).detach().softmax(-1)
+        mean = (probs[..., 0] if is_bit(fn) else probs).to(value_dtype(fn))
         return torch.stack([exact_draw(fn), mean]).requires_grad_()
 
     def surrogate(self, site: Site) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyro_gumbel.distributions.families import (
+    bit_probs,
     from_index,
     is_bit,
     is_categorical,
@@ -15,6 +16,7 @@ from pyro_gumbel.distributions.families import (
     one_hot_logits,
     to_index,
     uniform,
+    value_dtype,
 )
 from pyro_gumbel.estimators._arguments import check_num_samples
 from pyro_gumbel.estimators.base import Estimator, Site
@@ -49,9 +51,9 @@ class DisARM(Estimator):
         return is_bit(fn)
 
     def draw(self, fn: Distribution) -> Tensor:
-        noise = uniform(fn.logits)
-        probs = fn.logits.detach().sigmoid()
-        return torch.stack([noise < probs, 1 - noise < probs]).to(fn.logits.dtype)
+        probs = bit_probs(fn)
+        noise = uniform(probs)
+        return torch.stack([noise < probs, 1 - noise < probs]).to(value_dtype(fn))
 
     def surrogate(self, site: Site) -> Tensor:
         first, second = site.values
@@ -97,13 +99,13 @@ class ARMS(Estimator):
         return is_bit(fn)
 
     def draw(self, fn: Distribution) -> Tensor:
-        noise = -torch.log(uniform(fn.logits, (self.num_samples,)))
+        probs = bit_probs(fn)
+        noise = -torch.log(uniform(probs, (self.num_samples,)))
         share = noise / noise.sum(0)
         copula = (1 - share) ** (self.num_samples - 1)
-        probs = fn.logits.detach().sigmoid()
         # Negative dependence holds for the rarer value: above one half the copula is turned round.
         copula = torch.where(probs > 0.5, 1 - copula, copula)
-        return (copula < probs).to(fn.logits.dtype)
+        return (copula < probs).to(value_dtype(fn))
 
     def surrogate(self, site: Site) -> Tensor:
         logits = site.logits[..., 0]

@@ -9,7 +9,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor, nn
 
-from pyro_gumbel.distributions.families import is_bit, one_hot_logits
+from pyro_gumbel.distributions.families import is_bit, one_hot_logits, value_dtype
 from pyro_gumbel.distributions.gumbel import gumbel_noise
 from pyro_gumbel.distributions.one_hot import one_hot_argmax
 from pyro_gumbel.estimators.base import Site
@@ -68,14 +68,13 @@ class Rebar(DifferentiatingEstimator):
         self.requires_grad_(learn)
 
     def draw(self, fn: Distribution) -> Tensor:
-        logits = one_hot_logits(fn)
-        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        log_probs = one_hot_logits(fn).log_softmax(-1)
         scores = log_probs + gumbel_noise(log_probs.shape, log_probs.dtype, log_probs.device)
         hard = one_hot_argmax(scores, scores.dtype)
         given = conditional_scores(log_probs, hard)
         temperature = self.log_temperature.exp().to(log_probs.dtype)
         soft = (torch.stack([scores, given]) / temperature).softmax(-1)
-        block = torch.cat([hard[None], soft]).to(logits.dtype)
+        block = torch.cat([hard[None], soft]).to(value_dtype(fn))
         return block[..., 0] if is_bit(fn) else block
 
     def surrogate(self, site: Site) -> Tensor:

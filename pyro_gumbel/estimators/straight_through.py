@@ -13,6 +13,7 @@ from pyro_gumbel.distributions.families import (
     log_mass,
     log_mass_of_value,
     one_hot_logits,
+    value_dtype,
 )
 from pyro_gumbel.distributions.gumbel import gumbel_noise
 from pyro_gumbel.distributions.one_hot import draw_one_hot, one_at
@@ -49,11 +50,9 @@ class OneHotEstimator(Estimator):
         return is_one_hot(fn) or is_bit(fn)
 
     def draw(self, fn: Distribution) -> Tensor:
-        logits = one_hot_logits(fn)
-        # Half precision would distort softmax and its Jacobian; the value itself is exact in any
-        # dtype.
-        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        value = self.draw_one_hot(exact).to(logits.dtype)
+        # The logits are float32 or better: half precision would distort softmax and its Jacobian.
+        # The value itself is exact in any dtype.
+        value = self.draw_one_hot(one_hot_logits(fn)).to(value_dtype(fn))
         return value[..., 0] if is_bit(fn) else value
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+import pyro_gumbel.estimators as E  # noqa: N812
 from pyro_gumbel.distributions import OneHot, RelaxedBernoulli, RelaxedOneHot
 from pyro_gumbel.distributions._numbers import log_odds, log_probs, weights
 from pyro_gumbel.distributions.families import (
@@ -32,6 +33,19 @@ BITS = {
     "bernoulli": dist.Bernoulli,
     "RelaxedBernoulli": lambda **given: RelaxedBernoulli(0.5, straight_through=True, **given),
 }
+HARD = [
+    E.StraightThrough(),
+    E.GumbelStraightThrough(0.5),
+    E.GumbelRao(0.5),
+    E.ReinMax(),
+    E.MuProp(),
+    E.DoubleControlVariate(),
+    E.Rebar(),
+]
+ONE_HOT_ESTIMATORS = [
+    *HARD, E.GappedStraightThrough(), E.ReinMaxRao(), E.DisARMTree(), E.SumAndSample(2)
+]  # fmt: skip
+BIT_ESTIMATORS = [*HARD, E.DisARM(), E.ARMS(), E.Rodeo()]
 families = pytest.mark.parametrize("family", INDEX)
 bits = pytest.mark.parametrize("family", BITS)
 forms = pytest.mark.parametrize("form", ["probs", "logits"])
@@ -108,6 +122,31 @@ def test_draws_follow_the_numbers(family, form, dtype, read_before):
         assert value.shape == fn.batch_shape + fn.event_shape
         assert value.dtype == (torch.int64 if family == "categorical" else dtype)
         assert worst_z(to_index(fn, value), exact) < 5
+
+
+@forms
+@pytest.mark.parametrize("estimator", [E.Score(), *ONE_HOT_ESTIMATORS], ids=repr)
+def test_estimators_draw_by_the_numbers(estimator, form):
+    """In a dtype in which torch's derived logits are far off."""
+    numbers, exact = given("one_hot", form, spread(40), torch.bfloat16)
+    fn = make("one_hot", form, numbers, (DRAWS,), True)
+    value = estimator.draw(fn).detach()
+    assert value.dtype == torch.bfloat16
+    first = value[0] if estimator.num_values > 1 else value
+    assert worst_z(to_index(fn, first), exact) < 5
+
+
+@forms
+@pytest.mark.parametrize("estimator", [E.Score(), *BIT_ESTIMATORS], ids=repr)
+def test_estimators_draw_bits_by_the_numbers(estimator, form):
+    probs = torch.tensor([0.0, 3e-3, 0.3, 0.998], dtype=torch.float64)
+    numbers, exact = given("bernoulli", form, probs, torch.bfloat16)
+    fn = make("bernoulli", form, numbers, (DRAWS, 4), True)
+    value = estimator.draw(fn).detach()
+    assert value.dtype == torch.bfloat16
+    share = (value[0] if estimator.num_values > 1 else value).double().mean(0)
+    error = (exact * (1 - exact) / DRAWS).sqrt().clamp(min=1 / DRAWS)
+    assert ((share - exact).abs() / error).max() < 5
 
 
 @read_before
