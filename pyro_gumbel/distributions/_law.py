@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch.distributions import Distribution
 
-__all__ = ["has_law_of", "law_of", "overrides"]
+__all__ = ["has_law_of", "law_of", "nearest_library", "overridden", "wraps_like"]
 
 _LIBRARIES = ("torch", "pyro", "pyro_gumbel")
 # What draws and what scores. ``expand`` is not among them: it returns another distribution, which
@@ -31,10 +30,9 @@ def law_of(fn: Any) -> type | None:
         The class, or ``None`` if ``fn``, or a distribution that it is made of, has a law of its
         own.
     """
-    kind: type | None = _inherited(type(fn))  # type: ignore[arg-type]
-    if kind is None or not vars(fn).keys().isdisjoint(_METHODS):
-        return None
-    return kind if all(law_of(part) for part in _parts(fn)) else None
+    kind = _kind(fn)
+    parts = (part for part in vars(fn).values() if isinstance(part, Distribution))
+    return kind if all(law_of(part) for part in parts) else None
 
 
 def has_law_of(fn: Any, *families: type) -> bool:
@@ -42,26 +40,32 @@ def has_law_of(fn: Any, *families: type) -> bool:
     return isinstance(fn, families) and issubclass(law_of(fn) or object, families)
 
 
-def overrides(fn: Any) -> tuple[type, list[str]]:
-    """Name what gives ``fn`` a law of its own: its ancestor in a library, and what differs."""
-    library = _library(type(fn))
-    own = set(_differing(type(fn), library)) | (vars(fn).keys() & set(_METHODS))
-    return library, sorted(own)
+def wraps_like(fn: Any, *wrappers: type) -> bool:
+    """Return whether ``fn`` does to its base, whatever that is, what one of the wrappers does."""
+    return isinstance(fn, wrappers) and issubclass(_kind(fn) or object, wrappers)
 
 
-def _parts(fn: Any) -> Iterator[Any]:
-    return (part for part in vars(fn).values() if isinstance(part, Distribution))
+def overridden(fn: Any) -> list[str]:
+    """Name what ``fn`` itself overrides of the law of its nearest ancestor in a library."""
+    differing = _differing(type(fn), nearest_library(type(fn)))
+    return sorted({*differing, *(vars(fn).keys() & set(_METHODS))})
+
+
+def nearest_library(kind: type) -> type:
+    """Find the nearest ancestor of a class in torch, Pyro or this package."""
+    ancestors = (a for a in kind.__mro__ if a.__module__.partition(".")[0] in _LIBRARIES)
+    return next((a for a in ancestors if issubclass(a, Distribution)), Distribution)
+
+
+def _kind(fn: Any) -> type | None:
+    own = not vars(fn).keys().isdisjoint(_METHODS)
+    return None if own else _inherited(type(fn))  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=1024)
 def _inherited(kind: Any) -> type | None:
-    library = _library(kind)
+    library = nearest_library(kind)
     return None if _differing(kind, library) else library
-
-
-def _library(kind: type) -> type:
-    ancestors = (a for a in kind.__mro__ if a.__module__.partition(".")[0] in _LIBRARIES)
-    return next((a for a in ancestors if issubclass(a, Distribution)), Distribution)
 
 
 def _differing(kind: type, library: type) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributions as torch_dist
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
+from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 from torch.distributions import (
     Bernoulli,
@@ -20,7 +22,13 @@ from torch.distributions import (
 from torch.nn.functional import softplus
 
 from pyro_gumbel.distributions._base import plain_eager
-from pyro_gumbel.distributions._law import has_law_of
+from pyro_gumbel.distributions._law import (
+    has_law_of,
+    law_of,
+    nearest_library,
+    overridden,
+    wraps_like,
+)
 from pyro_gumbel.distributions._noise import gumbel_noise, noise_dtype
 from pyro_gumbel.distributions._numbers import (
     bit_probs,
@@ -43,6 +51,8 @@ __all__ = [
     "bit_probs",
     "event_dims",
     "exact_draw",
+    "expand",
+    "explain_stranger",
     "from_index",
     "from_noise",
     "has_law_of",
@@ -54,28 +64,101 @@ __all__ = [
     "is_relaxed",
     "log_mass",
     "log_mass_of_value",
+    "masks",
     "on_own_logits",
     "one_hot_logits",
     "shared_noise_draw",
+    "support_values",
     "to_index",
     "uniform",
     "unwrap",
     "value_dtype",
+    "wrap_score",
+    "wrappers",
 ]
 
+_KNOWN = (OneHotCategorical, Categorical, Bernoulli, Normal, RelaxedOneHot, RelaxedBernoulli)
 _CERTAIN = 32768.0  # beyond it a bit is certain in every dtype
 
 
-def unwrap(fn: Distribution) -> Distribution:
-    """Strip ``to_event`` and ``mask``: neither changes a value's shape or its law."""
-    while isinstance(fn, (Independent, MaskedDistribution)):
+def wrappers(fn: Distribution) -> Iterator[Any]:
+    """List what ``to_event`` and ``mask`` put around a distribution, the outermost first."""
+    while wraps_like(fn, Independent, MaskedDistribution):
+        yield fn
         fn = fn.base_dist
-    return fn
+
+
+def unwrap(fn: Distribution) -> Distribution:
+    """Strip ``to_event`` and ``mask``: neither changes a value's shape or its law.
+
+    Of a known family, it also does what Pyro's ``ExpandedDistribution`` puts off.
+    """
+    for wrapper in wrappers(fn):
+        fn = wrapper.base_dist
+    return _expand_base(fn) if wraps_like(fn, ExpandedDistribution) else fn
+
+
+def _expand_base(fn: Any) -> Any:
+    base = unwrap(fn.base_dist)
+    family: Any = law_of(base)
+    if not (has_logits(base) or is_normal(base)) or masks(fn.base_dist):
+        return fn
+    joined = base.batch_shape[len(fn.base_dist.batch_shape) :]
+    return family.expand(base, (*fn.batch_shape, *joined), family.__new__(family))
 
 
 def event_dims(fn: Distribution) -> int:
     """Count the batch dimensions of the unwrapped distribution that ``to_event`` joined."""
     return fn.event_dim - unwrap(fn).event_dim
+
+
+def masks(fn: Distribution) -> list[Tensor | bool]:
+    """List the masks that ``mask`` put on ``fn``, the outermost first."""
+    return [w._mask for w in wrappers(fn) if wraps_like(w, MaskedDistribution)]
+
+
+def wrap_score(fn: Distribution, score: Tensor) -> Tensor:
+    """Do to a score of the unwrapped distribution what ``to_event`` and ``mask`` do in ``fn``."""
+    for wrapper in reversed(list(wrappers(fn))):
+        if wraps_like(wrapper, MaskedDistribution):
+            score = scale_and_mask(score, mask=wrapper._mask)
+        else:
+            score = sum_rightmost(score, wrapper.reinterpreted_batch_ndims)
+    return score
+
+
+def expand(fn: Distribution, batch_shape: tuple[int, ...]) -> Distribution:
+    """Expand as Pyro does, also a subclass that lacks an ``expand`` of its own."""
+    try:
+        return fn.expand(torch.Size(batch_shape))
+    except NotImplementedError:
+        return unwrap(ExpandedDistribution(fn, torch.Size(batch_shape)))
+
+
+def support_values(fn: Distribution) -> Tensor:
+    """List the values of ``fn``, ``(K,) + ones + event_shape``."""
+    while wraps_like(fn, ExpandedDistribution):  # its own list forgets the event
+        fn = fn.base_dist
+    return fn.enumerate_support(expand=False)
+
+
+def explain_stranger(fn: Distribution) -> str:
+    """Say why a descendant of a known family is not taken for one, and how it would be.
+
+    There is nothing to say of other distributions, and no full stop at the end.
+    """
+    family = nearest_library(type(fn))
+    if not issubclass(family, _KNOWN) or law_of(fn) is not None:
+        return ""
+    names = overridden(fn)
+    reason = f"overrides {', '.join(names)}" if names else "holds a distribution with its own law"
+    parameters = "loc=..., scale=..." if issubclass(family, Normal) else "logits=..."
+    return (
+        f"{type(fn).__name__} descends from {family.__name__} and {reason}, so it is drawn and "
+        "scored by its own methods alone. To be served as its ancestor, it has to leave these "
+        "alone and compute the parameters of its law in its constructor: "
+        f"super().__init__({parameters})"
+    )
 
 
 def is_one_hot(fn: Distribution) -> bool:

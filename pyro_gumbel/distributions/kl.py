@@ -6,10 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Distribution, OneHotCategorical, register_kl
+from torch.distributions import (
+    Bernoulli,
+    Distribution,
+    OneHotCategorical,
+    kl_divergence,
+    register_kl,
+)
 from torch.distributions import Gumbel as TorchGumbel
+from torch.distributions.kl import _KL_REGISTRY
 
 from pyro_gumbel.distributions._base import at_hand, broadcast_shapes, plain_eager
+from pyro_gumbel.distributions._law import law_of, nearest_library
 from pyro_gumbel.distributions._noise import noise_dtype
 from pyro_gumbel.distributions._numbers import bit_log_masses, log_probs
 from pyro_gumbel.distributions.gumbel import EULER_GAMMA, Gumbel
@@ -68,8 +76,37 @@ class _Divergence(torch.autograd.Function):
         return for_p, for_q
 
 
+def closed_form_kl(p: Distribution, q: Distribution) -> Tensor:
+    """Do as torch's ``kl_divergence``, but hand no closed form down to another law.
+
+    Torch finds a closed form by ancestry. Here a distribution with a law of its own has one only
+    if it was registered for its class.
+
+    Raises:
+        NotImplementedError: If there is none.
+    """
+    if not (law_of(p) and law_of(q)) and not any(
+        _serves(p, of) and _serves(q, to) for of, to in _KL_REGISTRY
+    ):
+        names = f"{type(p).__name__} and {type(q).__name__}"
+        raise NotImplementedError(f"No KL divergence is registered for {names} themselves.")
+    return kl_divergence(p, q)
+
+
+def _serves(fn: Distribution, kind: type) -> bool:
+    """Return whether what is registered for a class holds for ``fn``."""
+    own = law_of(fn) is not None or nearest_library(kind) is not kind
+    return isinstance(fn, kind) and own
+
+
 def _check_discrete(*distributions: Distribution) -> None:
     for distribution in distributions:
+        if law_of(distribution) is None:
+            raise NotImplementedError(
+                f"{type(distribution).__name__} overrides its ancestor's law, whose closed-form "
+                "KL divergence it does not inherit: write one, torch.distributions.register_kl, "
+                "or estimate it from log_prob."
+            )
         if getattr(distribution, "straight_through", True):
             continue
         name = type(distribution).__name__

@@ -11,6 +11,7 @@ from pyro_gumbel.distributions.families import (
     from_index,
     has_logits,
     one_hot_logits,
+    support_values,
     to_index,
 )
 from pyro_gumbel.estimators._arguments import check_num_samples
@@ -55,7 +56,7 @@ class Enumerate(Estimator):
         return None
 
     def draw(self, fn: Distribution) -> Tensor:
-        return fn.enumerate_support(expand=False)
+        return support_values(fn)
 
 
 class LocalExpectation(Estimator):
@@ -139,7 +140,8 @@ class LocalExpectation(Estimator):
 
 
 def _joined(fn: Distribution, event_dims: int) -> torch.Size:
-    return fn.batch_shape[len(fn.batch_shape) - event_dims :]
+    # The batch shape of Pyro's ExpandedDistribution is a plain tuple.
+    return torch.Size(fn.batch_shape[len(fn.batch_shape) - event_dims :])
 
 
 def joins_variables(fn: Distribution, event_dims: int) -> bool:

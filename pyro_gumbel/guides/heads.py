@@ -13,12 +13,16 @@ from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_gumbel.distributions import OneHot
-from pyro_gumbel.distributions.families import is_bit, is_categorical, is_one_hot
+from pyro_gumbel.distributions._law import overridden
+from pyro_gumbel.distributions._numbers import log_odds, log_probs, value_dtype
+from pyro_gumbel.distributions.families import has_logits, is_bit, support_values
 
 __all__ = ["Head", "find_head"]
 
-# Families whose posterior is sought in the family itself, with their free parameters.
+# Families whose posterior is sought in the family itself, with their free parameters. So is that
+# of a descendant with a law of its own: its values are the same.
 _PARAMETERS: dict[type, tuple[str, ...]] = {
+    dist.Categorical: ("logits",),
     dist.Normal: ("loc", "scale"),
     dist.LogNormal: ("loc", "scale"),
     dist.Beta: ("concentration1", "concentration0"),
@@ -80,7 +84,7 @@ class FamilyHead(Head):
         self.vectors = [constraint.event_dim == 1 for constraint in supports]
         self.transforms = [biject_to(constraint) for constraint in supports]
         categorical = family is dist.Categorical
-        self.num_categories = prior.logits.shape[-1] if categorical else 0
+        self.num_categories = len(support_values(prior)) if categorical else 0
         self.num_features = self.num_categories or prior.event_shape.numel()
         self.sizes = [self.num_features if vector else 1 for vector in self.vectors]
         self.size = sum(self.sizes)
@@ -96,7 +100,7 @@ class FamilyHead(Head):
         return self.family(**values, **self.fixed)
 
     def start(self, prior: Any, value: Tensor, shrink: float | None) -> Tensor:
-        natural = {name: getattr(prior, name) for name in self.parameters}
+        natural = {name: _number(prior, name) for name in self.parameters}
         if shrink is not None and self.parameters == ("loc", "scale"):
             natural["loc"] = biject_to(self.family.support).inv(value)  # type: ignore[attr-defined]
             natural["scale"] = natural["scale"] * shrink
@@ -148,17 +152,16 @@ def find_head(name: str, prior: Any) -> Head:
     Raises:
         ValueError: If there is none.
     """
-    if is_one_hot(prior):
+    support = prior.support
+    if support is constraints.one_hot:
         return FamilyHead(OneHot, ("logits",), prior)
-    if is_bit(prior):
+    if support is constraints.boolean:
         return FamilyHead(dist.Bernoulli, ("logits",), prior)
-    if is_categorical(prior):
-        return FamilyHead(dist.Categorical, ("logits",), prior)
-    if isinstance(prior, dist.Binomial):
+    if _has_values_of(prior, dist.Binomial):
         count = _one_number(name, prior, "total_count")
         return FamilyHead(dist.Binomial, ("logits",), prior, total_count=count)
     for family, parameters in _PARAMETERS.items():
-        if isinstance(prior, family):
+        if _has_values_of(prior, family):
             return FamilyHead(family, parameters, prior)
     if isinstance(prior, dist.Delta):
         raise ValueError(
@@ -175,6 +178,22 @@ def find_head(name: str, prior: Any) -> Head:
             "NegativeBinomial, Poisson, Geometric and every continuous distribution that "
             f"biject_to serves. Rewrite the site as one of these, or {_by_hand(name)}"
         ) from None
+
+
+def _has_values_of(prior: Any, family: type) -> bool:
+    return isinstance(prior, family) and "support" not in overridden(prior)
+
+
+def _number(prior: Any, name: str) -> Tensor:
+    """Read a parameter of a prior; the logits of finitely many values, off its own masses."""
+    if name != "logits" or not prior.has_enumerate_support or isinstance(prior, dist.Binomial):
+        return getattr(prior, name)
+    if is_bit(prior):
+        return log_odds(prior).to(value_dtype(prior))
+    if has_logits(prior):
+        return log_probs(prior).to(value_dtype(prior))
+    masses = prior.log_prob(support_values(prior)).movedim(0, -1)
+    return masses[..., 1] - masses[..., 0] if prior.support is constraints.boolean else masses
 
 
 def _by_hand(name: str) -> str:

@@ -8,14 +8,12 @@ from typing import Any
 
 import pyro.poutine as poutine
 import torch
-from pyro.distributions import MaskedDistribution
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Independent
 
-from pyro_gumbel.distributions.families import unwrap
+from pyro_gumbel.distributions.families import expand, masks, unwrap
 from pyro_gumbel.guides.heads import Head, find_head
 
 __all__ = ["Latent", "observed_sites", "prototype", "read_latent"]
@@ -102,7 +100,7 @@ def read_latent(site: Any, shrink: float | None) -> Latent:
             f"cannot serve at once: write `with pyro.plate({sequential[0]!r}, ...)` in place of "
             "the loop."
         )
-    if site["mask"] is not None or _is_masked(fn):
+    if site["mask"] is not None or masks(fn):
         raise ValueError(
             f"Site {name!r} is masked in the model: a guide that is not masked in the same way is "
             "rewarded for masked elements without limit. Mask observed sites alone, or write the "
@@ -115,17 +113,9 @@ def read_latent(site: Any, shrink: float | None) -> Latent:
     nesting = -min(plates, default=0)
     num_event = fn.event_dim - len(prior.event_shape)
     batch = torch.Size((1,) * (nesting - len(fn.batch_shape)) + tuple(fn.batch_shape))
-    event_batch = prior.batch_shape[len(prior.batch_shape) - num_event :]
-    prior = prior.expand(batch + event_batch)
+    event_batch = torch.Size(prior.batch_shape[len(prior.batch_shape) - num_event :])
+    prior = expand(prior, batch + event_batch)
     value = site["value"].reshape(batch + event_batch + prior.event_shape)
     head = find_head(name, prior)
     start = head.start(prior, value, shrink)
     return Latent(name, head, plates, sizes, batch, event_batch, start)
-
-
-def _is_masked(fn: Any) -> bool:
-    while isinstance(fn, (Independent, MaskedDistribution)):
-        if isinstance(fn, MaskedDistribution):
-            return True
-        fn = fn.base_dist
-    return False

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyro.distributions import Delta, MaskedDistribution
-from pyro.distributions.util import scale_and_mask, sum_rightmost
+from pyro.distributions import Delta
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import Independent, kl_divergence
 
 from pyro_gumbel.distributions._base import broadcast_shapes
 from pyro_gumbel.distributions._numbers import bit_log_masses, log_probs
-from pyro_gumbel.distributions.families import is_bit, is_categorical, is_one_hot, unwrap
-from pyro_gumbel.distributions.kl import kl_from_log_probs
+from pyro_gumbel.distributions.families import (
+    has_law_of,
+    is_bit,
+    is_categorical,
+    is_one_hot,
+    masks,
+    unwrap,
+    wrap_score,
+)
+from pyro_gumbel.distributions.kl import closed_form_kl, kl_from_log_probs
 from pyro_gumbel.infer.checks import latent_sites
 from pyro_gumbel.infer.costs import Term, site_frames
 
@@ -44,7 +51,7 @@ def analytic_kls(model_trace: Trace, guide: dict[str, Any]) -> dict[str, Term]:
         if not _weighed_alike(guide[name], site):
             continue
         q, p = guide[name]["fn"], site["fn"]
-        if isinstance(unwrap(q), Delta):  # its closed form forgets the log_density
+        if has_law_of(unwrap(q), Delta):  # its closed form forgets the log_density
             continue
         try:
             kl = _divergence(q, p)
@@ -59,32 +66,26 @@ def analytic_kls(model_trace: Trace, guide: dict[str, Any]) -> dict[str, Term]:
 
 def _divergence(q: Any, p: Any) -> Tensor:
     """The KL divergence, with a gradient where a category is certain or impossible, too."""
-    if isinstance(q, Independent) and isinstance(p, Independent):
-        joined = q.reinterpreted_batch_ndims
-        if joined == p.reinterpreted_batch_ndims and q.event_shape == p.event_shape:
-            return sum_rightmost(_divergence(q.base_dist, p.base_dist), joined)
+    bare_q, bare_p = unwrap(q), unwrap(p)
+    if q.event_shape == p.event_shape and bare_q.event_dim == bare_p.event_dim:
+        return wrap_score(q, _bare_divergence(bare_q, bare_p))
+    return closed_form_kl(q, p)
+
+
+def _bare_divergence(q: Any, p: Any) -> Tensor:
     for is_family, read in _FAMILIES:
-        if is_family(q) and is_family(p) and q.event_shape == p.event_shape:
+        if is_family(q) and is_family(p):
             log_q, log_p = read(q), read(p)
             if log_q.shape[-1] == log_p.shape[-1]:
                 return kl_from_log_probs(log_q, log_p)
-    return kl_divergence(q, p)
+    return closed_form_kl(q, p)
 
 
 def _weighed_alike(one: Any, other: Any) -> bool:
     """Tell whether two sites' scores are scaled and masked by what is known to be the same."""
-    weights = [[site["scale"], site["mask"], *_masks(site["fn"])] for site in (one, other)]
+    weights = [[site["scale"], site["mask"], *masks(site["fn"])] for site in (one, other)]
     # Tensors are compared by identity: looking into them would wait for the device.
     return len(weights[0]) == len(weights[1]) and all(
         a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b
         for a, b in zip(*weights, strict=True)
     )
-
-
-def _masks(fn: Any) -> list[Any]:
-    masks = []
-    while isinstance(fn, (Independent, MaskedDistribution)):
-        if isinstance(fn, MaskedDistribution):
-            masks.append(fn._mask)
-        fn = fn.base_dist
-    return masks

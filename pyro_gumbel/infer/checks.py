@@ -13,7 +13,13 @@ import torch.distributions as torch_dist
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 
-from pyro_gumbel.distributions.families import is_bit, is_categorical, is_one_hot, unwrap
+from pyro_gumbel.distributions.families import (
+    has_law_of,
+    is_bit,
+    is_categorical,
+    is_one_hot,
+    unwrap,
+)
 from pyro_gumbel.infer.particles import PARTICLE_PLATE
 
 __all__ = ["check_programs", "latent_sites", "misfits_named"]
@@ -147,7 +153,7 @@ def _check_values(name: str, site: Any, guide_fn: Any) -> None:
     Their formulas would score them all the same; other families look at the values they score.
     """
     model, guide = unwrap(site["fn"]), unwrap(guide_fn)
-    if isinstance(guide, dist.Delta) or _is_within(guide, model, site["value"]):
+    if has_law_of(guide, dist.Delta) or _is_within(guide, model, site["value"]):
         return
     raise ValueError(
         f"At site {name!r}, the guide's {_name(guide)} draws values that have no mass under the "
@@ -169,7 +175,7 @@ def _is_within(guide: Any, model: Any, value: Any) -> bool:
     if is_one_hot(model):
         fits, misfits = is_one_hot(guide), is_bit(guide)
     elif is_bit(model):
-        fits, misfits = is_bit(guide) or is_one_hot(guide), isinstance(guide, _COUNTS)
+        fits, misfits = is_bit(guide) or is_one_hot(guide), has_law_of(guide, *_COUNTS)
     else:
         return True
     # Another family, a mixture or one of the user's, is known by what it draws.
@@ -203,8 +209,8 @@ def _plates(site: Any) -> str:
 
 def _refuse_pyro_straight_through(name: str, fn: Any, program: str) -> None:
     fn = unwrap(fn)
-    if isinstance(fn, _PYRO_STRAIGHT_THROUGH):
-        plain = "OneHotCategorical" if isinstance(fn, _PYRO_STRAIGHT_THROUGH[0]) else "Bernoulli"
+    if has_law_of(fn, *_PYRO_STRAIGHT_THROUGH):
+        plain = "OneHotCategorical" if fn.event_dim else "Bernoulli"
         raise ValueError(
             f"At site {name!r}, the {program}'s {_name(fn)} draws hard values and scores them by "
             "the density of soft ones: that is "
@@ -214,7 +220,7 @@ def _refuse_pyro_straight_through(name: str, fn: Any, program: str) -> None:
 
 
 def _is_discrete(fn: Any) -> bool | None:
-    if isinstance(unwrap(fn), dist.Delta):
+    if has_law_of(unwrap(fn), dist.Delta):
         return None  # a point mass faces anything
     try:
         support = fn.support

@@ -11,7 +11,12 @@ from pyro.poutine.runtime import _PYRO_STACK, Message
 from pyro.poutine.util import site_is_subsample
 from torch import nn
 
-from pyro_gumbel.distributions.families import event_dims, is_relaxed, unwrap
+from pyro_gumbel.distributions.families import (
+    event_dims,
+    explain_stranger,
+    is_relaxed,
+    unwrap,
+)
 from pyro_gumbel.estimators import Estimator
 from pyro_gumbel.estimators.registry import (
     CLASSES,
@@ -223,7 +228,8 @@ def resolve(
     fn = unwrap(msg["fn"])
     estimator = auto.resolve(choice, fn, num_particles)
     if not estimator.supports(fn):
-        _refuse(msg, estimator, f"it needs {estimator.sites}")
+        reasons = (f"it needs {estimator.sites}", explain_stranger(fn))
+        _refuse(msg, estimator, ". ".join(filter(None, reasons)))
     objection = estimator.objection(fn, event_dims(msg["fn"]))
     if objection is not None:
         _refuse(msg, estimator, objection)
