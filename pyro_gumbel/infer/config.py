@@ -27,13 +27,11 @@ from pyro_gumbel.estimators.registry import (
     did_you_mean,
 )
 from pyro_gumbel.infer._configured_guide import ConfiguredGuide, configure_module
+from pyro_gumbel.infer._site_options import check_guide_site
 
 __all__ = ["Config", "GradientMessenger", "config_gradient", "resolve"]
 
 Config = Estimator | str | Mapping[str, Choice] | Callable[[Message], Choice]
-
-# What Pyro itself, and nothing else, may leave in a latent site's `infer`.
-_PYRO_INFER_KEYS = {"is_auxiliary", "prior", "was_observed", "num_samples", "expand", "tmc"}
 
 _VARYING = (
     "(For sites that are latent in some runs only, give a callable msg -> estimator or None.)"
@@ -221,9 +219,8 @@ def resolve(
         ValueError: If ``infer`` has an unknown option, or the estimator cannot serve the site or
             the number of particles.
     """
-    infer = msg["infer"] or {}
-    _check_infer_keys(msg)
-    choice = cast(Choice, infer.get("gradient", default))
+    check_guide_site(msg)
+    choice = cast(Choice, (msg["infer"] or {}).get("gradient", default))
     check_choice(choice, f"at site {msg['name']!r}, infer['gradient'] is")
     fn = unwrap(msg["fn"])
     estimator = auto.resolve(choice, fn, num_particles)
@@ -241,22 +238,6 @@ def resolve(
             "Score(MovingAverage())."
         )
     return estimator
-
-
-def _check_infer_keys(msg: Message) -> None:
-    infer = msg["infer"] or {}
-    for key in infer:
-        if key == "enumerate" and "gradient" in infer:
-            continue  # left by Pyro's config_enumerate or an autoguide, and overruled
-        if key == "gradient" or key in _PYRO_INFER_KEYS or key.startswith("_"):
-            continue
-        remedy = {
-            "baseline": "write infer={'gradient': Score(MovingAverage())} or another baseline",
-            "enumerate": "write infer={'gradient': Enumerate()}",
-        }.get(key, "the option that chooses an estimator is 'gradient'")
-        raise ValueError(
-            f"At site {msg['name']!r}, Estimator_ELBO does not know infer[{key!r}]; {remedy}."
-        )
 
 
 def _refuse(msg: Message, estimator: Estimator, reason: str) -> NoReturn:

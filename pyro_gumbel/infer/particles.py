@@ -39,6 +39,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from pyro_gumbel.distributions.families import event_dims, exact_draw, on_own_logits, unwrap
 from pyro_gumbel.estimators import Estimator
 from pyro_gumbel.estimators.registry import Choice, DefaultEstimators
+from pyro_gumbel.infer._site_options import check_guide_site
 from pyro_gumbel.infer.config import resolve
 from pyro_gumbel.infer.learnable import adopt_stored
 from pyro_gumbel.infer.not_recordable import NotRecordable
@@ -150,7 +151,11 @@ class DrawMessenger(Messenger):
     logits: dict[str, Tensor] = field(default_factory=dict)
 
     def _pyro_sample(self, msg: Message) -> None:
-        if msg["is_observed"] or msg["value"] is not None or site_is_subsample(msg):
+        if site_is_subsample(msg):
+            return
+        if msg["is_observed"]:
+            check_guide_site(msg)
+        if msg["value"] is not None:
             return
         name = cast(str, msg["name"])
         estimator = resolve(msg, self.auto, self.default, self.num_particles)

@@ -19,6 +19,7 @@ from torch.distributions import Independent
 
 from pyro_gumbel.distributions.families import event_dims, log_mass, unwrap
 from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.infer._site_options import ModelSiteCheck
 from pyro_gumbel.infer.analytic_kl import analytic_kls
 from pyro_gumbel.infer.checks import check_programs, latent_sites, misfits_named
 from pyro_gumbel.infer.costs import Costs, EnumeratedSite, Term, site_frames
@@ -116,7 +117,8 @@ def run_programs(
     with _left_dimensions_explained(draw), subsample, draw, checks:
         traced_guide(*call.args, **call.kwargs)
     guide_trace = traced_guide.trace
-    traced_model = poutine.trace(poutine.replay(model, trace=guide_trace))
+    checked_model = ModelSiteCheck(guide_trace)(model)
+    traced_model = poutine.trace(poutine.replay(checked_model, trace=guide_trace))
     nesting = draw.layout.plate_nesting
     with (
         misfits_named(traced_model, guide_trace, nesting),
