@@ -39,7 +39,7 @@ from torch.distributions import Independent
 
 from pyro_gumbel.distributions.families import event_dims, unwrap
 from pyro_gumbel.estimators import Pathwise
-from pyro_gumbel.estimators.pathwise import path_of_score
+from pyro_gumbel.estimators.pathwise import has_score_of_mean_zero, path_of_score
 from pyro_gumbel.infer._log_weights import LogWeights
 from pyro_gumbel.infer.run import Run
 
@@ -80,12 +80,12 @@ def _applies(run: Run, name: str) -> bool:
 
 
 def _is_reparameterised(fn: Any) -> bool:
-    """Return whether draws have a density and the path is all of its gradient.
+    """Return whether the score function's gradient is the path's.
 
-    Given values (Delta) and straight-through ones have none, and a distribution with score parts
-    of its own is drawn by rejection.
+    Straight-through values have no density, and a distribution with score parts of its own is
+    drawn by rejection: the path is not all of its gradient.
     """
-    if isinstance(fn, Delta) or type(fn).score_parts is not Distribution.score_parts:
+    if type(fn).score_parts is not Distribution.score_parts or not has_score_of_mean_zero(fn):
         return False
     try:
         return not fn.support.is_discrete

@@ -11,12 +11,23 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
+from reparameterised_programs import BESIDE, PROGRAMS
 from torch import Tensor
 from torch.distributions import Normal
-from weighed_programs import CASES, X, by_formula, mean_gradients, programs, recorded_gradients
+from weighed_programs import (
+    CASES,
+    X,
+    by_formula,
+    gradients,
+    mean_gradients,
+    paired_gap,
+    programs,
+    recorded_gradients,
+)
 
-from pyro_gumbel.estimators import Score
-from pyro_gumbel.infer import ImportanceWeighted_ELBO, config_gradient
+from pyro_gumbel.estimators import Pathwise, Score
+from pyro_gumbel.infer import Estimator_ELBO, ImportanceWeighted_ELBO, config_gradient
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +111,66 @@ def test_the_mean_is_that_of_quadrature(
     mean, error = mean_gradients(loss, model, guide, n)
     assert error.max() < 0.01 * exact.norm()
     assert ((mean - exact) / error).abs().max() < 5
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_sites_of_every_kind_have_the_mean_of_the_plain_gradient(
+    name: str, vectorize: bool
+) -> None:
+    model, guide = PROGRAMS[name]()
+    configured = config_gradient(guide, {"b": BESIDE[name]} if name in BESIDE else {})
+    losses = [elbo(3, doubly=doubly, vectorize=vectorize) for doubly in (False, True)]
+    gap, error, plain = paired_gap(losses, model, [configured, configured])
+    assert error.max() < 0.2 * plain.norm()
+    assert (gap.abs() < 5 * error + 1e-9).all()
+
+
+@pytest.mark.parametrize("name", ["uniform", "straight_through_one_hot", "bit_downstream"])
+def test_sites_that_cannot_have_it_keep_the_plain_gradient(name: str) -> None:
+    model, guide = PROGRAMS[name]()
+    configured = config_gradient(guide, {"b": BESIDE[name]} if name in BESIDE else {})
+    losses = [elbo(3, doubly=doubly, vectorize=True) for doubly in (False, True)]
+    gap, _, plain = paired_gap(losses, model, [configured, configured])
+    assert plain.norm() > 0.01
+    torch.testing.assert_close(gap, torch.zeros_like(gap), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "kind", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoDelta]
+)
+def test_autoguides_have_the_mean_of_the_plain_gradient(kind: type) -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3))
+        pyro.sample("x", dist.Normal(z, 1 + scale), obs=torch.tensor(1.1))
+
+    guide = kind(model, init_scale=0.6) if kind is not AutoDelta else kind(model)
+    guide()
+    draws = []
+    for doubly in (False, True):
+        loss, found = elbo(3, doubly=doubly, vectorize=True), []
+        for seed in range(300):
+            pyro.set_rng_seed(seed)
+            loss.loss_and_grads(model, guide)
+            grads = [param.grad for param in guide.parameters() if param.grad is not None]
+            found.append(torch.cat([grad.flatten() for grad in grads]))
+            guide.zero_grad()
+        draws.append(torch.stack(found))
+    gap = draws[1] - draws[0]
+    error = gap.std(0) / math.sqrt(len(gap))
+    assert draws[0].mean(0).norm() > 0.1
+    assert (gap.mean(0).abs() < 5 * error + 1e-9).all()
+
+
+def test_one_particle_sticks_the_landing() -> None:
+    model, guide = programs(CASES["different_scales"], 5)
+    results = []
+    for loss, choice in (
+        (elbo(1, doubly=True, vectorize=False), {}),
+        (Estimator_ELBO(max_plate_nesting=2), Pathwise(sticking_the_landing=True)),
+    ):
+        pyro.set_rng_seed(3)
+        results.append(gradients(loss, model, config_gradient(guide, choice)))
+    assert results[0].norm() > 0.1
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)

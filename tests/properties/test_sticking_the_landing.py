@@ -10,8 +10,16 @@ import pyro.distributions.transforms as T
 import pytest
 import torch
 from pyro import poutine
+from reparameterised_programs import BESIDE, PROGRAMS
 from torch import Tensor
-from weighed_programs import CASES, by_formula, mean_gradients, programs, recorded_gradients
+from weighed_programs import (
+    CASES,
+    by_formula,
+    mean_gradients,
+    paired_gap,
+    programs,
+    recorded_gradients,
+)
 
 from pyro_gumbel.estimators import Pathwise, Score
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
@@ -58,6 +66,18 @@ def test_the_mean_is_that_of_the_plain_gradient(name: str, vectorize: bool) -> N
     error = (error**2 + plain_error**2).sqrt()
     assert error.max() < 0.03 * plain.norm()
     assert ((mean - plain).abs() < 5 * error + 1e-9).all()
+
+
+CONTINUOUS = [name for name in PROGRAMS if name not in BESIDE and "straight" not in name]
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_sites_of_every_kind_have_the_mean_of_the_plain_gradient(name: str) -> None:
+    model, guide = PROGRAMS[name]()
+    losses = [elbo(2, vectorize=True)] * 2
+    gap, error, plain = paired_gap(losses, model, [guide, config_gradient(guide, STICKING)])
+    assert error.max() < 0.2 * plain.norm()
+    assert (gap.abs() < 5 * error + 1e-9).all()
 
 
 def posterior(kind: str, loc: Tensor, scale: Tensor) -> Any:

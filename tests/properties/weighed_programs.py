@@ -24,6 +24,7 @@ __all__ = [
     "by_formula",
     "gradients",
     "mean_gradients",
+    "paired_gap",
     "programs",
     "recorded_gradients",
 ]
@@ -143,7 +144,7 @@ def gradients(loss: Any, model: Any, guide: Any) -> Tensor:
     for param in pyro.get_param_store()._params.values():
         found.append(torch.zeros_like(param) if param.grad is None else param.grad.clone())
         param.grad = None
-    return torch.stack(found)
+    return torch.cat([grad.flatten() for grad in found])
 
 
 def recorded_gradients(
@@ -175,6 +176,21 @@ def mean_gradients(
     """The mean gradient of a repetition, by batches of them, and its standard error."""
     draws = torch.stack([gradients(loss, model, guide) for _ in range(batches)]) / repeats
     return draws.mean(0), draws.std(0) / math.sqrt(batches)
+
+
+def paired_gap(losses: list[Any], model: Any, guides: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Two mean gradients' difference at the same seeds, its error, and the first's mean."""
+    repeats, batches = 300, 40
+    plate = pyro.plate("repeats", repeats, dim=-1)
+    draws = []
+    for loss, guide in zip(losses, guides, strict=True):
+        found = []
+        for seed in range(batches):
+            pyro.set_rng_seed(seed)
+            found.append(gradients(loss, plate(model), plate(guide)) / repeats)
+        draws.append(torch.stack(found))
+    gap = draws[1] - draws[0]
+    return gap.mean(0), gap.std(0) / math.sqrt(batches), draws[0].mean(0)
 
 
 def by_formula(case: Case, w: Tensor, z: Tensor, weigh: Callable[[Tensor, Any], Tensor]) -> Tensor:
