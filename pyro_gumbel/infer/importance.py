@@ -25,7 +25,10 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
         w_k = \frac{p_\theta(x, z_k)}{q_\phi(z_k)}
 
     There is one bound for each element of the plates that every site is in (for each datum of a
-    variational auto-encoder), and their sum, scaled for subsampling, is the value.
+    variational auto-encoder), and their sum, scaled for subsampling, is the value. All other
+    scales are inside the logarithm, as in Pyro's ``RenyiELBO``: ``poutine.scale`` tempers the
+    weights, and a subsampled plate that some site is outside of makes them estimates, so that the
+    value need not bound the evidence.
 
     Reparameterised and straight-through sites differentiate the bound as it stands. Sites of the
     score function use VIMCO, whose signal is what particle ``k`` adds to the bound:
@@ -34,20 +37,27 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
         \Bigl(\mathcal L_K - \log \frac1K \bigl(\textstyle\sum_{j \ne k} w_j + \hat w_k\bigr)\Bigr)
         \nabla \log q_\phi(z_k), \qquad \log \hat w_k = \frac{1}{K-1} \sum_{j \ne k} \log w_j
 
+    Particles of weight zero are left out of :math:`\hat w_k`.
+
     *Unbiased*: yes, at score-function and reparameterised sites. *Costs*: one evaluation a
     particle.
 
     Args:
         num_particles: Number ``K`` of importance samples.
-        doubly_reparameterized: At reparameterised sites whose value no later site of the guide
-            depends on, weight the path by :math:`\tilde w_k^2` and drop the score, so that the
-            gradient's signal does not vanish as ``K`` grows. Other sites keep the plain gradient.
+        doubly_reparameterized: At reparameterised sites, drop the score and weight the path by
+            :math:`\tilde w_k^2`, so that the gradient's signal does not vanish as ``K`` grows.
+            Where scales and masks give :math:`\log q` the coefficient ``c``, the weight is
+            :math:`\tilde w_k - c\,(\tilde w_k - \tilde w_k^2)`. A site keeps the plain gradient
+            if the distribution of a later site of the guide depends on its value, or if a bound
+            of its support is learnt. Costs one more evaluation of :math:`\log q`, which needs the
+            inverse of a flow.
         **kwargs: As for :class:`~pyro_gumbel.infer.Estimator_ELBO`, without ``analytic_kl``.
 
     Raises:
         TypeError: If ``analytic_kl`` is given: a bound of weights has no such part.
         ValueError: When run, with the site's name, if a site's estimator has no
-            importance-weighted form, or a score-function site meets a single particle.
+            importance-weighted form, a score-function site meets a single particle, or a flow
+            without an inverse meets ``doubly_reparameterized=True``.
 
     References:
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov, 2016),

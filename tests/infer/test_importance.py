@@ -19,7 +19,6 @@ from pyro_gumbel.estimators import (
     Estimator,
     GumbelSoftmax,
     LeaveOneOut,
-    Pathwise,
     ReinMax,
     Score,
 )
@@ -290,59 +289,6 @@ def test_mixed_sites_are_unbiased(doubly: bool, vectorize: bool, num_particles: 
     assert_unbiased(torch.stack(grads), torch.tensor(losses), value, gradient)
 
 
-def test_doubly_reparameterized_noise_vanishes_at_the_posterior() -> None:
-    """At q = p(z | x) every weight is the same, and so the path's gradient is exactly zero."""
-    x = torch.tensor(0.8, dtype=torch.float64)
-
-    def model() -> None:
-        z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide() -> None:
-        loc = pyro.param("loc", x / 2)
-        pyro.sample("z", dist.Normal(loc, pyro.param("scale", torch.tensor(0.5).double().sqrt())))
-
-    elbo = ImportanceWeighted_ELBO(4, doubly_reparameterized=True)
-    elbo.loss_and_grads(model, guide)
-    grads = [param.grad for param in pyro.get_param_store()._params.values()]
-    assert len(grads) == 2
-    for grad in grads:
-        torch.testing.assert_close(grad, torch.zeros_like(grad), rtol=0, atol=1e-12)
-
-
-def test_a_path_that_feeds_the_guide_keeps_the_plain_gradient() -> None:
-    """On a chain of two reparameterised sites both gradients have the same mean."""
-
-    def model() -> None:
-        u = pyro.sample("u", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
-        v = pyro.sample("v", dist.Normal(u, 1.0))
-        pyro.sample("x", dist.Normal(v * u, 0.5), obs=torch.tensor(1.1, dtype=torch.float64))
-
-    def guide() -> None:
-        u = pyro.sample("u", dist.Normal(pyro.param("a", torch.tensor(0.6).double()), 0.8))
-        v = pyro.param("b", torch.tensor(0.5).double()) * u
-        pyro.sample("v", dist.Normal(v, 0.7))
-
-    means, errors = [], []
-    for doubly in (False, True):
-        elbo = ImportanceWeighted_ELBO(
-            3, doubly_reparameterized=doubly, vectorize_particles=True, max_plate_nesting=1
-        )
-        grads = []
-        for _ in range(500):
-            elbo.loss_and_grads(many_bits(model), many_bits(guide))
-            params = list(pyro.get_param_store()._params.values())
-            grads.append(torch.stack([param.grad.clone() for param in params]) / REPEATS)
-            for param in params:
-                param.grad = None
-        drawn = torch.stack(grads)
-        means.append(drawn.mean(0))
-        errors.append(drawn.std(0) / len(drawn) ** 0.5)
-    error = (errors[0] ** 2 + errors[1] ** 2).sqrt()
-    assert (error < 0.02 * means[0].norm()).all()
-    assert ((means[0] - means[1]) / error).abs().max() < 5
-
-
 def test_one_particle_is_the_elbo() -> None:
     def guide() -> None:
         loc = pyro.param("loc", torch.tensor(0.3))
@@ -404,20 +350,6 @@ def test_estimators_without_an_importance_weighted_form_are_refused(
 def test_no_closed_form_of_the_divergence() -> None:
     with pytest.raises(TypeError, match=r"takes no analytic_kl.*Estimator_ELBO\(analytic_kl=True"):
         ImportanceWeighted_ELBO(2, analytic_kl=True)
-
-
-def test_sticking_the_landing_is_refused() -> None:
-    pyro.param("loc", torch.tensor(0.3))
-
-    def guide() -> None:
-        pyro.sample("z", dist.Normal(pyro.param("loc"), 0.5))
-
-    def model() -> None:
-        pyro.sample("z", dist.Normal(0.0, 1.0))
-
-    configured = config_gradient(guide, Pathwise(sticking_the_landing=True))
-    with pytest.raises(ValueError, match="'z'.*sticking the landing.*doubly_reparameterized=True"):
-        ImportanceWeighted_ELBO(2).loss_and_grads(model, configured)
 
 
 def test_a_site_outside_the_plate_of_other_terms() -> None:

@@ -174,3 +174,23 @@ def test_one_particle_sticks_the_landing() -> None:
         results.append(gradients(loss, model, config_gradient(guide, choice)))
     assert results[0].norm() > 0.1
     torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_no_noise_at_the_posterior(scale: float, vectorize: bool) -> None:
+    """Every weight is the same there, and the path follows it."""
+    x = torch.tensor(0.8)
+
+    def model() -> None:
+        with poutine.scale(scale=scale):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide() -> None:
+        q_z = dist.Normal(pyro.param("loc", x / 2), pyro.param("s", torch.tensor(0.5).sqrt()))
+        with poutine.scale(scale=scale):
+            pyro.sample("z", q_z)
+
+    found = gradients(elbo(4, doubly=True, vectorize=vectorize), model, guide)
+    torch.testing.assert_close(found, torch.zeros(2), rtol=0, atol=1e-12)

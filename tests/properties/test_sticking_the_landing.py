@@ -22,7 +22,7 @@ from weighed_programs import (
 )
 
 from pyro_gumbel.estimators import Pathwise, Score
-from pyro_gumbel.infer import Estimator_ELBO, config_gradient
+from pyro_gumbel.infer import Estimator_ELBO, ImportanceWeighted_ELBO, config_gradient
 
 STICKING = Pathwise(sticking_the_landing=True)
 
@@ -137,3 +137,9 @@ def test_a_jacobian_of_an_earlier_value_is_no_score() -> None:
     # In u the ELBO is the ratio of two normal densities: the Jacobians cancel.
     u = seen[-1]
     torch.testing.assert_close(grad, torch.tensor((u - 0.3) / 1.2**2 - (u + 0.5)))
+
+
+def test_it_is_refused_under_importance_weights() -> None:
+    model, guide = PROGRAMS["gamma"]()
+    with pytest.raises(ValueError, match="'z'.*sticking the landing.*doubly_reparameterized=True"):
+        ImportanceWeighted_ELBO(2).loss_and_grads(model, config_gradient(guide, STICKING))
