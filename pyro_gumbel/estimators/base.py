@@ -49,6 +49,7 @@ class SiteReader(Protocol):
     def totals(self) -> Tensor: ...
     def later_scores(self) -> Tensor: ...
     def log_prob(self) -> Tensor: ...
+    def score_function(self) -> Tensor: ...
     def logits(self) -> Tensor: ...
     def value_gradients(self) -> Tensor: ...
     def logits_gradients(self, output: Tensor, *, create_graph: bool) -> Tensor: ...
@@ -153,6 +154,15 @@ class Site:
     def log_prob(self) -> Tensor:
         """``log q`` of the first value, unscaled and unmasked, ``(R,) + batch_shape``."""
         return self._reader.log_prob()
+
+    @cached_property
+    def score_function(self) -> Tensor:
+        """The log-density of the noise behind the first value, ``(R,) + batch_shape``.
+
+        Only of distributions whose ``score_parts`` leave something to the score function, such as
+        Pyro's ``Rejector``.
+        """
+        return self._reader.score_function()
 
     @cached_property
     def logits(self) -> Tensor:

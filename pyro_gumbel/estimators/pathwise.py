@@ -7,10 +7,17 @@ from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.distributions import Normal, TransformedDistribution, constraints
+from torch.distributions import TransformedDistribution, constraints
 
-from pyro_gumbel.distributions.families import log_mass, shared_noise_draw
-from pyro_gumbel.estimators.base import Estimator
+from pyro_gumbel.distributions._score_parts import has_score_parts
+from pyro_gumbel.distributions.families import (
+    has_law_of,
+    is_normal,
+    log_mass,
+    shared_noise_draw,
+)
+from pyro_gumbel.estimators.base import Estimator, Site
+from pyro_gumbel.estimators.baselines import LeaveOneOut
 
 __all__ = ["Pathwise", "has_score_of_mean_zero", "path_of_score"]
 
@@ -19,6 +26,9 @@ class Pathwise(Estimator):
     r"""The reparameterised gradient.
 
     .. math:: \nabla_\phi\, E_{q_\phi}[f(z)] = E_\epsilon[\nabla_\phi f(g_\phi(\epsilon))]
+
+    Distributions whose draws are accepted or rejected (Pyro's ``Rejector``, or others with
+    ``score_parts``) leave to the score function what the density of the accepted noise adds.
 
     *Unbiased*: yes. *Requires*: a distribution with ``rsample`` and a cost differentiable in the
     value. *Costs*: one evaluation.
@@ -32,7 +42,9 @@ class Pathwise(Estimator):
 
     References:
         Auto-Encoding Variational Bayes (Kingma, Welling, 2014), https://arxiv.org/abs/1312.6114;
-        Sticking the Landing (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194
+        Sticking the Landing (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194;
+        Reparameterization Gradients through Acceptance-Rejection Sampling Algorithms (Naesseth,
+        Ruiz, Linderman, Blei, 2017), https://arxiv.org/abs/1610.05683
 
     Example:
         >>> Pathwise(sticking_the_landing=True)
@@ -54,7 +66,7 @@ class Pathwise(Estimator):
         return fn.rsample()
 
     def draw_shared(self, fn: Distribution, dim: int, copies: int) -> Tensor | None:
-        return shared_noise_draw(fn, dim, copies) if isinstance(fn, Normal) else None
+        return shared_noise_draw(fn, dim, copies) if is_normal(fn) else None
 
     def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
         if self.sticking_the_landing and has_score_of_mean_zero(fn):
@@ -66,6 +78,14 @@ class Pathwise(Estimator):
             "estimator (DisARM() and the like) makes paths share this value",
         )
 
+    def surrogate(self, site: Site) -> Tensor | None:
+        """Charge the noise with the cost, where its density depends on the parameters too."""
+        if not has_score_parts(site.fn):
+            return None
+        # Of mean zero without the cost, as any log-density, so that a baseline may be had.
+        baseline, _ = LeaveOneOut()(site)
+        return (site.cost[0] - baseline) * site.score_function
+
 
 def has_score_of_mean_zero(fn: Distribution) -> bool:
     """Return whether dropping the score of ``fn`` leaves a gradient unbiased.
@@ -73,7 +93,7 @@ def has_score_of_mean_zero(fn: Distribution) -> bool:
     A Delta's log_density is the Jacobian of a value drawn upstream, and so part of the path. Where
     a bound of the support is learnt, the density at the bound adds to the score's mean.
     """
-    if isinstance(fn, Delta):
+    if has_law_of(fn, Delta):
         return False
     if type(fn).support is not TransformedDistribution.support:
         return not any(bound.requires_grad for bound in _bounds(fn))

@@ -95,7 +95,7 @@ class Estimator_ELBO(ParticleELBO):  # noqa: N801
     def _estimate(self, paths: Paths, call: Call) -> tuple[Tensor, Tensor]:
         elbo = surrogate = paths.elbo()
         for name, estimator in paths.estimators.items():
-            if estimator.pathwise or estimator.enumerates:
+            if estimator.enumerates:
                 continue
             term = estimator.surrogate(paths.site(name, call))
             if term is not None:

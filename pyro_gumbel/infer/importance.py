@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_gumbel.distributions._score_parts import has_score_parts
+from pyro_gumbel.distributions.families import unwrap
 from pyro_gumbel.estimators import Call, Score
 from pyro_gumbel.infer._doubly_reparameterized import doubly_reparameterize
 from pyro_gumbel.infer._log_weights import LogWeights, filled, vimco_signal
@@ -114,6 +116,13 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
                     f"At site {name!r}, sticking the landing is biased under importance weights; "
                     "write Pathwise() and ImportanceWeighted_ELBO(..., "
                     "doubly_reparameterized=True)."
+                )
+            elif has_score_parts(unwrap(paths.having(name)[0][0].guide[name]["fn"])):
+                raise ValueError(
+                    f"At site {name!r}, part of the gradient is left to the score function (the "
+                    "distribution has score_parts, as Pyro's Rejector), which has no "
+                    "importance-weighted form beside the pathwise part. Write Score() (VIMCO) "
+                    "for the whole, or use Estimator_ELBO."
                 )
             elif not estimator.pathwise or estimator.relaxed:
                 raise ValueError(

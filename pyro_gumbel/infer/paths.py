@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_gumbel.distributions._score_parts import has_score_parts
 from pyro_gumbel.distributions.families import event_dims, one_hot_logits, unwrap
 from pyro_gumbel.estimators import Call, Estimator, Site
 from pyro_gumbel.infer.particles import MAIN
@@ -142,7 +143,9 @@ class _Reader:
         names = list(self.paths.estimators)
         for name in names[names.index(self.name) + 1 :]:
             estimator = self.paths.estimators[name]
-            if estimator.pathwise or estimator.enumerates:
+            fn = unwrap(self.paths.having(name)[0][0].guide[name]["fn"])
+            moves = estimator.pathwise and not has_score_parts(fn)  # with its gradient
+            if moves or estimator.enumerates:
                 continue
             for value in range(size):
                 paths = [(run, index) for run, index, other in own if other == value]
@@ -160,6 +163,9 @@ class _Reader:
 
     def log_prob(self) -> Tensor:
         return self._gather(lambda run: run.log_prob(self.name))[0]
+
+    def score_function(self) -> Tensor:
+        return self._gather(lambda run: run.draw_score(self.name))[0]
 
     def logits(self) -> Tensor:
         return self._gather(lambda run: one_hot_logits(self._fn(run)), self.joined + 1)[0]
@@ -202,7 +208,7 @@ def _score(name: str, paths: list[tuple[Run, int]]) -> Tensor:
         return torch.zeros(())
     cost, score = (
         torch.cat([run.layout.split(read(run))[index] for run, index in paths])
-        for read in (lambda run: run.cost(name), lambda run: run.log_prob(name))
+        for read in (lambda run: run.cost(name), lambda run: run.draw_score(name))
     )
     # Other particles are independent; other paths of this one may have been drawn by its noise.
     count = cost.shape[0]

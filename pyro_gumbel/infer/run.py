@@ -8,16 +8,16 @@ from typing import Any
 
 import pyro
 import pyro.poutine as poutine
-from pyro.distributions import MaskedDistribution, Unit
+from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
-from torch.distributions import Independent
 
-from pyro_gumbel.distributions.families import event_dims, log_mass, unwrap
+from pyro_gumbel.distributions._score_parts import score_function
+from pyro_gumbel.distributions.families import event_dims, log_mass, unwrap, wrap_score
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.infer._site_options import ModelSiteCheck
 from pyro_gumbel.infer.analytic_kl import analytic_kls
@@ -78,6 +78,13 @@ class Run:
         if raw is None:
             raw = self._scores[name] = log_mass(unwrap(fn), self.value(name))
         return sum_rightmost(raw, event_dims(fn))
+
+    def draw_score(self, name: str) -> Tensor:
+        """Score what was drawn at a site, neither scaled nor masked: the value, or its noise."""
+        if not self.estimators[name].pathwise:
+            return self.log_prob(name)
+        fn = self.guide[name]["fn"]
+        return sum_rightmost(score_function(unwrap(fn), self.value(name)), event_dims(fn))
 
     def cost(self, name: str, *, live: bool = False) -> Tensor:
         """The downstream cost of a site, shaped like its ``log_prob``, detached unless live."""
@@ -267,18 +274,9 @@ def _check_dims(terms: list[Term], most: int) -> None:
             )
 
 
-def _apply_wrappers(fn: Any, raw: Tensor) -> Tensor:
-    """Redo on a score what ``to_event`` and ``mask`` do to a distribution."""
-    if isinstance(fn, Independent):
-        return sum_rightmost(_apply_wrappers(fn.base_dist, raw), fn.reinterpreted_batch_ndims)
-    if isinstance(fn, MaskedDistribution):
-        return scale_and_mask(_apply_wrappers(fn.base_dist, raw), mask=fn._mask)
-    return raw
-
-
 def _term(site: Any, raw: Tensor, nesting: float, *, of_model: bool = True) -> Term:
     latent = not site["is_observed"]
-    value = _apply_wrappers(site["fn"], raw) if latent else raw
+    value = wrap_score(site["fn"], raw) if latent else raw
     value = scale_and_mask(value, site["scale"], site["mask"])
     if is_validation_enabled():
         site["log_prob"] = value

@@ -1,0 +1,58 @@
+"""What a reparameterised draw leaves to the score function, as Pyro's ``Rejector`` does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyro.distributions import ExpandedDistribution, MaskedDistribution
+from pyro.distributions.distribution import Distribution as PyroDistribution
+from pyro.distributions.util import sum_rightmost
+from torch import Tensor
+from torch.distributions import Independent, TransformedDistribution
+
+from pyro_gumbel.distributions._law import wraps_like
+
+__all__ = ["has_score_parts", "score_function"]
+
+
+def has_score_parts(fn: Any) -> bool:
+    """Return whether the density of the noise behind ``fn.rsample`` depends on its parameters."""
+    if wraps_like(
+        fn, ExpandedDistribution, Independent, MaskedDistribution, TransformedDistribution
+    ):
+        return has_score_parts(fn.base_dist)
+    method = getattr(type(fn), "score_parts", PyroDistribution.score_parts)
+    overridden = method is not PyroDistribution.score_parts or "score_parts" in vars(fn)
+    return overridden and bool(fn.has_rsample)
+
+
+def score_function(fn: Any, value: Tensor) -> Tensor:
+    r"""The logarithm of the density that the noise behind ``value`` was drawn from.
+
+    The gradient of an expectation is that of the cost along the value, and the cost times that of
+    this term, as a function of the parameters and of the value that moves with them. Pyro's own
+    wrappers forget it where they join dimensions or transform.
+
+    Args:
+        fn: A distribution that :func:`has_score_parts`.
+        value: Its draw, with its gradient.
+
+    Returns:
+        Of the batch shape, neither scaled nor masked.
+
+    References:
+        Reparameterization Gradients through Acceptance-Rejection Sampling Algorithms (Naesseth,
+        Ruiz, Linderman, Blei, 2017), https://arxiv.org/abs/1610.05683
+    """
+    if wraps_like(fn, MaskedDistribution):
+        return score_function(fn.base_dist, value)
+    if wraps_like(fn, ExpandedDistribution):
+        score = score_function(fn.base_dist, value)
+        return score.expand(value.shape[: value.dim() - fn.event_dim])
+    if wraps_like(fn, TransformedDistribution):
+        for transform in reversed(fn.transforms):
+            value = transform.inv(value)
+    if wraps_like(fn, Independent, TransformedDistribution):
+        score = score_function(fn.base_dist, value)
+        return sum_rightmost(score, fn.event_dim - fn.base_dist.event_dim)
+    return fn.score_parts(value).score_function
