@@ -1,11 +1,11 @@
 """How an ELBO is built: who gets which estimator, on which particles, at what cost."""
 
 from pyro_gumbel.estimators.registry import estimator_names
+from pyro_gumbel.infer._cost_checks import GradientWarning
 from pyro_gumbel.infer.capture import CapturedSVI
 from pyro_gumbel.infer.config import config_gradient
 from pyro_gumbel.infer.elbo import Estimator_ELBO
 from pyro_gumbel.infer.importance import ImportanceWeighted_ELBO
-from pyro_gumbel.infer.probe import GradientWarning
 from pyro_gumbel.infer.relax import RelaxReparam
 
 __all__ = [

