@@ -205,3 +205,45 @@ def test_a_guide_in_single_precision_meets_data_in_double(vectorize: bool) -> No
     found = gradients(loss, model, guide)
     assert found.dtype == torch.float32
     assert found.isfinite().all()
+
+
+def bits_exact(scale: float, mask: bool) -> Tensor:
+    """The gradient of two particles' bound of a datum in its bit's logit."""
+    logit = torch.tensor(0.4, requires_grad=True)
+    bits = torch.tensor([0.0, 1.0])
+    log_q = dist.Bernoulli(logits=logit).log_prob(bits)
+    ratio = dist.Bernoulli(torch.tensor(0.3)).log_prob(bits) - log_q
+    log_w = scale * mask * ratio + dist.Normal(2 * bits, 0.7).log_prob(torch.tensor(1.1))
+    bounds = torch.logaddexp(log_w, log_w.unsqueeze(-1)) - math.log(2)
+    (grad,) = torch.autograd.grad(-(log_q.exp() @ bounds @ log_q.exp()), logit)
+    return grad
+
+
+@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("subsampled", [False, True], ids=["whole", "subsampled"])
+@pytest.mark.parametrize(
+    ("scale", "mask"), [(1.0, True), (0.3, True), (2.0, True), (1.0, False)], ids=str
+)
+def test_vimco_of_scaled_and_masked_bits(
+    scale: float, mask: bool, subsampled: bool, vectorize: bool
+) -> None:
+    n, full = 2000, 6000 if subsampled else 2000
+
+    def model() -> None:
+        with pyro.plate("n", full, subsample_size=n):
+            with poutine.scale(scale=scale), poutine.mask(mask=mask):
+                b = pyro.sample("b", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(2 * b, 0.7), obs=torch.full((n,), 1.1))
+
+    def guide() -> None:
+        logit = pyro.param("logit", torch.tensor(0.4))
+        plate = pyro.plate("n", full, subsample_size=n)
+        with plate, poutine.scale(scale=scale), poutine.mask(mask=mask):
+            pyro.sample("b", dist.Bernoulli(logits=logit))
+
+    loss = ImportanceWeighted_ELBO(2, vectorize_particles=vectorize, max_plate_nesting=1)
+    draws = torch.cat([gradients(loss, model, guide) for _ in range(40)]) / full
+    error = draws.std() / math.sqrt(len(draws))
+    exact = bits_exact(scale, mask)
+    assert error < 0.05 * exact.abs()
+    assert abs(draws.mean() - exact) < 5 * error
