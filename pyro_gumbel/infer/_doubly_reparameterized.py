@@ -32,12 +32,13 @@ import dataclasses
 from typing import Any
 
 import torch
-from pyro.distributions import Delta, Distribution, MaskedDistribution
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
-from torch.distributions import Independent
 
-from pyro_gumbel.distributions.families import event_dims, unwrap
+from pyro_gumbel.distributions._law import has_law_of, wraps_like
+from pyro_gumbel.distributions._score_parts import has_score_parts
+from pyro_gumbel.distributions.families import event_dims, unwrap, wrappers
 from pyro_gumbel.estimators import Pathwise
 from pyro_gumbel.estimators.pathwise import has_score_of_mean_zero, path_of_score
 from pyro_gumbel.infer._log_weights import LogWeights
@@ -82,10 +83,10 @@ def _applies(run: Run, name: str) -> bool:
 def _is_reparameterised(fn: Any) -> bool:
     """Return whether the score function's gradient is the path's.
 
-    Straight-through values have no density, and a distribution with score parts of its own is
-    drawn by rejection: the path is not all of its gradient.
+    Straight-through values have no density, and the path of a rejection sampler is not all of its
+    gradient.
     """
-    if type(fn).score_parts is not Distribution.score_parts or not has_score_of_mean_zero(fn):
+    if has_score_parts(fn) or not has_score_of_mean_zero(fn):
         return False
     try:
         return not fn.support.is_discrete
@@ -100,7 +101,7 @@ def _feeds_later_site(run: Run, name: str) -> bool:
     """
     value, names = run.value(name), list(run.estimators)
     for later in names[names.index(name) + 1 :]:
-        if isinstance(unwrap(run.guide[later]["fn"]), Delta):
+        if has_law_of(unwrap(run.guide[later]["fn"]), Delta):
             continue
         score = run.log_prob(later).sum()
         if score.requires_grad:
@@ -113,18 +114,12 @@ def _feeds_later_site(run: Run, name: str) -> bool:
 def _coefficient(site: Any) -> Tensor:
     """Scale and mask of each variable's ``log q``, of the unwrapped distribution's batch shape."""
     fn = site["fn"]
-    masked = _apply_masks(fn, site["value"].new_ones(unwrap(fn).batch_shape))
     scale, mask = (_per_variable(number, fn) for number in (site["scale"], site["mask"]))
-    return scale_and_mask(masked, scale, mask).detach()
-
-
-def _apply_masks(fn: Any, ones: Tensor) -> Tensor:
-    if isinstance(fn, Independent):
-        return _apply_masks(fn.base_dist, ones)
-    if isinstance(fn, MaskedDistribution):
-        mask = _per_variable(fn._mask, fn.base_dist)
-        return scale_and_mask(_apply_masks(fn.base_dist, ones), mask=mask)
-    return ones
+    total = scale_and_mask(site["value"].new_ones(unwrap(fn).batch_shape), scale, mask)
+    for wrapper in wrappers(fn):
+        if wraps_like(wrapper, MaskedDistribution):
+            total = scale_and_mask(total, mask=_per_variable(wrapper._mask, wrapper.base_dist))
+    return total.detach()
 
 
 def _per_variable(number: Any, fn: Any) -> Any:

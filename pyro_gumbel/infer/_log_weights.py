@@ -79,20 +79,22 @@ def vimco_signal(weights: LogWeights) -> Tensor:
 
     The particle is compared with one of the others' mean log weight. Others of weight zero would
     make that minus infinity, so they are left out; a particle that is alone with a weight has
-    nothing to be compared with, and its signal is zero.
+    nothing to be compared with, and its signal is zero. A single particle has the whole bound.
     """
-    log_w = weights.value.detach()
+    log_w, bound = weights.value.detach(), weights.bound()
+    count = log_w.shape[0]
+    if count == 1:
+        return bound.unsqueeze(0)
     possible = log_w != -math.inf
     others = possible.sum(0) - possible.long()
     finite = log_w.masked_fill(~possible, 0.0)
     stand_in = (finite.sum(0) - finite) / others.clamp(min=1)
     # Row k has particle k's weight replaced by the geometric mean of the others'.
-    count = log_w.shape[0]
     replaced = log_w.expand(count, *log_w.shape).clone()
     index = torch.arange(count, device=log_w.device)
     replaced[index, index] = stand_in
     without = weights.scale * _log_mean(replaced.movedim(1, 0))
-    return (weights.bound() - without).masked_fill(others == 0, 0.0)
+    return (bound - without).masked_fill(others == 0, 0.0)
 
 
 def _log_mean(log_values: Tensor) -> Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyro_gumbel.distributions._score_parts import has_score_parts
 from pyro_gumbel.distributions.families import unwrap
-from pyro_gumbel.estimators import Call, Score
+from pyro_gumbel.estimators import Call, Pathwise, Score
 from pyro_gumbel.infer._doubly_reparameterized import doubly_reparameterize
 from pyro_gumbel.infer._log_weights import LogWeights, filled, vimco_signal
 from pyro_gumbel.infer.particle_elbo import ParticleELBO
@@ -33,7 +32,8 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
     value need not bound the evidence.
 
     Reparameterised and straight-through sites differentiate the bound as it stands. Sites of the
-    score function use VIMCO, whose signal is what particle ``k`` adds to the bound:
+    score function, and what rejection sampling (``score_parts``) leaves to it, use VIMCO, whose
+    signal is what particle ``k`` adds to the bound:
 
     .. math::
         \Bigl(\mathcal L_K - \log \frac1K \bigl(\textstyle\sum_{j \ne k} w_j + \hat w_k\bigr)\Bigr)
@@ -92,10 +92,8 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
         weights = LogWeights(_mains(paths))
         if self.doubly_reparameterized:
             weights = doubly_reparameterize(weights)
-        bound = surrogate = weights.bound().sum()
-        if any(isinstance(estimator, Score) for estimator in paths.estimators.values()):
-            surrogate = surrogate + _scores(weights)
-        return bound, surrogate
+        bound = weights.bound().sum()
+        return bound, bound + _scores(weights)
 
     def _check(self, paths: Paths) -> None:
         for name, estimator in paths.estimators.items():
@@ -117,13 +115,6 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
                     "write Pathwise() and ImportanceWeighted_ELBO(..., "
                     "doubly_reparameterized=True)."
                 )
-            elif has_score_parts(unwrap(paths.having(name)[0][0].guide[name]["fn"])):
-                raise ValueError(
-                    f"At site {name!r}, part of the gradient is left to the score function (the "
-                    "distribution has score_parts, as Pyro's Rejector), which has no "
-                    "importance-weighted form beside the pathwise part. Write Score() (VIMCO) "
-                    "for the whole, or use Estimator_ELBO."
-                )
             elif not estimator.pathwise or estimator.relaxed:
                 raise ValueError(
                     f"At site {name!r}, {estimator!r} has no importance-weighted form. Use "
@@ -138,11 +129,21 @@ def _mains(paths: Paths) -> list[Run]:
 
 
 def _scores(weights: LogWeights) -> Tensor:
-    """Sum VIMCO's signal times the score of each site that asks for it."""
-    total = torch.zeros((), dtype=weights.value.dtype, device=weights.value.device)
-    for run, signal in zip(weights.runs, weights.by_run(vimco_signal(weights)), strict=True):
-        for name, estimator in run.estimators.items():
-            if isinstance(estimator, Score):
-                log_prob = run.layout.split(weights.common(run.log_prob(name), run))[0]
-                total = total + (signal * filled(log_prob, signal.dim())).sum()
+    """Sum VIMCO's signal times the score of what each site drew without a path."""
+    total = weights.value.new_zeros(())
+    scored = [[name for name in run.estimators if _is_scored(run, name)] for run in weights.runs]
+    if not any(scored):
+        return total
+    signals = weights.by_run(vimco_signal(weights))
+    for run, names, signal in zip(weights.runs, scored, signals, strict=True):
+        for name in names:
+            score = run.layout.split(weights.common(run.draw_score(name), run))[0]
+            total = total + (signal * filled(score, signal.dim())).sum()
     return total
+
+
+def _is_scored(run: Run, name: str) -> bool:
+    estimator = run.estimators[name]
+    if isinstance(estimator, Pathwise):
+        return has_score_parts(unwrap(run.guide[name]["fn"]))
+    return isinstance(estimator, Score)

@@ -189,13 +189,28 @@ def test_families_of_pyro_built_on_it():
         check(gradient(model, guide, Estimator_ELBO(analytic_kl=analytic_kl)), expected)
 
 
-def test_importance_weighted_bound_refuses_it_by_name():
-    model, guide = plain_programs()
-    with pytest.raises(ValueError, match="'z'.*score_parts.*Score"):
-        gradient(model, guide, ImportanceWeighted_ELBO(2))
-    guide = config_gradient(guide, Score())
-    loss, _ = gradient(model, guide, ImportanceWeighted_ELBO(2, vectorize_particles=True))
-    assert loss < exact(prior_cost)[0]
+def exact_bound(particles):
+    """Integrate the bound of one or two particles, and differentiate it in the slope."""
+    grid = GRID[::20]
+    slope = torch.tensor(SLOPE, dtype=torch.float64, requires_grad=True)
+    log_q = dist.Normal(0.0, 1.0).log_prob(grid) + logsigmoid(slope * grid) + math.log(2)
+    mass = log_q.exp() * (grid[1] - grid[0])
+    log_w = -prior_cost(grid) - log_q
+    if particles == 1:
+        loss = -(mass @ log_w)
+    else:
+        loss = -(mass @ (torch.logaddexp(log_w, log_w[:, None]) - math.log(2)) @ mass)
+    return loss.item(), torch.autograd.grad(loss, slope)[0].item()
+
+
+@pytest.mark.parametrize("doubly", [False, True], ids=["plain", "doubly"])
+@pytest.mark.parametrize("particles", [1, 2])
+@pytest.mark.parametrize("vectorize", [False, True], ids=["looped", "vectorised"])
+def test_importance_weighted_bound(vectorize, particles, doubly):
+    elbo = ImportanceWeighted_ELBO(
+        particles, doubly_reparameterized=doubly, vectorize_particles=vectorize
+    )
+    check(gradient(*plain_programs(), elbo), exact_bound(particles))
 
 
 def test_relaxed_site_upstream():
