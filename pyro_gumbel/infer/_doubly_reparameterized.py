@@ -72,9 +72,11 @@ def doubly_reparameterize(weights: LogWeights) -> LogWeights:
 
 
 def _applies(run: Run, name: str) -> bool:
+    scale = run.guide[name]["scale"]
     return (
         isinstance(run.estimators[name], Pathwise)
         and run.value(name).requires_grad
+        and not (isinstance(scale, Tensor) and scale.requires_grad)  # its gradient needs log q
         and _is_reparameterised(unwrap(run.guide[name]["fn"]))
         and not _feeds_later_site(run, name)
     )
@@ -119,7 +121,7 @@ def _coefficient(site: Any) -> Tensor:
     for wrapper in wrappers(fn):
         if wraps_like(wrapper, MaskedDistribution):
             total = scale_and_mask(total, mask=_per_variable(wrapper._mask, wrapper.base_dist))
-    return total.detach()
+    return total
 
 
 def _per_variable(number: Any, fn: Any) -> Any:

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pyro.distributions.transforms as T
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_gumbel.distributions import RelaxedOneHot
@@ -231,5 +232,19 @@ def bit_downstream() -> Programs:
     def guide() -> None:
         z = pyro.sample("z", dist.Normal(param("a", 0.6), param("c", -0.5).exp()))
         pyro.sample("b", dist.Bernoulli(logits=param("l", 0.1) + z))
+
+    return model, guide
+
+
+@program
+def learnt_scale() -> Programs:
+    def model() -> None:
+        with poutine.scale(scale=param("s", 0.2).exp()):
+            observe(pyro.sample("z", dist.Normal(0.0, 1.0)))
+
+    def guide() -> None:
+        q_z = dist.Normal(param("a", 0.6), param("c", -0.5).exp())
+        with poutine.scale(scale=param("s", 0.2).exp()):
+            pyro.sample("z", q_z)
 
     return model, guide

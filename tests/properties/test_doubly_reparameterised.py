@@ -126,7 +126,9 @@ def test_sites_of_every_kind_have_the_mean_of_the_plain_gradient(
     assert (gap.abs() < 5 * error + 1e-9).all()
 
 
-@pytest.mark.parametrize("name", ["uniform", "straight_through_one_hot", "bit_downstream"])
+@pytest.mark.parametrize(
+    "name", ["uniform", "straight_through_one_hot", "bit_downstream", "learnt_scale"]
+)
 def test_sites_that_cannot_have_it_keep_the_plain_gradient(name: str) -> None:
     model, guide = PROGRAMS[name]()
     configured = config_gradient(guide, {"b": BESIDE[name]} if name in BESIDE else {})
