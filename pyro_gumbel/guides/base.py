@@ -88,9 +88,10 @@ class StructuredGuide(AutoGuide):
             )
         return self._model[0]
 
-    @model.setter
-    def model(self, model: Callable[..., Any]) -> None:
-        self._model = (model,)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "model":  # a tuple hides it: its parameters are not the guide's
+            name, value = "_model", (value,)
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         for parameter in self.parameters():
@@ -103,7 +104,7 @@ class StructuredGuide(AutoGuide):
         copy = self.__class__.__new__(self.__class__)
         memo[id(self)] = copy
         copy.__setstate__(deepcopy(self.__getstate__(), memo))
-        copy.model = self.model
+        copy._model = deepcopy(self._model, memo)
         return copy
 
     def setup(self, *args: Any, **kwargs: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pyro
@@ -11,6 +13,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
+from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_gumbel.estimators import ReinMax
@@ -175,6 +178,27 @@ def in_a_loop(x: Tensor) -> None:
 def masked(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Bernoulli(torch.tensor(0.4)).mask(x > 0))
+
+
+class MixtureModule(PyroModule):
+    def forward(self, x: Tensor) -> None:
+        mixture(x)
+
+
+def test_a_model_that_is_a_module_is_copied_and_assigned() -> None:
+    guide = AutoDiscrete(MixtureModule())
+    guide(X)
+    twin = copy.deepcopy(guide)
+    assert isinstance(twin.model, MixtureModule)
+    assert twin.model is not guide.model
+    both = copy.deepcopy([guide.model, guide])
+    assert both[1].model is both[0]
+    read = pickle.loads(pickle.dumps(guide))
+    read.model = model = MixtureModule()
+    assert read.model is model
+    assert "model" not in dict(read.named_modules())
+    for other in (twin, both[1], read):
+        assert torch.equal(other.posterior(X)["z"].probs, guide.posterior(X)["z"].probs)
 
 
 @pytest.mark.parametrize(
