@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_gumbel.distributions.families import exact_draw, log_mass, shared_noise_draw
-from pyro_gumbel.estimators._repr import rebuilding_repr
+from pyro_gumbel.estimators._module import StatefulModule
 from pyro_gumbel.estimators.schedules import Schedule
 
 __all__ = ["Call", "Estimator", "Site", "SiteReader"]
@@ -193,7 +193,7 @@ class Site:
         return self._reader.logits_gradients(output, create_graph=create_graph)
 
 
-class Estimator(nn.Module):
+class Estimator(StatefulModule):
     r"""How the gradient of an expected cost passes through one kind of sample site.
 
     An estimator is two steps. :meth:`draw` draws a value at the guide's site, or a block of
@@ -233,6 +233,7 @@ class Estimator(nn.Module):
         ``pyro_gumbel.diagnostics.check_unbiased`` tells whether it is what it says.
     """
 
+    has_met_site = False  # its parameters are on the device, and of the dtype, of a site
     unbiased: ClassVar[bool]
     sites: ClassVar[str]
     pathwise: ClassVar[bool] = False
@@ -292,5 +293,3 @@ class Estimator(nn.Module):
     def schedules(self) -> list[Schedule]:
         """Return the schedules to advance after a step."""
         return [module for module in self.modules() if isinstance(module, Schedule)]
-
-    __repr__ = rebuilding_repr

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pyro_gumbel.estimators._arguments import check_number
-from pyro_gumbel.estimators._repr import rebuilding_repr
+from pyro_gumbel.estimators._module import StatefulModule
 from pyro_gumbel.estimators.base import Call, Site
 
 __all__ = ["Baseline", "LeaveOneOut", "MovingAverage", "NeuralBaseline"]
 
 
-class Baseline(nn.Module):
+class Baseline(StatefulModule):
     """What is subtracted from a particle's cost; it must not depend on the particle's draw.
 
     A baseline with state changes it where ``site.training`` is true, and nowhere else.
@@ -40,8 +40,6 @@ class Baseline(nn.Module):
     def forward(self, site: Site) -> tuple[Tensor | float, Tensor | None]:
         """Return a baseline, broadcastable to ``(R,) + batch_shape``, and its loss if any."""
         raise NotImplementedError
-
-    __repr__ = rebuilding_repr
 
 
 class LeaveOneOut(Baseline):
@@ -174,7 +172,7 @@ class NeuralBaseline(Baseline):
         self.input = input
 
     def forward(self, site: Site) -> tuple[Tensor, Tensor]:
-        prediction = self._fit(self.module(self._read_input(site)), site)
+        prediction = self._fit(self.module(self._converted(self._read_input(site))), site)
         error = site.cost[0] - prediction
         # The mean over particles; the sum over plates is scaled like the cost itself.
         return prediction.detach(), (error**2).sum() / error.shape[0]
@@ -195,6 +193,14 @@ class NeuralBaseline(Baseline):
             "guide or the model; "
             f"they have {names}. Name one of these, or give a callable of the arguments."
         )
+
+    def _converted(self, value: Any) -> Any:
+        """Convert a floating input to the module's dtype, which may be that of the site."""
+        weight = next(self.module.parameters(), None)
+        both = (value, weight)
+        if all(isinstance(one, Tensor) and one.is_floating_point() for one in both):
+            return value.to(cast(Tensor, weight).dtype)
+        return value
 
     def _fit(self, prediction: Tensor, site: Site) -> Tensor:
         shape = site.cost.shape[2:]

@@ -7,16 +7,16 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_gumbel._integers import is_number, without_dimensions
 from pyro_gumbel.estimators._arguments import check_num_samples, check_number
-from pyro_gumbel.estimators._repr import rebuilding_repr
+from pyro_gumbel.estimators._module import StatefulModule
 
 __all__ = ["Exponential", "Linear", "Schedule"]
 
 
-class Schedule(nn.Module):
+class Schedule(StatefulModule):
     """A hyper-parameter as a function of the number of optimisation steps taken.
 
     :class:`~pyro_gumbel.infer.Estimator_ELBO` advances every schedule of the estimators it used by
@@ -67,8 +67,6 @@ class Schedule(nn.Module):
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         self.step_count = int(state["step_count"])
-
-    __repr__ = rebuilding_repr
 
 
 class Exponential(Schedule):

@@ -1,34 +1,77 @@
-"""Learnable parameters of estimators, and the places that they have in the parameter store."""
+"""Learnable parameters of estimators: their device, their dtype, their place in the store."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.distributions import Distribution
 
+from pyro_gumbel.distributions._parameters import CategoricalParameters
 from pyro_gumbel.estimators import Estimator
+from pyro_gumbel.estimators._module import STORE_PREFIX, is_newer, note_own, note_stored
 
-__all__ = ["adopt_stored", "show_parameters"]
+__all__ = ["adopt_stored", "meet_site", "show_parameters"]
 
-# Parameters that an estimator has put into the store: those that are not were loaded from a file.
-_shown = WeakTensorKeyDictionary()
+
+def meet_site(site: str, estimator: Estimator, fn: Any) -> None:
+    """Prepare an estimator's parameters for a draw at a site with distribution ``fn``.
+
+    At their first meeting they move to the distribution's device, and those of the default dtype
+    to its dtype if that is wider. Values that were loaded into the parameter store are taken over.
+    """
+    if next(estimator.parameters(), None) is None:
+        return
+    if not estimator.has_met_site:
+        like = _tensor_of(fn)
+        if like is not None:
+            move_like(estimator, like)
+        estimator.has_met_site = True
+    adopt_stored(site, estimator)
+
+
+def move_like(estimator: Estimator, like: Tensor) -> None:
+    """Move parameters and buffers to a tensor's device, and to its dtype where that is wider."""
+    usual = torch.get_default_dtype()
+    wide = torch.promote_types(usual, like.dtype)
+    estimator._apply(
+        lambda tensor: tensor.to(like.device, wide if tensor.dtype == usual else tensor.dtype)
+    )
+
+
+def _tensor_of(fn: Any) -> Tensor | None:
+    """Find a floating tensor among a distribution's parameters."""
+    for value in vars(fn).values():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+        if isinstance(value, (Distribution, CategoricalParameters)):
+            found = _tensor_of(value)
+            if found is not None:
+                return found
+    return None
 
 
 @torch.no_grad()
 def adopt_stored(site: str, estimator: Estimator) -> None:
-    """Let an estimator go on with values that were loaded into the store before it was shown.
+    """Take over the values that were loaded into the store after those of the estimator.
 
-    They stay there until its own are shown in their place; what is frozen keeps its values.
+    The store keeps them until the estimator's own are shown in their place. Frozen parameters
+    keep their values.
     """
+    adopted = False
     for key, parameter in _parameters(site, estimator):
         stored = pyro.get_param_store()._params.get(key)
-        loaded = stored is not None and stored is not parameter and stored not in _shown
-        if loaded and parameter.requires_grad and stored.shape == parameter.shape:
+        if stored is None or stored is parameter or not parameter.requires_grad:
+            continue
+        if stored.shape == parameter.shape and is_newer(stored, estimator):
             parameter.copy_(stored)
+            adopted = True
+    if adopted:
+        estimator.loaded_at = note_stored()
 
 
 def show_parameters(site: str, estimator: Estimator) -> None:
@@ -40,13 +83,13 @@ def show_parameters(site: str, estimator: Estimator) -> None:
         foreign = key in store and store[key].unconstrained() is not parameter
         if foreign and parameter.is_contiguous():
             del store[key]
-        _shown[parameter] = True
+        note_own(parameter)
     with warnings.catch_warnings():
         # Parameters are frozen on purpose here, by learn=False or by the user.
         warnings.filterwarnings("ignore", ".* was not registered in the param store")
-        pyro.module(f"gradient${site}", estimator)
+        pyro.module(f"{STORE_PREFIX}{site}", estimator)
 
 
 def _parameters(site: str, estimator: Estimator) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in estimator.named_parameters():
-        yield f"gradient${site}$$${name}", parameter
+        yield f"{STORE_PREFIX}{site}$$${name}", parameter

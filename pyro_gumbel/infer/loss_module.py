@@ -17,7 +17,11 @@ __all__ = ["LossModule"]
 
 
 class LossModule(ELBOModule):
-    """Holds the programs' parameters and the estimators'."""
+    """Holds the programs' parameters and the estimators', which it does not put into the store.
+
+    Estimators that only a run finds are held from the first call on. A state that was loaded
+    before waits for them; a state that lacks an estimator leaves it as it is.
+    """
 
     elbo: ParticleELBO
 
@@ -28,25 +32,34 @@ class LossModule(ELBOModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         call = Call(self.model, self.guide, args, kwargs)
+        if self._waiting:
+            self._hold(self.elbo.find_estimators(call))
         training = self.training and torch.is_grad_enabled()
         loss, estimators = self.elbo.differentiable(call, training=training)
+        self._hold(estimators)
+        return loss
+
+    def _hold(self, estimators: dict[str, Estimator]) -> None:
         held = set(self.modules())
         for estimator in dict.fromkeys(estimators.values()):
             if estimator not in held:
-                self._hold(estimator)
-        return loss
+                state = self._waiting.pop(f"{len(self.estimators)}", None)
+                if state is not None:
+                    estimator.load_state_dict(state)
+                self.estimators.append(estimator)
 
-    def _hold(self, estimator: Estimator) -> None:
-        state = self._waiting.pop(f"{len(self.estimators)}", None)
-        if state is not None:
-            estimator.load_state_dict(state)
-        self.estimators.append(estimator)
+    def _save_to_state_dict(self, destination: Any, prefix: str, *rest: Any) -> None:
+        super()._save_to_state_dict(destination, prefix, *rest)
+        for number, state in self._waiting.items():
+            for name, value in state.items():
+                destination[f"{prefix}estimators.{number}.{name}"] = value
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Keep the state of estimators that a first call has yet to find."""
         start = f"{prefix}estimators."
         for key in [key for key in state_dict if key.startswith(start)]:
             number, _, name = key.removeprefix(start).partition(".")
             if int(number) >= len(self.estimators):
                 self._waiting.setdefault(number, {})[name] = state_dict.pop(key)
+        for key, value in self.estimators.state_dict(prefix=start).items():
+            state_dict.setdefault(key, value)
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -27,7 +27,7 @@ from pyro_gumbel.infer._options import check_options
 from pyro_gumbel.infer._rng import preserved_rng, set_torch_generators, torch_generators
 from pyro_gumbel.infer.checks import misfits_named
 from pyro_gumbel.infer.costs import site_frames
-from pyro_gumbel.infer.finish import finish_step
+from pyro_gumbel.infer.finish import advance_schedules, finish_step
 from pyro_gumbel.infer.loss_module import LossModule
 from pyro_gumbel.infer.particles import (
     MAIN,
@@ -133,18 +133,24 @@ class ParticleELBO(ELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Estimate the negative bound by a scalar whose gradient is the estimators'."""
-        return self.differentiable(Call(model, guide, args, kwargs))[0]
+        return self.differentiable(Call(model, guide, args, kwargs), finish=finish_step)[0]
 
     def differentiable(
-        self, call: Call, *, training: bool = True
+        self,
+        call: Call,
+        *,
+        training: bool = True,
+        finish: Callable[[dict[str, Estimator]], None] = advance_schedules,
     ) -> tuple[Tensor, dict[str, Estimator]]:
         """Return what :meth:`differentiable_loss` does, and each site's estimator.
 
         Args:
             call: The programs and their arguments.
             training: Whether to move schedules and baselines.
+            finish: Ends a training step. A module holds the estimators' parameters itself, so that
+                they need not be shown in the parameter store.
         """
-        loss, surrogate, estimators = self._step(call, training=training)
+        loss, surrogate, estimators = self._step(call, training=training, finish=finish)
         return loss + (surrogate - surrogate.detach()), estimators
 
     def loss_and_grads(
@@ -173,14 +179,24 @@ class ParticleELBO(ELBO):
     def _estimate(self, paths: Paths, call: Call) -> tuple[Tensor, Tensor]:
         """Estimate the bound, and give a surrogate with the gradient's estimate."""
 
+    @torch.no_grad()
+    def find_estimators(self, call: Call) -> dict[str, Estimator]:
+        """Find each site's estimator by a run whose draws are taken back."""
+        with preserved_rng():
+            return self._run(call, SharedSubsample(), evaluate=True).estimators
+
     def _step(
-        self, call: Call, *, training: bool = True
+        self,
+        call: Call,
+        *,
+        training: bool = True,
+        finish: Callable[[dict[str, Estimator]], None] = finish_step,
     ) -> tuple[Tensor, Tensor, dict[str, Estimator]]:
-        """Do as :meth:`estimate_step`, and count an optimisation step in training."""
+        """Do as :meth:`estimate_step`, and finish an optimisation step in training."""
         if torch.is_grad_enabled():
             loss, surrogate, estimators = self.estimate_step(call, training=training)
             if training:
-                finish_step(estimators)
+                finish(estimators)
         else:  # there is nothing to differentiate
             paths = self._run(call, SharedSubsample(), evaluate=True)
             loss = surrogate = -self._value(paths)

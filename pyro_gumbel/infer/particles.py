@@ -41,7 +41,7 @@ from pyro_gumbel.estimators import Estimator
 from pyro_gumbel.estimators.registry import Choice, DefaultEstimators
 from pyro_gumbel.infer._site_options import check_guide_site
 from pyro_gumbel.infer.config import resolve
-from pyro_gumbel.infer.learnable import adopt_stored
+from pyro_gumbel.infer.learnable import meet_site
 from pyro_gumbel.infer.not_recordable import NotRecordable
 
 __all__ = [
@@ -160,7 +160,7 @@ class DrawMessenger(Messenger):
         name = cast(str, msg["name"])
         estimator = resolve(msg, self.auto, self.default, self.num_particles)
         if not self.evaluate:  # a loss changes no estimator
-            adopt_stored(name, estimator)
+            meet_site(name, estimator, unwrap(msg["fn"]))
         self.sizes[name] = estimator.block_size(unwrap(msg["fn"]), event_dims(msg["fn"]))
         msg["value"] = self._value(name, estimator, msg)
         self.estimators[name] = estimator

@@ -197,12 +197,23 @@ def test_without_gradients_a_module_returns_the_loss(name, mode):
     module(X).backward()
 
 
-def test_learnable_parts_are_shown_by_training_alone():
-    guide = config_gradient(Guide(), {"z": Rebar()})
-    module = Estimator_ELBO()(Model(), guide)
-    torch.no_grad()(module)(X)
-    torch.inference_mode()(module)(X)
-    module.eval()(X)
+SHOWN = {
+    "svi.step": True,
+    "loss_and_grads": True,
+    "differentiable_loss": True,
+    "module": False,  # which holds them itself
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_learnable_parts_are_shown_in_the_store_by_training_with_it(name):
+    own = Setting()
+    own.guide.gradient_messenger.config["z"] = Rebar()
+    for evaluate in EVALUATION.values():
+        evaluate(own)
     assert not any(name.startswith("gradient$") for name in pyro.get_param_store())
-    module.train()(X)
-    assert any(name.startswith("gradient$z") for name in pyro.get_param_store())
+    own.module.train()
+    TRAINING[name](own)
+    found = {name for name in pyro.get_param_store() if name.startswith("gradient$")}
+    expected = {"gradient$z$$$log_temperature", "gradient$z$$$scale"}
+    assert found == (expected if SHOWN[name] else set())
