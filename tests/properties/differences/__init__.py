@@ -1,0 +1,1 @@
+"""Compare losses and gradients of this package with those of Pyro, program by program."""

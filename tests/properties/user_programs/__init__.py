@@ -1,0 +1,27 @@
+"""Programs that people write, one family a file."""
+
+from user_programs import (
+    autoguides,
+    families,
+    handlers,
+    mixtures,
+    modules,
+    plates,
+    structure,
+    subclasses,
+)
+from user_programs.program import PROGRAMS, Program, Setup
+
+__all__ = [
+    "PROGRAMS",
+    "Program",
+    "Setup",
+    "autoguides",
+    "families",
+    "handlers",
+    "mixtures",
+    "modules",
+    "plates",
+    "structure",
+    "subclasses",
+]
