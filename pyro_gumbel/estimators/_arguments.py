@@ -1,4 +1,4 @@
-"""What constructors of estimators are given."""
+"""Checks of the arguments of estimators' constructors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["check_num_samples", "check_number"]
 def check_num_samples(
     owner: str, num_samples: Any, least: int, *, argument: str = "num_samples"
 ) -> int:
-    """Make a number of samples, or of steps, Python's own; refuse no integer and too small ones.
+    """Return a number of samples, or of steps, as Python's own integer.
 
     Raises:
-        ValueError: If it is.
+        ValueError: If it is not an integer, or less than ``least``.
     """
     if not is_integer(num_samples) or num_samples < least:
         raise ValueError(
@@ -25,10 +25,10 @@ def check_num_samples(
 
 
 def check_number(owner: str, argument: str, value: Any, *, example: float) -> float:
-    """Make a number of any library Python's own.
+    """Return a number of any library as Python's own float.
 
     Raises:
-        TypeError: If it is none; ``True`` is none.
+        TypeError: If it is not a number, or if it is a boolean.
     """
     value = without_dimensions(value)
     if not is_number(value):

@@ -1,4 +1,4 @@
-"""What estimators, baselines and schedules have in common: they rebuild, copy and load."""
+"""The base of estimators, baselines and schedules: a module to rebuild, pickle and load."""
 
 from __future__ import annotations
 
@@ -49,9 +49,12 @@ class StatefulModule(nn.Module):
 
     Attributes:
         loaded_at: When a state was last loaded, by a clock of this process; 0 if never.
+        has_met_site: Whether its parameters are on the device, and of the dtype, of a site. A copy
+            may go elsewhere, and has to meet its own.
     """
 
     loaded_at = 0
+    has_met_site = False
 
     __repr__ = rebuilding_repr
 
@@ -60,7 +63,7 @@ class StatefulModule(nn.Module):
             # Pyro leaves a weak reference there, which cannot be pickled; it puts another when
             # the parameter is next used.
             parameter.__dict__.pop("unconstrained", None)
-        return super().__getstate__()
+        return {name: value for name, value in vars(self).items() if name != "has_met_site"}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -233,7 +233,6 @@ class Estimator(StatefulModule):
         ``pyro_gumbel.diagnostics.check_unbiased`` tells whether it is what it says.
     """
 
-    has_met_site = False  # its parameters are on the device, and of the dtype, of a site
     unbiased: ClassVar[bool]
     sites: ClassVar[str]
     pathwise: ClassVar[bool] = False

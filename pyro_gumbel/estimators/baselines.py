@@ -1,4 +1,4 @@
-"""Baselines: what to subtract from a cost so that the score function's variance falls."""
+"""Baselines, subtracted from a cost to lower the variance of the score function."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Baseline", "LeaveOneOut", "MovingAverage", "NeuralBaseline"]
 
 
 class Baseline(StatefulModule):
-    """What is subtracted from a particle's cost; it must not depend on the particle's draw.
+    """A number subtracted from a particle's cost, independent of the particle's own draw.
 
     A baseline with state changes it where ``site.training`` is true, and nowhere else.
 
@@ -90,7 +90,7 @@ class MovingAverage(Baseline):
         decay: Weight of the past, from 0 (the last step alone) to below 1.
 
     Raises:
-        TypeError: If ``decay`` is no number.
+        TypeError: If ``decay`` is not a number.
         ValueError: If ``decay`` is outside [0, 1).
 
     References:
@@ -144,7 +144,7 @@ class NeuralBaseline(Baseline):
         input: The name of an argument of the guide or the model, or a callable of their arguments.
 
     Raises:
-        TypeError: If ``module`` is no module, or ``input`` neither a name nor a callable.
+        TypeError: If ``module`` is not a module, or ``input`` neither a name nor a callable.
         ValueError: If no argument has that name, or the prediction does not fit the site.
 
     References:

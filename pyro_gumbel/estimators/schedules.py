@@ -52,9 +52,9 @@ class Schedule(StatefulModule):
 
     @property
     def current(self) -> float | Tensor:
-        """What an estimator computes with: :attr:`value`, as a tensor while a step is recorded.
+        """The number to compute with: :attr:`value`, as a tensor while a step is recorded.
 
-        A recorded step would go on with a number for ever; a tensor it is given anew.
+        A recorded step would keep a number for ever; a tensor is one of its inputs.
         """
         return self.value if self.stand_in is None else self.stand_in
 
@@ -164,7 +164,7 @@ def check_temperature(
     *,
     kinds: Sequence[str] = ("number", "tensor", "schedule"),
 ) -> Any:
-    """Refuse a temperature of another kind than the allowed ones, or one that is not positive.
+    """Check that a temperature is positive and of an allowed kind.
 
     Returns:
         The temperature, a number as Python's own.

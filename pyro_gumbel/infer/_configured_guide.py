@@ -58,7 +58,7 @@ class ConfiguredGuide:
         return hash(self.gradient_messenger)
 
     def __getattr__(self, name: str) -> Any:
-        # While it is being copied there is no guide yet. Special methods are its own.
+        # A copy in the making has no guide yet. Special methods are those of this class.
         if name == "guide" or name.startswith("__"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.guide, name)

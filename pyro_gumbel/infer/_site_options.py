@@ -15,7 +15,7 @@ from pyro_gumbel.distributions.families import unwrap
 
 __all__ = ["ModelSiteCheck", "check_guide_site", "check_model_site"]
 
-# What Pyro itself, and nothing else, may leave at a latent site.
+# Options that Pyro reads, or that its handlers leave at a latent site.
 _PYROS_OWN = {
     "expand",
     "is_auxiliary",

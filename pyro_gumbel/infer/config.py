@@ -1,4 +1,4 @@
-"""Who gets what: attach an estimator to each sample site of a guide."""
+"""Attach an estimator to each sample site of a guide."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class GradientMessenger(Messenger):
         return choice
 
     def _choices(self) -> list[Choice]:
-        """What the config names outright: all that it can, unless it is a callable."""
+        """List the choices that are known before the guide runs: none of a callable's."""
         if isinstance(self.config, Mapping):
             return list(self.config.values())
         return [self.config] if isinstance(self.config, (Estimator, str)) else []
@@ -173,7 +173,7 @@ def config_gradient(
         guide's name, docstring, signature and attributes.
 
     Raises:
-        TypeError: If the config is none of these, or the guide is a class or cannot be called.
+        TypeError: If the config is of another kind, or the guide is a class or not callable.
         ValueError: If a name stands for no estimator; when the guide runs, if a site of the dict
             is not in it, or observed there.
 
@@ -215,7 +215,7 @@ def resolve(
     """Find the estimator of a latent site and check that it can serve it.
 
     Raises:
-        TypeError: If ``infer["gradient"]`` is no estimator.
+        TypeError: If ``infer["gradient"]`` is neither an estimator nor a name.
         ValueError: If ``infer`` has an unknown option, or the estimator cannot serve the site or
             the number of particles.
     """

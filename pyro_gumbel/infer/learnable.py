@@ -1,4 +1,4 @@
-"""Learnable parameters of estimators: their device, their dtype, their place in the store."""
+"""Learnable parameters of estimators: device, dtype and names in the parameter store."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def move_like(estimator: Estimator, like: Tensor) -> None:
 
 def _tensor_of(fn: Any) -> Tensor | None:
     """Find a floating tensor among a distribution's parameters."""
-    for value in vars(fn).values():
+    for value in getattr(fn, "__dict__", {}).values():
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
         if isinstance(value, (Distribution, CategoricalParameters)):

@@ -366,6 +366,14 @@ def make_quietly(make, like):
         return make(like)
 
 
+def test_a_copy_moves_to_a_site_of_its_own():
+    estimator = Rodeo(2, hidden=2)
+    meet_site("d", estimator, dist.Bernoulli(logits=torch.zeros(3)))
+    again = pickle.loads(pickle.dumps(estimator))
+    meet_site("d", again, dist.Bernoulli(logits=torch.zeros(3).double()))
+    assert (estimator.scales.dtype, again.scales.dtype) == (torch.float32, torch.float64)
+
+
 @pytest.mark.cuda
 def test_parameters_move_to_the_gpu():
     chosen = estimators()
