@@ -89,12 +89,16 @@ def vimco_signal(weights: LogWeights) -> Tensor:
     others = possible.sum(0) - possible.long()
     finite = log_w.masked_fill(~possible, 0.0)
     stand_in = (finite.sum(0) - finite) / others.clamp(min=1)
-    # Row k has particle k's weight replaced by the geometric mean of the others'.
-    replaced = log_w.expand(count, *log_w.shape).clone()
-    index = torch.arange(count, device=log_w.device)
-    replaced[index, index] = stand_in
-    without = weights.scale * _log_mean(replaced.movedim(1, 0))
-    return (bound - without).masked_fill(others == 0, 0.0)
+    without = torch.logaddexp(_others(log_w), stand_in) - math.log(count)
+    return (bound - weights.scale * without).masked_fill(others == 0, 0.0)
+
+
+def _others(log_w: Tensor) -> Tensor:
+    """For each particle the logarithm of the others' sum: of those before and those after it."""
+    none = torch.full_like(log_w[:1], -math.inf)
+    before = torch.cat([none, log_w[:-1].logcumsumexp(0)])
+    after = torch.cat([log_w[1:].flip(0).logcumsumexp(0).flip(0), none])
+    return torch.logaddexp(before, after)
 
 
 def _log_mean(log_values: Tensor) -> Tensor:
