@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
@@ -66,7 +65,7 @@ class _WithoutReplacement(Estimator):
         log_probs = site.logits.log_softmax(-1).movedim(-1, 0).gather(0, index)
         if site.event_dims:
             log_probs = log_probs.flatten(log_probs.dim() - site.event_dims)
-        impossible = log_probs == -math.inf
+        impossible = log_probs.exp() == 0
         cost = site.cost.reshape(log_probs.shape).masked_fill(impossible, 0.0)
         return log_probs.masked_fill(impossible, torch.finfo(log_probs.dtype).min), cost
 

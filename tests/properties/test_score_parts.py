@@ -168,25 +168,27 @@ def test_after_a_coupled_site(estimator, vectorize):
 
 
 def test_families_of_pyro_built_on_it():
-    """A Gamma by rejection, against the closed form of its divergence and its mean."""
+    """A Gamma by rejection, against the closed form of its divergence and its moments."""
     target = dist.Gamma(torch.tensor(2.0).double(), torch.tensor(1.5).double())
 
     def model():
         with pyro.plate("n", COPIES):
             z = pyro.sample("z", target)
-            pyro.factor("x", -0.2 * z)
+            pyro.factor("x", -0.2 * z**2)
 
     def guide():
-        shape = pyro.param("slope", torch.tensor(2.6).double())
+        shape = pyro.param("slope", torch.tensor(1.01).double())
         with pyro.plate("n", COPIES):
             pyro.sample("z", RejectionGamma(shape.expand(COPIES), torch.ones(COPIES).double()))
 
-    shape = torch.tensor(2.6, dtype=torch.float64, requires_grad=True)
+    shape = torch.tensor(1.01, dtype=torch.float64, requires_grad=True)
     q = dist.Gamma(shape, torch.ones((), dtype=torch.float64))
-    loss = torch.distributions.kl_divergence(q, target) + 0.2 * shape
+    loss = torch.distributions.kl_divergence(q, target) + 0.2 * shape * (shape + 1)
     expected = loss.item(), torch.autograd.grad(loss, shape)[0].item()
     for analytic_kl in (False, True):
-        check(gradient(model, guide, Estimator_ELBO(analytic_kl=analytic_kl)), expected)
+        check(
+            gradient(model, guide, Estimator_ELBO(analytic_kl=analytic_kl)), expected, spread=3.5
+        )
 
 
 def exact_bound(particles):
@@ -220,21 +222,25 @@ def test_relaxed_site_upstream():
         with pyro.plate("n", COPIES):
             pyro.sample("b", dist.Bernoulli(torch.tensor(0.3).double()))
             z = pyro.sample("z", dist.Normal(torch.tensor(0.4).double(), 1.0))
-            pyro.factor("x", 0.3 * z**2)
+            pyro.factor("x", 3 * z)
 
     def guide():
         logit = pyro.param("slope", torch.tensor(0.2).double())
         with pyro.plate("n", COPIES):
             b = pyro.sample("b", dist.Bernoulli(logits=logit))
-            pyro.sample("z", skewed(SLOPE + 2 * b, b.shape))
+            pyro.sample("z", skewed(6 * b - 3, b.shape))
+
+    def cost(z):
+        return -dist.Normal(0.4, 1.0).log_prob(z) - 3 * z
 
     logit = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
     q, p = dist.Bernoulli(logits=logit), dist.Bernoulli(torch.tensor(0.3).double())
-    zero, one = (exact(prior_cost, SLOPE + 2 * b)[0] for b in (0, 1))
+    zero, one = exact(cost, -3.0)[0], exact(cost, 3.0)[0]
     loss = torch.distributions.kl_divergence(q, p) + zero + q.probs * (one - zero)
     expected = loss.item(), torch.autograd.grad(loss, logit)[0].item()
     elbo = Estimator_ELBO(vectorize_particles=True, max_plate_nesting=1)
-    check(gradient(model, config_gradient(guide, {"b": Rebar()}), elbo), expected)
+    found = gradient(model, config_gradient(guide, {"b": Rebar()}), elbo)
+    check(found, expected, spread=4.0)
 
 
 def test_beside_an_enumerated_site():
