@@ -225,6 +225,12 @@ class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
     def _accepted(self) -> constraints.Constraint:
         return relaxed_simplex
 
+    @property
+    def _categorical(self) -> torch.distributions.Categorical:  # type: ignore[override]
+        """The distribution of the index, which torch's code for one-hot vectors asks for."""
+        given = {self._parameters.name: getattr(self, self._parameters.name)}
+        return torch.distributions.Categorical(**given, validate_args=False)
+
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draw one-hot values, ``sample_shape + batch_shape + (C,)``."""
         with torch.no_grad():

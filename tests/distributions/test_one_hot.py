@@ -10,6 +10,7 @@ import pytest
 import torch
 from laws import DTYPES, HALF, chi_square_p, count_z, mean_z
 from pyro.infer import TraceEnum_ELBO, config_enumerate
+from torch.distributions import kl_divergence
 
 from pyro_gumbel.distributions import OneHot, RelaxedOneHot, draw_one_hot, multilinear_log_prob
 
@@ -170,3 +171,27 @@ def test_enumeration_in_pyro():
 
     loss = TraceEnum_ELBO(max_plate_nesting=0).loss(model, guide)
     assert loss == pytest.approx((probs * (probs / prior).log()).sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["probs", "logits"])
+def test_torch_code_for_one_hot_vectors_serves_it(form):
+    """What is written for OneHotCategorical reads its parts, which are made when asked for."""
+    law = torch.distributions.OneHotCategorical
+    probs = torch.tensor([0.2, 0.3, 0.5])
+    numbers = {form: probs if form == "probs" else probs.log()}
+    ours, theirs = OneHot(**numbers).expand([2]), law(**numbers).expand([2])
+    value = torch.eye(3)[1:]
+    torch.testing.assert_close(law.entropy(ours), theirs.entropy())
+    torch.testing.assert_close(law.log_prob(ours, value), theirs.log_prob(value))
+    for name in ("mean", "mode", "variance", "param_shape"):
+        torch.testing.assert_close(getattr(law, name).fget(ours), getattr(theirs, name))
+    torch.testing.assert_close(law._param.fget(ours), getattr(ours, form))
+    assert law.sample(ours, torch.Size([4])).shape == (4, 2, 3)
+    assert law._new(ours, (2,)).dtype == torch.float32
+    index = torch.distributions.Independent(ours._categorical, 0)
+    assert index.batch_shape == (2,)
+    other = law(logits=torch.zeros(3))
+    for q, p in ((ours, other), (other, ours)):
+        torch.testing.assert_close(
+            kl_divergence(q, p), kl_divergence(q._categorical, p._categorical).expand(2)
+        )

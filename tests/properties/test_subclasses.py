@@ -367,6 +367,18 @@ def test_bounds_of_other_laws(kind, side):
 
 
 @kinds
+@pytest.mark.parametrize("choice", ["score", "enumerate"])
+def test_other_laws_that_cannot_be_expanded(kind, choice):
+    """Pyro repeats their draws; its ExpandedDistribution has a plain tuple for a batch shape."""
+    members = {"expand": TorchDistributionMixin.expand}
+    fixed = type("Fixed", (ODD[kind],), members)
+    model, guide = programs(kind, fixed, fixed)
+    expected = exact(kind, ODD[kind], ODD[kind])
+    for vectorize in (False, True):
+        check(gradient(model, guide, choice, vectorize=vectorize), expected)
+
+
+@kinds
 def test_exact_gradient_of_other_laws(kind):
     model, guide = programs(kind, ODD[kind], ODD[kind])
     found = exact_gradient(model, guide)["logits"].values / COPIES
