@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from typing import Any
@@ -10,9 +11,9 @@ import pyro
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_gumbel.estimators._repr import rebuilding_repr
-
 __all__ = ["STORE_PREFIX", "StatefulModule", "is_newer", "note_own", "note_stored"]
+
+_UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 STORE_PREFIX = "gradient$"  # of the names that estimators' parameters have in the parameter store
 
@@ -56,7 +57,15 @@ class StatefulModule(nn.Module):
     loaded_at = 0
     has_met_site = False
 
-    __repr__ = rebuilding_repr
+    def __repr__(self) -> str:
+        parts = []
+        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
+            if name == "self" or parameter.kind in _UNNAMED:
+                continue
+            value = repr(getattr(self, name))
+            keyword = parameter.kind is inspect.Parameter.KEYWORD_ONLY
+            parts.append(f"{name}={value}" if keyword else value)
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     def __getstate__(self) -> Any:
         for parameter in self.parameters():

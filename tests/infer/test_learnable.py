@@ -63,7 +63,7 @@ ELBO_STATE = {
 
 def model(x):
     with pyro.plate("n", len(x)):
-        r = pyro.sample("r", dist.OneHotCategorical(torch.tensor([0.2, 0.8], dtype=x.dtype)))
+        r = pyro.sample("r", dist.OneHotCategorical(x.new_tensor([0.2, 0.8])))
         bits = [pyro.sample(name, dist.Bernoulli(x.new_tensor(0.3))) for name in ("d", "c", "n_")]
         pyro.sample("x", dist.Normal(r[..., 1] + sum(bits), 1.0), obs=x[:, 0])
 
