@@ -13,7 +13,7 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import nn
 
-from pyro_gumbel.infer.particles import PARTICLE_PLATE
+from pyro_gumbel.infer._layout import PARTICLE_PLATE
 
 __all__ = ["EvaluationCounter"]
 

@@ -19,7 +19,7 @@ from pyro_gumbel.diagnostics._arguments import check_programs, integer
 from pyro_gumbel.diagnostics._programs import Evaluation, evaluate, plates_of
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
 from pyro_gumbel.estimators import Call
-from pyro_gumbel.infer.particles import SharedSubsample
+from pyro_gumbel.infer._sampling import SharedSubsample
 
 __all__ = ["guide_khat"]
 

@@ -1,4 +1,4 @@
-"""What every distribution here shares: shapes, expansion, and checks that step aside."""
+"""What every distribution here shares: shapes, expansion and checks."""
 
 from __future__ import annotations
 
@@ -10,29 +10,6 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
-
-
-class _Light:
-    """Stands for ``Distribution._validate_args`` while torch's checks are made elsewhere.
-
-    It is false, so that torch's classes leave them out, and not ``False``, which says that nobody
-    wants any.
-    """
-
-    def __bool__(self) -> bool:
-        return False
-
-    def __eq__(self, other: object) -> bool:
-        return other is self or other is False  # torch takes what equals True or False
-
-    def __hash__(self) -> int:
-        return hash(False)
-
-    def __reduce__(self) -> str:
-        return "LIGHT"  # copies and pickles of a distribution mean the same one
-
-
-LIGHT = _Light()
 
 
 def plain_eager() -> bool:
@@ -110,7 +87,7 @@ class BaseDistribution(TorchDistribution):
         if validate_args is None:
             # Checks of distributions here cost little, so that they are left out only where
             # nobody wants any.
-            validate_args = Distribution._validate_args is not False
+            validate_args = Distribution._validate_args
         self._validate_args = validate_args
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Self:

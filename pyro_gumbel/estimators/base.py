@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
-from pyro_gumbel.distributions.families import exact_draw, log_mass, shared_noise_draw
+from pyro_gumbel.distributions.families import exact_draw, from_noise, log_mass
 from pyro_gumbel.estimators._module import StatefulModule
 from pyro_gumbel.estimators.schedules import Schedule
 
@@ -276,13 +276,14 @@ class Estimator(StatefulModule):
         """Build a tensor whose sum, divided by ``R``, has the estimate as its gradient."""
         return None
 
-    def draw_shared(self, fn: Distribution, dim: int, copies: int) -> Tensor | None:
-        """Draw a value whose noise repeats over blocks of rows, if the estimator draws plainly."""
+    def shares_noise(self, fn: Distribution) -> bool:
+        """Return whether branches may draw with the main path's noise: where draws are plain."""
         kind = type(self)
-        if kind.draw is not Estimator.draw or kind.draw_block is not Estimator.draw_block:
-            return None
-        value = shared_noise_draw(fn, dim, copies)
-        return None if value is None else value.detach()
+        return kind.draw is Estimator.draw and kind.draw_block is Estimator.draw_block
+
+    def draw_from_noise(self, fn: Distribution, noise: Tensor) -> Tensor:
+        """Draw a value by noise of :func:`~pyro_gumbel.distributions.families.base_noise`."""
+        return from_noise(fn, noise).detach()
 
     @property
     def keeps_score_gradient(self) -> bool:

@@ -11,10 +11,10 @@ from torch.distributions import TransformedDistribution, constraints
 
 from pyro_gumbel.distributions._score_parts import has_score_parts
 from pyro_gumbel.distributions.families import (
+    from_noise,
     has_law_of,
     is_normal,
     log_mass,
-    shared_noise_draw,
 )
 from pyro_gumbel.estimators.base import Estimator, Site
 from pyro_gumbel.estimators.baselines import LeaveOneOut
@@ -65,8 +65,11 @@ class Pathwise(Estimator):
     def draw(self, fn: Distribution) -> Tensor:
         return fn.rsample()
 
-    def draw_shared(self, fn: Distribution, dim: int, copies: int) -> Tensor | None:
-        return shared_noise_draw(fn, dim, copies) if is_normal(fn) else None
+    def shares_noise(self, fn: Distribution) -> bool:
+        return is_normal(fn)
+
+    def draw_from_noise(self, fn: Distribution, noise: Tensor) -> Tensor:
+        return from_noise(fn, noise)
 
     def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
         if self.sticking_the_landing and has_score_of_mean_zero(fn):

@@ -42,7 +42,7 @@ from pyro_gumbel.distributions.families import event_dims, unwrap, wrappers
 from pyro_gumbel.estimators import Pathwise
 from pyro_gumbel.estimators.pathwise import has_score_of_mean_zero, path_of_score
 from pyro_gumbel.infer._log_weights import LogWeights
-from pyro_gumbel.infer.run import Run
+from pyro_gumbel.infer._run import Run
 
 __all__ = ["doubly_reparameterize"]
 

@@ -9,8 +9,8 @@ import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from pyro_gumbel.infer.costs import Frames, Term
-from pyro_gumbel.infer.run import Run
+from pyro_gumbel.infer._costs import Frames, Term
+from pyro_gumbel.infer._run import Run
 
 __all__ = ["LogWeights", "filled", "vimco_signal"]
 

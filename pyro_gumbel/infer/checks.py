@@ -20,7 +20,7 @@ from pyro_gumbel.distributions.families import (
     is_one_hot,
     unwrap,
 )
-from pyro_gumbel.infer.particles import PARTICLE_PLATE
+from pyro_gumbel.infer._layout import PARTICLE_PLATE
 
 __all__ = ["check_programs", "latent_sites", "misfits_named"]
 

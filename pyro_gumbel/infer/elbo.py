@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from pyro_gumbel.estimators import Call
+from pyro_gumbel.infer._site_view import Passes
 from pyro_gumbel.infer.particle_elbo import ParticleELBO
-from pyro_gumbel.infer.paths import Paths
 
 __all__ = ["Estimator_ELBO"]
 
@@ -41,9 +41,9 @@ class Estimator_ELBO(ParticleELBO):  # noqa: N801
     later site of the guide gathers the elements outside of the plate, and sites of the plate
     depend on that one in turn, write ``.to_event(1)`` in place of the plate.
 
-    Where Pyro's validation is on, the first run of two programs has all of torch's checks, and so
-    has each hundredth after it, and one where a site or the bound looks wrong. The others hold the
-    arguments and the value of each site against the same constraints, in a fifth of the time.
+    Two programs that were not met before run once more, for a *preflight*: it counts their plates,
+    checks that they fit one another and finds what each term depends on. It leaves random number
+    generators and the buffers of modules as they were.
 
     Args:
         num_particles: Number of independent repetitions to average over.
@@ -54,8 +54,8 @@ class Estimator_ELBO(ParticleELBO):  # noqa: N801
             programs' own; else one after the other, for programs that do not broadcast or whose
             structure varies. The estimator is the same, but for the weights of several coupled
             sites' paths in the loss.
-        max_plate_nesting: Bound on the number of nested plates; found by a trial run where it is
-            not given.
+        max_plate_nesting: Bound on the number of nested plates; found by the preflight where it
+            is not given.
         analytic_kl: Put the closed-form KL divergence in place of a site's sampled ``log p - log
             q`` where it is known and the order of sites allows it.
         **kwargs: As for Pyro's ``ELBO``.
@@ -89,15 +89,15 @@ class Estimator_ELBO(ParticleELBO):  # noqa: N801
         super().__init__(num_particles, **kwargs)
         self.analytic_kl = analytic_kl
 
-    def _value(self, paths: Paths) -> Tensor:
-        return paths.elbo()
+    def _value(self, passes: Passes) -> Tensor:
+        return passes.elbo()
 
-    def _estimate(self, paths: Paths, call: Call) -> tuple[Tensor, Tensor]:
-        elbo = surrogate = paths.elbo()
-        for name, estimator in paths.estimators.items():
+    def _estimate(self, passes: Passes, call: Call) -> tuple[Tensor, Tensor]:
+        elbo = surrogate = passes.elbo()
+        for name, estimator in passes.estimators.items():
             if estimator.enumerates:
                 continue
-            term = estimator.surrogate(paths.site(name, call))
+            term = estimator.surrogate(passes.site(name, call))
             if term is not None:
                 surrogate = surrogate + term.sum() / self.num_particles
         return elbo, surrogate

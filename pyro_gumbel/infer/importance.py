@@ -11,9 +11,9 @@ from pyro_gumbel.distributions.families import unwrap
 from pyro_gumbel.estimators import Call, Pathwise, Score
 from pyro_gumbel.infer._doubly_reparameterized import doubly_reparameterize
 from pyro_gumbel.infer._log_weights import LogWeights, filled, vimco_signal
+from pyro_gumbel.infer._run import Run
+from pyro_gumbel.infer._site_view import Passes
 from pyro_gumbel.infer.particle_elbo import ParticleELBO
-from pyro_gumbel.infer.paths import Paths
-from pyro_gumbel.infer.run import Run
 
 __all__ = ["ImportanceWeighted_ELBO"]
 
@@ -84,10 +84,10 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
         self.doubly_reparameterized = doubly_reparameterized
         self.full_scores = True  # under the logarithm the score of q has no mean of zero
 
-    def _value(self, paths: Paths) -> Tensor:
+    def _value(self, paths: Passes) -> Tensor:
         return LogWeights(_mains(paths)).bound().sum()
 
-    def _estimate(self, paths: Paths, call: Call) -> tuple[Tensor, Tensor]:
+    def _estimate(self, paths: Passes, call: Call) -> tuple[Tensor, Tensor]:
         self._check(paths)
         weights = LogWeights(_mains(paths))
         if self.doubly_reparameterized:
@@ -95,7 +95,7 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
         bound = weights.bound().sum()
         return bound, bound + _scores(weights)
 
-    def _check(self, paths: Paths) -> None:
+    def _check(self, paths: Passes) -> None:
         for name, estimator in paths.estimators.items():
             if isinstance(estimator, Score):
                 own = (self._auto.leave_one_out, self._auto.moving_average)
@@ -123,7 +123,7 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
                 )
 
 
-def _mains(paths: Paths) -> list[Run]:
+def _mains(paths: Passes) -> list[Run]:
     """The runs of the main path: one of all particles, or one each."""
     return [group[0] for group in paths.groups]
 

@@ -1,64 +1,75 @@
-"""What every objective over particles has in common: its interface to Pyro and its runs."""
+"""What every objective over particles has in common: its interface to Pyro and its step."""
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
-import pyro
-import pyro.poutine as poutine
 import torch
 from pyro.infer.elbo import ELBO, ELBOModule
 from pyro.infer.util import is_validation_enabled
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
-from pyro.poutine.util import site_is_subsample
 from pyro.util import warn_if_nan
 from torch import Tensor, nn
 
 from pyro_gumbel._integers import is_integer
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.estimators.registry import CLASSES, Choice, DefaultEstimators, check_choice
-from pyro_gumbel.infer._cost_checks import ReachedTerm, check_costs
+from pyro_gumbel.infer._cost_checks import check_costs
 from pyro_gumbel.infer._dependence import Dependence
+from pyro_gumbel.infer._layout import Layout, Path
 from pyro_gumbel.infer._options import check_options
-from pyro_gumbel.infer._rng import preserved_rng, set_torch_generators, torch_generators
-from pyro_gumbel.infer.checks import misfits_named
-from pyro_gumbel.infer.costs import site_frames
-from pyro_gumbel.infer.finish import advance_schedules, finish_step
-from pyro_gumbel.infer.loss_module import LossModule
-from pyro_gumbel.infer.particles import (
-    MAIN,
-    DrawMessenger,
-    Layout,
-    Path,
-    PlateNestingNeeded,
-    SharedSubsample,
+from pyro_gumbel.infer._preflight import (
+    Plan,
+    Plans,
+    main_branches,
+    preflight,
+    structure_of,
 )
-from pyro_gumbel.infer.paths import Paths
-from pyro_gumbel.infer.run import Run, run_programs
-from pyro_gumbel.infer.site_checks import Doubt, SiteChecks, same_programs
+from pyro_gumbel.infer._run import DeeperPlates, Run, collect, run_programs
+from pyro_gumbel.infer._sampling import Memory, NestingNeeded, Sampler, SharedSubsample
+from pyro_gumbel.infer._site_view import Passes
+from pyro_gumbel.infer._state import advance_schedules, finish_step, sole_step
+from pyro_gumbel.infer.config import resolve
+from pyro_gumbel.infer.loss_module import LossModule
 
-__all__ = ["ParticleELBO"]
+__all__ = ["Estimate", "ParticleELBO"]
 
-_MANY_PLATES = 20  # more than any program nests: the trial run puts enumerated values left of them
+
+class Estimate(NamedTuple):
+    """What one step estimates.
+
+    Attributes:
+        loss: The negative bound, a detached scalar.
+        surrogate: A scalar whose gradient is the estimate of the loss's.
+        estimators: The estimator of each site.
+    """
+
+    loss: Tensor
+    surrogate: Tensor
+    estimators: dict[str, Estimator]
 
 
 class ParticleELBO(ELBO):
     """A bound estimated on particles: a subclass says its value and how to differentiate it.
 
+    A step is a straight line: plan (by a preflight run, once for two programs and the structure
+    of their arguments), run the programs on every path, estimate the loss and a surrogate for its
+    gradient, advance the estimators' schedules.
+
     Args:
         num_particles: Number of particles.
         default: Estimator, or name of one, for sites that have none.
         vectorize_particles: Evaluate particles as rows of a plate, else one after the other.
-        max_plate_nesting: Bound on the number of nested plates; found by a trial run if not given.
+        max_plate_nesting: Bound on the number of nested plates; found by the preflight if not
+            given.
         **kwargs: As for Pyro's ``ELBO``.
 
     Raises:
-        TypeError: If ``default`` is no estimator, or there is no such argument.
-        ValueError: If ``num_particles`` is below 1 or ``default`` names no estimator.
+        TypeError: If ``default`` is not an estimator, or an argument is unknown.
+        ValueError: If ``num_particles`` is below 1 or ``default`` is not the name of an estimator.
     """
 
     def __init__(
@@ -85,9 +96,7 @@ class ParticleELBO(ELBO):
         self.analytic_kl = False
         self.full_scores = False
         self._auto = DefaultEstimators()
-        self._checked: tuple[Call, set[tuple[str, type[Estimator]]]] | None = None
-        self._structure: tuple[Call, Layout] | None = None
-        self._site_checks = SiteChecks()
+        self._plans = Plans()
 
     def __call__(self, model: nn.Module, guide: nn.Module) -> ELBOModule:
         """Return a module that calls :meth:`differentiable_loss` and holds estimators.
@@ -115,7 +124,7 @@ class ParticleELBO(ELBO):
         """Put back what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If the state names an estimator that there is not.
+            ValueError: If the state names an estimator that does not exist.
         """
         self._auto.load_state_dict(state)
 
@@ -124,8 +133,7 @@ class ParticleELBO(ELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> float:
         """Estimate the negative bound; no estimator's state changes."""
-        call = Call(model, guide, args, kwargs)
-        loss = -self._value(self._run(call, SharedSubsample(), evaluate=True))
+        loss = self._exact_loss(Call(model, guide, args, kwargs))
         warn_if_nan(loss, "loss")
         return loss.item()
 
@@ -146,12 +154,13 @@ class ParticleELBO(ELBO):
 
         Args:
             call: The programs and their arguments.
-            training: Whether to move schedules and baselines.
+            training: Whether to move schedules and baselines. They stay where gradients are off.
             finish: Ends a training step. A module holds the estimators' parameters itself, so that
                 they need not be shown in the parameter store.
         """
-        loss, surrogate, estimators = self._step(call, training=training, finish=finish)
-        return loss + (surrogate - surrogate.detach()), estimators
+        estimate = self._step(call, training=training, finish=finish)
+        surrogate = estimate.surrogate
+        return estimate.loss + (surrogate - surrogate.detach()), estimate.estimators
 
     def loss_and_grads(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -161,10 +170,10 @@ class ParticleELBO(ELBO):
         Returns:
             The loss, a detached scalar left on its device.
         """
-        loss, surrogate, _ = self._step(Call(model, guide, args, kwargs))
-        if surrogate.requires_grad:
-            surrogate.backward(retain_graph=self.retain_graph)
-        return loss
+        estimate = self._step(Call(model, guide, args, kwargs))
+        if estimate.surrogate.requires_grad:
+            estimate.surrogate.backward(retain_graph=self.retain_graph)
+        return estimate.loss
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError(
@@ -172,18 +181,17 @@ class ParticleELBO(ELBO):
         )
 
     @abstractmethod
-    def _value(self, paths: Paths) -> Tensor:
+    def _value(self, passes: Passes) -> Tensor:
         """Estimate the bound from exact draws."""
 
     @abstractmethod
-    def _estimate(self, paths: Paths, call: Call) -> tuple[Tensor, Tensor]:
+    def _estimate(self, passes: Passes, call: Call) -> tuple[Tensor, Tensor]:
         """Estimate the bound, and give a surrogate with the gradient's estimate."""
 
-    @torch.no_grad()
     def find_estimators(self, call: Call) -> dict[str, Estimator]:
-        """Find each site's estimator by a run whose draws are taken back."""
-        with preserved_rng():
-            return self._run(call, SharedSubsample(), evaluate=True).estimators
+        """Find each site's estimator by a preflight."""
+        with sole_step():
+            return preflight(call, self._choose, Layout())[0].estimators
 
     def _step(
         self,
@@ -191,232 +199,157 @@ class ParticleELBO(ELBO):
         *,
         training: bool = True,
         finish: Callable[[dict[str, Estimator]], None] = finish_step,
-    ) -> tuple[Tensor, Tensor, dict[str, Estimator]]:
-        """Do as :meth:`estimate_step`, and finish an optimisation step in training."""
+    ) -> Estimate:
         if torch.is_grad_enabled():
-            loss, surrogate, estimators = self.estimate_step(call, training=training)
+            estimate = self.estimate(call, training=training)
             if training:
-                finish(estimators)
+                finish(estimate.estimators)
         else:  # there is nothing to differentiate
-            paths = self._run(call, SharedSubsample(), evaluate=True)
-            loss = surrogate = -self._value(paths)
-            estimators = paths.estimators
+            loss = self._exact_loss(call)
+            estimate = Estimate(loss, loss, {})
         if is_validation_enabled():
-            warn_if_nan(loss, "loss")
-        return loss, surrogate, estimators
+            warn_if_nan(estimate.loss, "loss")
+        return estimate
 
-    def estimate_step(
-        self, call: Call, *, training: bool = True
-    ) -> tuple[Tensor, Tensor, dict[str, Estimator]]:
-        """Return the detached loss, the surrogate loss and each site's estimator.
+    def estimate(self, call: Call, *, training: bool = True) -> Estimate:
+        """Estimate the loss and its gradient.
 
-        Baselines move on in training; to count the step is left to :func:`finish_step`.
+        Baselines move on if ``training``; schedules are advanced by :func:`finish_step`.
         """
-        subsample = SharedSubsample()
-        paths = self._run(call, subsample, evaluate=False)
-        paths.training = training
-        if is_validation_enabled():
-            self._check_costs(paths, call, subsample)
-        value, surrogate = self._estimate(paths, call)
-        if any(estimator.relaxed for estimator in paths.estimators.values()):
-            with torch.no_grad():
-                value = self._value(self._run(call, subsample, evaluate=True))
-        return -value.detach(), -surrogate, paths.estimators
+        with sole_step():
+            plan = self.plan(call)
+            subsample = SharedSubsample()
+            passes = self._execute(call, plan, subsample)
+            passes.training = training
+            value, surrogate = self._estimate(passes, call)
+            if any(estimator.relaxed for estimator in passes.estimators.values()):
+                with torch.no_grad():
+                    value = self._value(self._execute(call, plan, subsample, exact=True))
+        return Estimate(-value.detach(), -surrogate, passes.estimators)
 
-    def _check_costs(self, paths: Paths, call: Call, subsample: SharedSubsample) -> None:
-        """Check once for each site of two programs that its cost is as its estimator needs it.
+    def _exact_loss(self, call: Call) -> Tensor:
+        with sole_step(), torch.no_grad():
+            plan = self.plan(call)
+            return -self._value(self._execute(call, plan, SharedSubsample(), exact=True))
 
-        Programs that read numbers into Python are checked in every step: other data may lead them
-        elsewhere.
+    def plan(self, call: Call) -> Plan:
+        """Return the plan of a step.
+
+        Programs that were not met before run once for it where particles are rows of a plate, and
+        the number of the programs' own plates is not given.
         """
-        if self._checked is None or not same_programs(self._checked[0], call):
-            self._checked = (Call(call.model, call.guide), set())
-        choices = {
-            (name, type(estimator))
-            for name, estimator in paths.estimators.items()
-            if estimator.needs_linked_value or estimator.moves_plates
-        }
-        if choices <= self._checked[1]:
-            return
-        layout = Layout(plate_nesting=paths.groups[0][0].layout.plate_nesting)
-        draw = DrawMessenger(layout, self.num_particles, self._auto, self.default, evaluate=True)
-        with preserved_rng(), poutine.block(), Dependence() as dependence, _Followed(dependence):
-            run = run_programs(
-                call, draw, subsample, SiteChecks(), analytic_kl=False, full_scores=True
+        plans = self._plans.of(call)
+        key = (self.max_plate_nesting, structure_of(call))
+        if key not in plans:
+            plans[key] = self._make_plan(call)
+        return plans[key]
+
+    def _make_plan(self, call: Call) -> Plan:
+        if self.max_plate_nesting != float("inf"):
+            return Plan(int(self.max_plate_nesting))
+        return self._preflight(call) if self.vectorize_particles else Plan(None)
+
+    def _preflight(self, call: Call) -> Plan:
+        run, nesting = preflight(call, self._choose, Layout())
+        return Plan(nesting, main_branches(run))
+
+    def _allow_nesting(self, deeper: DeeperPlates) -> None:
+        if self.max_plate_nesting != float("inf"):
+            raise ValueError(
+                f"{type(self).__name__}: max_plate_nesting is {self.max_plate_nesting}, and the "
+                f"programs' plates take {deeper.nesting} dimensions or more. Raise it, or leave "
+                "it out."
+            ) from deeper
+
+    def _choose(self, msg: Message) -> Estimator:
+        return resolve(msg, self._auto, self.default, self.num_particles)
+
+    def _execute(
+        self, call: Call, plan: Plan, subsample: SharedSubsample, *, exact: bool = False
+    ) -> Passes:
+        """Run the programs on every path of every particle."""
+        groups = 1 if self.vectorize_particles else self.num_particles
+        while True:
+            layout = plan.layout(
+                repetitions=self.num_particles, vectorized=self.vectorize_particles, exact=exact
             )
-            terms = [
-                ReachedTerm(term.site, dependence.marks(term.value), term.frames)
-                for term in run.costs.terms
-            ]
-        frames = {name: site_frames(site) for name, site in run.guide.items()}
-        check_costs(run.estimators, frames, terms)
-        if not dependence.reads_values:
-            self._checked[1].update(choices)
-
-    def _run(self, call: Call, subsample: SharedSubsample, *, evaluate: bool) -> Paths:
-        """Run the programs on every path of every particle; lightly checked where that will do."""
-        if not self._site_checks.allow_light_run(call):
-            with self._site_checks.full_run(call):
-                return self._run_paths(call, subsample, evaluate=evaluate)
-        generators, indices = torch_generators(), subsample.known()
-        try:
-            with self._site_checks.light_run():
-                paths = self._run_paths(call, subsample, evaluate=evaluate)
-            if not paths.is_nan():
-                return paths
-        except (Doubt, ValueError, RuntimeError, IndexError):
-            pass  # torch may have more to say about the cause
-        self._site_checks.doubt(call)
-        set_torch_generators(generators)
-        subsample.forget(keep=indices)
-        return self._run(call, subsample, evaluate=evaluate)
-
-    def _run_paths(self, call: Call, subsample: SharedSubsample, *, evaluate: bool) -> Paths:
-        if self.vectorize_particles:
-            layout = self.find_structure(call)
-            if evaluate:
-                layout = dataclasses.replace(layout, paths=(MAIN,))
-            return Paths([self._run_group(call, layout, subsample, evaluate=evaluate)])
-        layout = Layout(plate_nesting=self._known_nesting(call))
-        if layout.plate_nesting is not None:
-            return self._run_loop(call, layout, subsample, evaluate=evaluate)
-        state = pyro.util.get_rng_state()
-        try:
-            return self._run_loop(call, layout, subsample, evaluate=evaluate)
-        except PlateNestingNeeded:
-            pyro.util.set_rng_state(state)
-            subsample.forget()  # as if the run that was broken off had not been
-            layout = Layout(plate_nesting=self.find_structure(call).plate_nesting)
-            return self._run_loop(call, layout, subsample, evaluate=evaluate)
-
-    def _run_loop(
-        self, call: Call, layout: Layout, subsample: SharedSubsample, *, evaluate: bool
-    ) -> Paths:
-        return Paths(
-            [
-                self._run_group(call, layout, subsample, evaluate=evaluate)
-                for _ in range(self.num_particles)
-            ]
-        )
+            try:
+                return Passes(
+                    [
+                        self._run_group(call, plan, layout, subsample, exact=exact)
+                        for _ in range(groups)
+                    ]
+                )
+            except NestingNeeded:
+                plan.plate_nesting = self._preflight(call).plate_nesting
+            except DeeperPlates as deeper:
+                self._allow_nesting(deeper)
+                plan.plate_nesting = deeper.nesting
 
     def _run_group(
-        self, call: Call, layout: Layout, subsample: SharedSubsample, *, evaluate: bool
+        self, call: Call, plan: Plan, layout: Layout, subsample: SharedSubsample, *, exact: bool
     ) -> list[Run]:
         """Run the pass with the main path, then the branches that did not fit into it."""
-        memory: dict[str, list[Tensor]] = {}
-        noise: dict[str, Tensor] = {}
+        memory = Memory()
 
-        def run(paths: tuple[Path, ...]) -> Run:
-            here = dataclasses.replace(layout, paths=paths)
-            draw = DrawMessenger(
-                here, self.num_particles, self._auto, self.default, evaluate, memory, noise
-            )
-            return run_programs(
-                call,
-                draw,
-                subsample,
-                self._site_checks,
-                analytic_kl=self.analytic_kl,
-                full_scores=self.full_scores,
-            )
+        def run(paths: tuple[Path, ...], dependence: Dependence | None = None) -> Run:
+            here = Layout(layout.plate_nesting, paths, layout.repetitions, layout.vectorized)
+            sampler = Sampler(here, self._choose, memory, exact=exact, dependence=dependence)
+            with dependence or nullcontext():
+                traces = run_programs(call, sampler, subsample)
+                run = collect(
+                    *traces, sampler, analytic_kl=self.analytic_kl, full_scores=self.full_scores
+                )
+                if dependence:
+                    run.score_guide()
+            return run
 
-        runs = [run(layout.paths)]
-        if evaluate:
-            return runs
-        _check_paths(runs[0])
-        for name, size in coupled_sites(runs[0]):
-            estimator = runs[0].estimators[name]
+        if exact:
+            return [run(layout.paths)]
+        follow = plan.follow and torch.is_grad_enabled()
+        dependence = Dependence(restore=False) if follow else None
+        main = run(layout.paths, dependence)
+        if torch.is_grad_enabled():
+            self._check_costs(call, plan, main, dependence)
+        if self.vectorize_particles:
+            plan.branches = main_branches(main)
+        return [main, *self._run_branches(main, run)]
+
+    def _check_costs(
+        self, call: Call, plan: Plan, main: Run, dependence: Dependence | None
+    ) -> None:
+        """Check once for each site and estimator that the cost is as the estimator needs it.
+
+        The first pass of two programs is followed for it. Sites that come up later have a run of
+        their own. Programs that read values into Python are checked in every step, since other
+        values may lead them elsewhere.
+        """
+        sites = {
+            (name, type(estimator))
+            for name, estimator in main.estimators.items()
+            if estimator.needs_linked_value or estimator.moves_plates
+        }
+        if not sites <= plan.checked:
+            run = main
+            if dependence is None:
+                values = {name: main.value(name).detach() for name in main.estimators}
+                dependence = Dependence()
+                run, _ = preflight(
+                    call, self._choose, main.layout, values=values, dependence=dependence
+                )
+            check_costs(run.estimators, run.frames(), run.reached_terms(dependence))
+            if not dependence.reads_values:
+                plan.checked.update(sites)
+        plan.follow = not sites <= plan.checked
+
+    def _run_branches(self, main: Run, run: Callable[[tuple[Path, ...]], Run]) -> list[Run]:
+        runs = []
+        for name, size in main.sizes.items():
+            estimator = main.estimators[name]
             paths = [Path(name, value) for value in range(1, size)]
-            paths = [path for path in paths if path not in layout.paths]
-            chunk = estimator.chunk_size or len(paths) or 1
-            chunk = chunk if layout.vectorized else 1
+            paths = [path for path in paths if path not in main.layout.paths]
+            chunk = (estimator.chunk_size or len(paths) or 1) if self.vectorize_particles else 1
             with torch.set_grad_enabled(torch.is_grad_enabled() and estimator.branches_have_graph):
                 for start in range(0, len(paths), chunk):
                     runs.append(run(tuple(paths[start : start + chunk])))
         return runs
-
-    def _known_nesting(self, call: Call) -> int | None:
-        if self.max_plate_nesting != float("inf"):
-            return int(self.max_plate_nesting)
-        if self._structure is not None and same_programs(self._structure[0], call):
-            return self._structure[1].plate_nesting
-        return None
-
-    def find_structure(self, call: Call) -> Layout:
-        """Find the number of plates and the coupled sites by a run whose draws are taken back."""
-        if self._structure is not None and same_programs(self._structure[0], call):
-            return self._structure[1]
-        many = Layout(plate_nesting=_MANY_PLATES)
-        draw = DrawMessenger(many, self.num_particles, self._auto, self.default, evaluate=True)
-        with preserved_rng(), poutine.block():
-            with draw:
-                guide_trace = poutine.trace(call.guide).get_trace(*call.args, **call.kwargs)
-            traced_model = poutine.trace(poutine.replay(call.model, trace=guide_trace))
-            with misfits_named(traced_model, guide_trace, _MANY_PLATES):
-                model_trace = traced_model.get_trace(*call.args, **call.kwargs)
-        nesting = self.max_plate_nesting
-        if nesting == float("inf"):
-            nesting = max(_plate_nesting(guide_trace), _plate_nesting(model_trace))
-        branches = [
-            Path(name, value)
-            for name, size in coupled_sites(draw)
-            if _belongs_to_main_pass(name, draw)
-            for value in range(1, size)
-        ]
-        repetitions = self.num_particles if self.vectorize_particles else 1
-        paths = (MAIN, *branches) if self.vectorize_particles else (MAIN,)
-        layout = Layout(paths, repetitions, int(nesting), self.vectorize_particles)
-        self._structure = (Call(call.model, call.guide), layout)  # no hold on a minibatch
-        return layout
-
-
-class _Followed(Messenger):
-    """Has the values of latent sites followed."""
-
-    def __init__(self, dependence: Dependence) -> None:
-        super().__init__()
-        self._dependence = dependence
-
-    def _pyro_post_sample(self, msg: Message) -> None:
-        if not (msg["is_observed"] or site_is_subsample(msg)):
-            value = cast(Tensor, msg["value"])
-            msg["value"] = self._dependence.follow(str(msg["name"]), value)
-
-
-def coupled_sites(run: Run | DrawMessenger) -> list[tuple[str, int]]:
-    """List the sites that own branches, each with its number of coupled values."""
-    return [(name, size) for name, size in run.sizes.items() if size > 1]
-
-
-def _belongs_to_main_pass(name: str, draw: DrawMessenger) -> bool:
-    """Tell whether a site's branches are rows of the main path's pass, or have one of their own.
-
-    Values that are no draws enter no average: apart, the last backward pass need not go through
-    them. But sites drawn later can share noise with the main path only within its pass.
-    """
-    estimator, last = draw.estimators[name], next(reversed(draw.estimators)) == name
-    return estimator.branches_have_graph and (estimator.branches_are_draws or not last)
-
-
-def _check_paths(run: Run) -> None:
-    owners = {path.owner for path in run.layout.paths if path.owner is not None}
-    sizes = dict(coupled_sites(run))
-    laid = {owner: 1 + sum(path.owner == owner for path in run.layout.paths) for owner in owners}
-    for owner, size in laid.items():
-        if sizes.get(owner) != size:
-            raise ValueError(
-                f"Site {owner!r} draws {sizes.get(owner, 0)} coupled values in this run, and rows "
-                f"were laid out for {size}. Programs whose structure varies need "
-                "vectorize_particles=False."
-            )
-
-
-def _plate_nesting(trace: poutine.Trace) -> int:
-    dims = [
-        frame.dim
-        for site in trace.nodes.values()
-        if site["type"] == "sample"
-        for frame in site["cond_indep_stack"]
-        if frame.vectorized
-    ]
-    return -min(dims, default=0)

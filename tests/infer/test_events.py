@@ -22,7 +22,7 @@ from pyro_gumbel.estimators import (
     LeaveOneOut,
     Score,
 )
-from pyro_gumbel.infer.costs import Costs
+from pyro_gumbel.infer._costs import Costs
 
 DOUBLE = torch.float64
 

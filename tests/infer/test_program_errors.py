@@ -336,7 +336,7 @@ def test_an_index_that_does_not_broadcast_is_explained(estimator: str, left: str
         with pyro.plate("n", 6):
             pyro.sample("z", dist.Categorical(torch.ones(3)), infer={"gradient": estimator})
 
-    elbo = Estimator_ELBO(4, vectorize_particles=True, max_plate_nesting=1)
+    elbo = Estimator_ELBO(4, vectorize_particles=True)
     with pytest.raises(ValueError, match="Shape mismatch") as told:
         elbo.loss_and_grads(model, guide)
     (note,) = told.value.__notes__

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_gumbel.infer._rng import preserved_rng
+from pyro_gumbel.infer._state import preserved_rng
 from pyro_gumbel.infer.capture.recording import Recording
 from pyro_gumbel.infer.capture.restored import restored
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_gumbel.estimators import Call, Estimator
-from pyro_gumbel.infer._rng import preserved_rng
+from pyro_gumbel.infer._state import preserved_rng
 from pyro_gumbel.infer.capture.cuda_graph import (
     GraphedStep,
     NotGraphable,
@@ -133,7 +133,7 @@ class CapturedStep:
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)] + self.state.inputs()
         check_hooks(self.leaves)
         if self._enumerates or self.elbo.vectorize_particles:
-            self.elbo.find_structure(call)  # by a trial that is not the step's
+            self.elbo.plan(call)  # by a trial that is not the step's
         loss, gradients, states = self._recorded(call, inputs, look)
         self.state.forget_counts()
         self._finish(states)
@@ -221,7 +221,7 @@ class CapturedStep:
 
     def _outcome(self, call: Call) -> Outcome:
         with poutine.trace(param_only=True) as traced:
-            loss, surrogate, _ = self.elbo.estimate_step(call)
+            loss, surrogate, _ = self.elbo.estimate(call)
         self._check_parameters(traced.trace.nodes)
         if self.recording is None:
             warn_of_other_leaves(surrogate, self._others(call))

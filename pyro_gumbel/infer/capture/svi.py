@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_gumbel.estimators import Call, Estimator
-from pyro_gumbel.infer._rng import set_torch_generators, torch_generators
+from pyro_gumbel.infer._state import finish_step, generator_states, set_generator_states
 from pyro_gumbel.infer.capture.comparison import difference_told
 from pyro_gumbel.infer.capture.gradients import RestingGradients
 from pyro_gumbel.infer.capture.modules import modules_of
 from pyro_gumbel.infer.capture.reads import users_line
 from pyro_gumbel.infer.capture.step import CapturedStep, OtherParameters, RecordingFailed
-from pyro_gumbel.infer.finish import finish_step
 from pyro_gumbel.infer.not_recordable import NotRecordable
 from pyro_gumbel.infer.particle_elbo import ParticleELBO
 
@@ -179,7 +178,7 @@ class CapturedSVI(SVI):
 
     def _eager_step(self, call: Call) -> tuple[Tensor, dict[str, Tensor], dict[str, Estimator]]:
         with poutine.trace(param_only=True) as traced:
-            loss, surrogate, estimators = self.elbo.estimate_step(call)
+            loss, surrogate, estimators = self.elbo.estimate(call)
             finish_step(estimators)
         params = {
             name: site["value"].unconstrained()
@@ -220,16 +219,16 @@ class CapturedSVI(SVI):
         """What is done with a loss before its step is applied."""
         if not is_validation_enabled():
             return lambda loss: None
-        before = torch_generators()
+        before = generator_states()
 
         def look(loss: Tensor) -> None:
             if loss.isnan():
-                after = torch_generators()
-                set_torch_generators(before)
+                after = generator_states()
+                set_generator_states(before)
                 try:
                     step.eager(call)  # with its checks, which name what became NaN
                 finally:
-                    set_torch_generators(after)
+                    set_generator_states(after)
                 warnings.warn("Encountered NaN: loss", stacklevel=5)
 
         return look

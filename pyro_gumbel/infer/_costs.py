@@ -19,7 +19,7 @@ import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from pyro_gumbel.infer.particles import Layout
+from pyro_gumbel.infer._layout import Layout
 
 __all__ = ["Costs", "EnumeratedSite", "Frames", "Term", "site_frames"]
 

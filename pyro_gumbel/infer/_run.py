@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import pyro
 import pyro.poutine as poutine
@@ -12,6 +13,8 @@ from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.runtime import _DIM_ALLOCATOR
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
@@ -19,14 +22,25 @@ from torch import Tensor
 from pyro_gumbel.distributions._score_parts import score_function
 from pyro_gumbel.distributions.families import event_dims, log_mass, unwrap, wrap_score
 from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.infer._cost_checks import ReachedTerm
+from pyro_gumbel.infer._costs import Costs, EnumeratedSite, Frames, Term, site_frames
+from pyro_gumbel.infer._dependence import Dependence
+from pyro_gumbel.infer._layout import PARTICLE_PLATE, Layout, Path
+from pyro_gumbel.infer._sampling import Sampler, SharedSubsample
 from pyro_gumbel.infer._site_options import ModelSiteCheck
 from pyro_gumbel.infer.analytic_kl import analytic_kls
 from pyro_gumbel.infer.checks import check_programs, latent_sites, misfits_named
-from pyro_gumbel.infer.costs import Costs, EnumeratedSite, Term, site_frames
-from pyro_gumbel.infer.particles import PARTICLE_PLATE, DrawMessenger, Layout, SharedSubsample
-from pyro_gumbel.infer.site_checks import SiteChecks
 
-__all__ = ["Run", "in_rows", "run_programs"]
+_ALLOCATE = type(_DIM_ALLOCATOR).allocate.__code__  # where Pyro finds that two plates collide
+
+__all__ = ["DeeperPlates", "Run", "collect", "plate_nesting", "run_programs"]
+
+
+class DeeperPlates(Exception):
+    """The programs nest more plates than the layout left room for."""
+
+    def __init__(self, nesting: int) -> None:
+        self.nesting = nesting
 
 
 class Run:
@@ -35,17 +49,17 @@ class Run:
     Attributes:
         guide: The guide's latent sites.
         observed: The names of the model's observed sites.
-        estimators: The estimator of each of them that drew its value here.
+        estimators: The estimator of each site that drew its value here.
+        sizes: The number of coupled values of each of these sites.
         logits: The logits that values were drawn from, where the estimator asked for them.
         layout: The paths of the pass.
-        costs: The terms of the ELBO.
-        totals: The ELBO of each path, ``(paths, repetitions)``, with gradient.
+        terms: The terms of the ELBO.
     """
 
     def __init__(
         self,
         guide: dict[str, Any],
-        draw: DrawMessenger,
+        sampler: Sampler,
         scores: dict[str, Tensor],
         terms: list[Term],
         own_kl: dict[str, Term],
@@ -53,19 +67,33 @@ class Run:
     ) -> None:
         self.guide = guide
         self.observed = observed
-        self.layout = draw.layout
-        self.estimators = dict(draw.estimators)
-        self.sizes = dict(draw.sizes)
-        self.logits = dict(draw.logits)
+        self.layout = sampler.layout
+        self.estimators = sampler.estimators
+        self.sizes = sampler.sizes
+        self.logits = sampler.logits
+        self.terms = terms
+        self._enumerated = sampler.enumerated
         self._scores = scores
         self._own_kl = own_kl
+
+    @cached_property
+    def costs(self) -> Costs:
+        """The terms by the sites that they depend on."""
         enumerated = [
-            EnumeratedSite(name, dim, self.log_prob(name).exp(), site_frames(guide[name]))
-            for name, dim in draw.enumerated.items()
+            EnumeratedSite(name, dim, self.log_prob(name).exp(), site_frames(self.guide[name]))
+            for name, dim in self._enumerated.items()
         ]
-        self.costs = Costs(terms, enumerated, draw.layout)
+        return Costs(self.terms, enumerated, self.layout)
+
+    @cached_property
+    def totals(self) -> Tensor:
+        """The ELBO of each path, ``(paths, repetitions)``, with gradient."""
         shape = (len(self.layout.paths), self.layout.repetitions)
-        self.totals = self.costs.totals().reshape(shape)
+        return self.costs.totals().reshape(shape)
+
+    def has(self, path: Path) -> bool:
+        """Return whether a path is one of its own: its owner drew the value that it takes."""
+        return path.owner is None or path.value < self.sizes.get(path.owner, 0)
 
     def value(self, name: str) -> Tensor:
         """The value of a site on each path."""
@@ -86,6 +114,29 @@ class Run:
         fn = self.guide[name]["fn"]
         return sum_rightmost(score_function(unwrap(fn), self.value(name)), event_dims(fn))
 
+    def score_guide(self) -> None:
+        """Score each of the guide's values with all of the score's gradient."""
+        for name in self.estimators:
+            self.log_prob(name)
+
+    def frames(self) -> dict[str, Frames]:
+        """The vectorised plates of each latent site, but for the particles'."""
+        return {name: _own_frames(site_frames(site)) for name, site in self.guide.items()}
+
+    def reached_terms(self, dependence: Dependence) -> list[ReachedTerm]:
+        """Each term with how the latent values that were followed reached it.
+
+        A site's own score in the model is exact at every value: it is left out.
+        """
+        reached = []
+        for term in self.terms:
+            own = not term.of_model and term.site in self.estimators
+            # An estimator may hold parameters fixed in its score.
+            score = self.log_prob(term.site) if own else term.value
+            marks = {k: v for k, v in dependence.marks(score).items() if k != term.site}
+            reached.append(ReachedTerm(term.site, marks, _own_frames(term.frames)))
+        return reached
+
     def cost(self, name: str, *, live: bool = False) -> Tensor:
         """The downstream cost of a site, shaped like its ``log_prob``, detached unless live."""
         like = self.log_prob(name)
@@ -96,51 +147,60 @@ class Run:
         return cost
 
 
-def run_programs(
-    call: Call,
-    draw: DrawMessenger,
-    subsample: SharedSubsample,
-    checks: SiteChecks,
-    *,
-    analytic_kl: bool,
-    full_scores: bool,
-) -> Run:
-    """Run the guide, then the model on its values, and collect the terms.
+def _own_frames(frames: Frames) -> Frames:
+    return frozenset(frame for frame in frames if frame.name != PARTICLE_PLATE)
 
-    Args:
-        call: The programs and their arguments.
-        draw: Draws the guide's values.
-        subsample: Gives every run of the step the same minibatch.
-        checks: Looks at the sites' distributions and values.
-        analytic_kl: Whether to put closed-form KL divergences in place of sampled terms.
-        full_scores: Whether ``log q`` keeps its whole gradient, as a bound that is not linear in
-            it needs; else each estimator drops what has mean zero.
 
-    Returns:
-        The run.
+def run_programs(call: Call, sampler: Sampler, subsample: SharedSubsample) -> tuple[Trace, Trace]:
+    """Run the guide, then the model on its values; return the traces of model and guide.
+
+    A guide that is a handler of the model (``AutoNormalMessenger`` and its like) runs both at
+    once.
+
+    Raises:
+        DeeperPlates: If plates take a dimension that the layout uses otherwise.
     """
-    guide, model = in_rows(call.guide, draw.layout), in_rows(call.model, draw.layout)
-    traced_guide = poutine.trace(guide)
-    with _left_dimensions_explained(draw), subsample, draw, checks:
-        traced_guide(*call.args, **call.kwargs)
-    guide_trace = traced_guide.trace
-    checked_model = ModelSiteCheck(guide_trace)(model)
-    traced_model = poutine.trace(poutine.replay(checked_model, trace=guide_trace))
-    nesting = draw.layout.plate_nesting
-    with (
-        misfits_named(traced_model, guide_trace, nesting),
-        _left_dimensions_explained(draw),
-        subsample,
-        checks,
-    ):
-        traced_model(*call.args, **call.kwargs)
-    model_trace = traced_model.trace
+    layout = sampler.layout
+    guide = poutine.unwrap(getattr(call.guide, "guide", call.guide))
+    if isinstance(guide, GuideMessenger):
+        with _left_dimensions_explained(sampler), subsample, sampler:
+            _in_rows(call.guide, layout)(*call.args, **call.kwargs)
+        model_trace, guide_trace = guide.get_traces()
+    else:
+        guide_trace = _run_guide(call, sampler, subsample)
+        model_trace = _run_model(call, sampler, subsample, guide_trace)
     if is_validation_enabled():
+        nesting = layout.plate_nesting if sampler.adds_dimensions else None
         check_programs(model_trace, guide_trace, nesting)
-    return _collect(model_trace, guide_trace, draw, analytic_kl, full_scores)
+    return model_trace, guide_trace
 
 
-def in_rows(program: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
+def _run_guide(call: Call, sampler: Sampler, subsample: SharedSubsample) -> Trace:
+    traced = poutine.trace(_in_rows(call.guide, sampler.layout))
+    with _left_dimensions_explained(sampler), subsample, sampler:
+        traced(*call.args, **call.kwargs)
+    _check_nesting(traced.trace, sampler)
+    return traced.trace
+
+
+def _run_model(
+    call: Call, sampler: Sampler, subsample: SharedSubsample, guide_trace: Trace
+) -> Trace:
+    checked = ModelSiteCheck(guide_trace)(_in_rows(call.model, sampler.layout))
+    replayed = poutine.replay(checked, trace=guide_trace)
+    traced = poutine.trace(replayed)
+    nesting = sampler.layout.plate_nesting if sampler.adds_dimensions else None
+    with (
+        misfits_named(traced, guide_trace, nesting),
+        _left_dimensions_explained(sampler),
+        subsample,
+    ):
+        traced(*call.args, **call.kwargs)
+    _check_nesting(traced.trace, sampler)
+    return traced.trace
+
+
+def _in_rows(program: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
     """Put a program into the particle plate, where the layout has one.
 
     The plate goes inside handlers that replay values: a replayed site is done, and a plate outside
@@ -151,16 +211,36 @@ def in_rows(program: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
     return pyro.plate(PARTICLE_PLATE, layout.num_rows, dim=layout.particle_dim)(program)
 
 
+def plate_nesting(trace: Trace) -> int:
+    """Number of dimensions of a program's own plates."""
+    dims = [
+        frame.dim
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        for frame in site["cond_indep_stack"]
+        if frame.vectorized and frame.name != PARTICLE_PLATE
+    ]
+    return -min(dims, default=0)
+
+
+def _check_nesting(trace: Trace, sampler: Sampler) -> None:
+    nesting = plate_nesting(trace)
+    if sampler.adds_dimensions and nesting > cast(int, sampler.layout.plate_nesting):
+        raise DeeperPlates(nesting)
+
+
 @contextmanager
-def _left_dimensions_explained(draw: DrawMessenger) -> Iterator[None]:
+def _left_dimensions_explained(sampler: Sampler) -> Iterator[None]:
     """Add to errors over shapes which dimensions the values have that the program did not make."""
     try:
         yield
     except (IndexError, RuntimeError, ValueError) as error:
+        if _particle_plate_is_in_the_way(error, sampler.layout):
+            raise DeeperPlates(sampler.layout.total_nesting) from error
         left = []
-        if (dim := draw.layout.particle_dim) is not None:
-            left += [f"{draw.layout.num_rows} particles or coupled draws at {dim}"]
-        left += [f"every value of {name!r} at {at}" for name, at in draw.enumerated.items()]
+        if (dim := sampler.layout.particle_dim) is not None:
+            left += [f"{sampler.layout.num_rows} particles or coupled draws at {dim}"]
+        left += [f"every value of {name!r} at {at}" for name, at in sampler.enumerated.items()]
         over_shapes = not isinstance(error, ValueError) or "Shape mismatch" in str(error)
         if left and over_shapes:
             error.add_note(
@@ -169,19 +249,41 @@ def _left_dimensions_explained(draw: DrawMessenger) -> Iterator[None]:
                 "Vindex(loc)[..., z] (pyro.ops.indexing) for loc[z], or "
                 "(z.unsqueeze(-2) @ weight).squeeze(-2) for z @ weight; or use "
                 "vectorize_particles=False and no enumeration. Programs that nest more than "
-                f"{draw.layout.plate_nesting} plates need a larger max_plate_nesting."
+                f"{sampler.layout.plate_nesting} plates need a larger max_plate_nesting."
             )
         raise
 
 
-def _collect(
+def _particle_plate_is_in_the_way(error: Exception, layout: Layout) -> bool:
+    """Return whether a plate of the program's own asked for the particle plate's dimension."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None or traceback.tb_frame.f_code is not _ALLOCATE:
+        return False
+    return traceback.tb_frame.f_locals["dim"] == layout.particle_dim
+
+
+def collect(
     model_trace: Trace,
     guide_trace: Trace,
-    draw: DrawMessenger,
+    sampler: Sampler,
+    *,
     analytic_kl: bool,
     full_scores: bool,
 ) -> Run:
-    nesting = draw.layout.total_nesting
+    """Score both traces.
+
+    Args:
+        model_trace: The model's run.
+        guide_trace: The guide's run.
+        sampler: What drew the guide's values.
+        analytic_kl: Whether to put closed-form KL divergences in place of sampled terms.
+        full_scores: Whether ``log q`` keeps its whole gradient, as a bound that is not linear in
+            it needs; else each estimator drops what has mean zero.
+    """
+    # Without dimensions of ours any dimension left of the plates is a mistake.
+    nesting = sampler.layout.total_nesting if sampler.adds_dimensions else float("inf")
     guide = latent_sites(guide_trace)
     kls = analytic_kls(model_trace, guide) if analytic_kl else {}
     terms = list(kls.values())
@@ -189,7 +291,7 @@ def _collect(
     for name, site in _samples(guide_trace).items():
         if name in kls:
             continue
-        estimator = draw.estimators.get(name)
+        estimator = sampler.estimators.get(name)
         if estimator is None:  # a value that the guide itself fixed, or a factor
             _check_factor(site)
             raw = _observed_log_prob(site)
@@ -206,10 +308,10 @@ def _collect(
     for name, site in _samples(model_trace).items():
         if name not in kls:
             terms.append(_term(site, _model_log_prob(site), nesting))
-    if draw.layout.particle_dim is not None:
-        _check_dims(terms, int(nesting) + len(draw.enumerated))
+    if sampler.layout.particle_dim is not None:
+        _check_dims(terms, sampler.layout.total_nesting + len(sampler.enumerated))
     observed = {name for name, site in _samples(model_trace).items() if site["is_observed"]}
-    return Run(guide, draw, scores, terms, kls, observed)
+    return Run(guide, sampler, scores, terms, kls, observed)
 
 
 def _samples(trace: Trace) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from torch import Tensor
 from pyro_gumbel.distributions._score_parts import has_score_parts
 from pyro_gumbel.distributions.families import event_dims, one_hot_logits, unwrap
 from pyro_gumbel.estimators import Call, Estimator, Site
-from pyro_gumbel.infer.particles import MAIN
-from pyro_gumbel.infer.run import Run
+from pyro_gumbel.infer._layout import MAIN, Path
+from pyro_gumbel.infer._run import Run
 
-__all__ = ["Paths"]
+__all__ = ["Passes"]
 
 
-class Paths:
+class Passes:
     """The passes of a step, in groups that each have one pass with the main path first.
 
     Vectorised particles are one group; looped ones a group each. Structure may differ between
@@ -67,17 +67,17 @@ class Paths:
             mean = torch.stack([mean, *totals]).mean()
         return mean
 
-    def is_nan(self) -> bool:
-        """Tell whether the ELBO of some path is NaN."""
-        return any(bool(run.totals.isnan().any()) for group in self.groups for run in group)
-
     def _draws(self, run: Run) -> list[Tensor]:
         """The totals of a pass's paths that are draws of the guide, ``(paths, repetitions)``."""
-        owners = [path.owner for path in run.layout.paths]
-        drawn = [o is None or self.estimators[o].branches_are_draws for o in owners]
+        drawn = [self._is_draw(run, path) for path in run.layout.paths]
         if all(drawn):
             return [run.totals]
         return [run.totals[i : i + 1] for i, is_draw in enumerate(drawn) if is_draw]
+
+    def _is_draw(self, run: Run, path: Path) -> bool:
+        if path.owner is None:
+            return True
+        return run.has(path) and self.estimators[path.owner].branches_are_draws
 
     def gather(self, name: str, read: Callable[[Run], Tensor], event_dim: int = 0) -> Tensor:
         """Read a tensor of a site off its main path and its own branches: ``(K, R, ...)``."""
@@ -100,7 +100,7 @@ class Paths:
         blocks: list[Tensor] = []
         for run in group:
             paths = run.layout.paths
-            own = [index for index, path in enumerate(paths) if path.owner in (None, name)]
+            own = [i for i, path in enumerate(paths) if _belongs(path, name) and run.has(path)]
             if own:
                 split = run.layout.split(read(run), event_dim)
                 blocks.append(split if len(own) == len(paths) else split[own])
@@ -113,11 +113,16 @@ class Paths:
         return Site(name, unwrap(fn), event_dims(fn), call, reader, training=self.training)
 
 
+def _belongs(path: Path, name: str) -> bool:
+    """Return whether a path is the main one or a branch of the site."""
+    return path.owner in (None, name)
+
+
 class _Reader:
     """Reads one site's tensors off the paths."""
 
-    def __init__(self, paths: Paths, name: str, fn: Any) -> None:
-        self.paths = paths
+    def __init__(self, passes: Passes, name: str, fn: Any) -> None:
+        self.passes = passes
         self.name = name
         self.event_dim = fn.event_dim
         self.joined = event_dims(fn)
@@ -131,19 +136,19 @@ class _Reader:
 
     def totals(self) -> Tensor:
         groups = []
-        for group in self.paths.having(self.name):
+        for group in self.passes.having(self.name):
             own = [run.totals[index] for run, index, _ in self._own_paths(group)]
             groups.append(torch.stack(own))
         return torch.cat(groups, 1)
 
     def later_scores(self) -> Tensor:
-        own = [path for group in self.paths.having(self.name) for path in self._own_paths(group)]
+        own = [path for group in self.passes.having(self.name) for path in self._own_paths(group)]
         size = 1 + max(value for _, _, value in own)
         total = [torch.zeros_like(own[0][0].totals[0, 0]) for _ in range(size)]
-        names = list(self.paths.estimators)
+        names = list(self.passes.estimators)
         for name in names[names.index(self.name) + 1 :]:
-            estimator = self.paths.estimators[name]
-            fn = unwrap(self.paths.having(name)[0][0].guide[name]["fn"])
+            estimator = self.passes.estimators[name]
+            fn = unwrap(self.passes.having(name)[0][0].guide[name]["fn"])
             moves = estimator.pathwise and not has_score_parts(fn)  # with its gradient
             if moves or estimator.enumerates:
                 continue
@@ -158,7 +163,7 @@ class _Reader:
             (run, index, path.value)
             for run in group
             for index, path in enumerate(run.layout.paths)
-            if path.owner in (None, self.name)
+            if _belongs(path, self.name) and run.has(path)
         ]
 
     def log_prob(self) -> Tensor:
@@ -177,14 +182,14 @@ class _Reader:
         )
 
     def logits_gradients(self, output: Tensor, *, create_graph: bool) -> Tensor:
-        estimator = self.paths.estimators[self.name]
+        estimator = self.passes.estimators[self.name]
         if not estimator.draws_from_logits:
             raise TypeError(
                 f"At site {self.name!r}, {type(estimator).__name__} calls logits_gradients, so "
                 "its class needs draws_from_logits = True."
             )
         # Coupled values are drawn on the main path, so its logits alone were used.
-        mains = [group[0] for group in self.paths.having(self.name)]
+        mains = [group[0] for group in self.passes.having(self.name)]
         logits = [run.logits[self.name] for run in mains]
         gradients = _gradients(output, logits, create_graph=create_graph)
         events = self.joined + self.logits_event_dim
@@ -198,7 +203,7 @@ class _Reader:
         return unwrap(run.guide[self.name]["fn"])
 
     def _gather(self, read: Callable[[Run], Tensor], event_dim: int = 0) -> Tensor:
-        return self.paths.gather(self.name, read, event_dim)
+        return self.passes.gather(self.name, read, event_dim)
 
 
 def _score(name: str, paths: list[tuple[Run, int]]) -> Tensor:

@@ -1,0 +1,232 @@
+"""How the guide's values are drawn on the paths of one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_gumbel.distributions.families import (
+    base_noise,
+    event_dims,
+    exact_draw,
+    on_own_logits,
+    unwrap,
+)
+from pyro_gumbel.estimators import Estimator
+from pyro_gumbel.infer._dependence import Dependence
+from pyro_gumbel.infer._layout import MAIN, Layout, Path, left_filled
+from pyro_gumbel.infer._site_options import check_guide_site
+from pyro_gumbel.infer.learnable import meet_site
+
+__all__ = ["Memory", "NestingNeeded", "Sampler", "SharedSubsample"]
+
+
+class NestingNeeded(Exception):
+    """An enumerated site needs a dimension left of all plates; their number is not known."""
+
+
+@dataclass
+class Memory:
+    """What the main path of a repetition leaves to its branches.
+
+    Attributes:
+        values: The coupled values of each site.
+        noise: The noise of each draw that a branch may repeat, with the family it is of.
+    """
+
+    values: dict[str, list[Tensor]] = field(default_factory=dict)
+    noise: dict[str, tuple[type, Tensor]] = field(default_factory=dict)
+
+
+class Sampler(Messenger):
+    """Draws the value of each latent site of the guide by its estimator.
+
+    Args:
+        layout: The paths of this pass.
+        choose: Finds the estimator of a site.
+        memory: Filled by the pass that has the main path, read by the others.
+        exact: Draw without coupling or relaxation: nothing will be differentiated.
+        enumerate: Give sites that are summed all their values; else one draw.
+        values: Values to give to sites instead.
+        dependence: Follows the values through the programs.
+
+    Attributes:
+        estimators: After a pass, the estimator of each latent site, in program order.
+        sizes: The number of coupled values of each latent site.
+        enumerated: The dimension of each enumerated site.
+        logits: The logits that values were drawn from, of sites whose estimator asks for them.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        choose: Callable[[Message], Estimator],
+        memory: Memory,
+        *,
+        exact: bool = False,
+        enumerate: bool = True,
+        values: Mapping[str, Tensor] | None = None,
+        dependence: Dependence | None = None,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.exact = exact
+        self.enumerate = enumerate
+        self.dependence = dependence
+        self._values = values or {}
+        self.estimators: dict[str, Estimator] = {}
+        self.sizes: dict[str, int] = {}
+        self.enumerated: dict[str, int] = {}
+        self.logits: dict[str, Tensor] = {}
+        self._choose = choose
+        self._memory = memory
+
+    @property
+    def adds_dimensions(self) -> bool:
+        """Whether values have dimensions left of the programs' own plates."""
+        return self.layout.particle_dim is not None or bool(self.enumerated)
+
+    def _pyro_sample(self, msg: Message) -> None:
+        if site_is_subsample(msg):
+            return
+        if msg["is_observed"]:
+            check_guide_site(msg)
+        if msg["value"] is not None:
+            return
+        name = cast(str, msg["name"])
+        estimator = self._choose(msg)
+        if not self.exact:  # a loss changes no estimator
+            meet_site(name, estimator, unwrap(msg["fn"]))
+        self.sizes[name] = estimator.block_size(unwrap(msg["fn"]), event_dims(msg["fn"]))
+        value = self._value(name, estimator, msg["fn"])
+        msg["value"] = self.dependence.follow(name, value) if self.dependence else value
+        self.estimators[name] = estimator
+
+    def _value(self, name: str, estimator: Estimator, fn: Any) -> Tensor:
+        if estimator.enumerates and self.enumerate:
+            return self._support(name, estimator, fn)
+        if name in self._values:
+            return self._values[name]
+        if estimator.enumerates or (self.exact and (estimator.relaxed or self.sizes[name] > 1)):
+            return exact_draw(unwrap(fn))
+        if all(self._shares_main(path, name) for path in self.layout.paths):
+            blocks = []  # nothing to draw: the main path has been there
+        else:
+            block = self._draw(name, estimator, fn)
+            blocks = list(block.unbind(0)) if self.sizes[name] > 1 else [block]
+        return self._compose(name, blocks, fn.event_dim)
+
+    def _draw(self, name: str, estimator: Estimator, fn: Any) -> Tensor:
+        bare, joined = unwrap(fn), event_dims(fn)
+        if estimator.draws_from_logits:
+            bare, self.logits[name] = on_own_logits(bare)
+        noise = self._common_noise(name, bare, joined) if estimator.shares_noise(bare) else None
+        if noise is None:
+            return estimator.draw_block(bare, joined)
+        return estimator.draw_from_noise(bare, noise)
+
+    def _common_noise(self, name: str, fn: Any, joined: int) -> Tensor | None:
+        """Noise that branches share with the main path, where this draw may have some.
+
+        The differences between their costs then vary less. Each branch's values keep their
+        distribution: noise is shared as a tensor, by draws of the same family and shape.
+        """
+        paths = self.layout.paths
+        if self.layout.vectorized:
+            if len(paths) == 1:
+                return None
+            noise = base_noise(fn)
+            if noise is None:
+                return None
+            dim = cast(int, self.layout.particle_dim) - joined
+            dim -= noise.dim() - len(fn.batch_shape)  # the categories' dimension
+            return _repeat_first(noise, dim, len(paths))
+        if MAIN not in paths:
+            family, noise = self._memory.noise.get(name, (None, None))
+            own = base_noise(fn)
+            if own is None or noise is None or family is not type(fn):
+                return own
+            return noise if (own.shape, own.dtype) == (noise.shape, noise.dtype) else own
+        if max(self.sizes.values()) == 1:  # no site before this one has branches
+            return None
+        noise = base_noise(fn)
+        if noise is not None:
+            self._memory.noise[name] = type(fn), noise
+        return noise
+
+    def _support(self, name: str, estimator: Estimator, fn: Any) -> Tensor:
+        if self.layout.plate_nesting is None:
+            raise NestingNeeded
+        dim = -self.layout.total_nesting - 1 - len(self.enumerated)
+        self.enumerated[name] = dim
+        support = estimator.draw(unwrap(fn))  # (K,) + ones + event
+        return support.reshape(support.shape[:1] + (1,) * (-dim - 1) + fn.event_shape)
+
+    def _compose(self, name: str, blocks: list[Tensor], event_dim: int) -> Tensor:
+        """Put the paths' values together: drawn here, or remembered from the main path."""
+        paths, particle_dim = self.layout.paths, self.layout.particle_dim
+        if len(paths) == 1:  # the very tensors: a flow may know its value by identity
+            rows = [[block] for block in blocks]
+        else:
+            dim = cast(int, particle_dim) - event_dim
+            rows = [list(block.chunk(len(paths), dim)) for block in blocks]
+        if MAIN in paths:
+            self._memory.values[name] = [block[paths.index(MAIN)] for block in rows]
+        values = [
+            self._remember(path, name) if self._shares_main(path, name) else rows[0][index]
+            for index, path in enumerate(paths)
+        ]
+        if len(values) == 1:
+            return values[0]
+        # A value remembered from a single row has no dimension of rows.
+        return torch.cat([left_filled(value, -dim) for value in values], dim)
+
+    def _shares_main(self, path: Path, name: str) -> bool:
+        """Return whether a branch's value at ``name`` is decided on the main path."""
+        return path.owner is not None and path.owner not in self.estimators
+
+    def _remember(self, path: Path, name: str) -> Tensor:
+        values = self._memory.values.get(name)
+        if values is None:
+            raise ValueError(
+                f"Site {name!r} is met by a branch of {path.owner!r} and was not met by the main "
+                f"path, though both have the same values before {path.owner!r}: the guide's "
+                "structure depends on random numbers drawn outside of sample sites. Draw them by "
+                "pyro.sample, or use estimators that draw one value, such as Score()."
+            )
+        own = name == path.owner and path.value < len(values)
+        return values[path.value if own else 0]
+
+
+class SharedSubsample(Messenger):
+    """Lets every run of one step use the minibatch of the first, as rows would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._indices: dict[tuple[Any, ...], Tensor] = {}
+
+    def _pyro_sample(self, msg: Message) -> None:
+        if site_is_subsample(msg) and msg["value"] is None:
+            msg["value"] = self._indices.get(_plate_key(msg))
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        if site_is_subsample(msg):
+            self._indices[_plate_key(msg)] = cast(Tensor, msg["value"])
+
+
+def _repeat_first(noise: Tensor, dim: int, copies: int) -> Tensor:
+    """Repeat the first of ``copies`` equal blocks of a dimension."""
+    first = noise.narrow(dim, 0, noise.shape[dim] // copies)
+    return torch.cat([first] * copies, dim)
+
+
+def _plate_key(msg: Message) -> tuple[Any, ...]:
+    fn = cast(Any, msg["fn"])
+    return msg["name"], fn.size, fn.subsample_size
