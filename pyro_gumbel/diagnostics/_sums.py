@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from pyro_gumbel.diagnostics._dependence import Flow, gathered_plates
 from pyro_gumbel.diagnostics._programs import Evaluation, Term, evaluate
 from pyro_gumbel.diagnostics._states import DiscreteSite, States, discrete_sites
 from pyro_gumbel.estimators import Call
+from pyro_gumbel.infer._dependence import Dependence
 
 __all__ = ["expectations", "find_states", "walk"]
 
@@ -35,10 +35,8 @@ def find_states(
     first = evaluate(call, {}, subsamples)
     sites = discrete_sites(first.sites)
     nesting = max((-frame.dim for term in first.terms for frame in term.plates), default=0)
-    values = {site.name: site.values(_some_digits(site, 2)) for site in sites}
-    within = {site.name: frozenset(site.plates) for site in sites}
-    gathered = gathered_plates(call, values, within, subsamples)
-    plates = sorted({name for names in within.values() for name in names} - gathered)
+    gathered = _gathered_plates(call, subsamples, sites)
+    plates = sorted({name for site in sites for name in site.plates} - gathered)
     smallest = States(sites, frozenset(plates), nesting)
     for size in range(len(plates), -1, -1):
         for parallel in itertools.combinations(plates, size):
@@ -46,6 +44,26 @@ def find_states(
             if states.count <= max_states and _agrees(call, subsamples, states):
                 return states, smallest
     return None, smallest
+
+
+def _gathered_plates(
+    call: Call, subsamples: Mapping[str, Tensor], sites: list[DiscreteSite]
+) -> set[str]:
+    """Find the plates whose elements meet in a term outside of them."""
+    plates = {site.name: set(site.plates) for site in sites}
+    values = {site.name: site.values(_some_digits(site, 2)) for site in sites}
+    with Dependence() as dependence:
+        run = evaluate(call, _followed(dependence, values), subsamples)
+        return {
+            plate
+            for term in run.terms
+            for name in dependence.marks(term.value)
+            for plate in plates[name] - {frame.name for frame in term.plates}
+        }
+
+
+def _followed(dependence: Dependence, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: dependence.follow(name, value) for name, value in values.items()}
 
 
 def expectations(call: Call, subsamples: Mapping[str, Tensor], states: States) -> Iterator[Tensor]:
@@ -139,19 +157,20 @@ def _run_rows(
 ) -> Evaluation | None:
     """Run the programs on rows; ``None`` if a term is not laid out as rows and plates say."""
     rows = len(next(iter(values.values()))) if values else 1
-    flow = Flow(values)
     try:
-        with flow:
-            run = evaluate(call, values, subsamples, (rows, -nesting - 1))
+        with Dependence() as dependence:
+            followed = _followed(dependence, values)
+            run = evaluate(call, followed, subsamples, (rows, -nesting - 1))
+            reached = [bool(dependence.marks(term.value)) for term in run.terms]
     except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
         return None  # the programs do not broadcast
-    for term in run.terms:
+    for term, depends in zip(run.terms, reached, strict=True):
         shape = term.value.shape
         shape = torch.Size((1,) * (nesting + 1 - len(shape))) + shape
         dims = {frame.dim for frame in term.plates}
         stray = any(shape[dim] != 1 for dim in range(-nesting, 0) if dim not in dims)
         # What is computed from values that differ between rows has a number for each of them.
-        whole = {rows} if flow.names(term.value) else {1, rows}
+        whole = {rows} if depends else {1, rows}
         if stray or len(shape) > nesting + 1 or shape[0] not in whole:
             return None
     return run

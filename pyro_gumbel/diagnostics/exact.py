@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_gumbel.diagnostics._arguments import check_coords, check_programs, integer
+from pyro_gumbel.diagnostics._minibatches import Minibatches, find_minibatches
 from pyro_gumbel.diagnostics._parameters import (
     Params,
     check_complete,
@@ -53,14 +51,17 @@ def exact_gradient(
     is checked by comparing runs; eight latents of four categories for each of a hundred images
     then are :math:`4^8` states and not :math:`4^{800}`. States are rows of one run where the
     programs broadcast, and runs of their own where not. A plate that draws a minibatch is averaged
-    over minibatches that hold each element equally often.
+    over minibatches that hold each element equally often. If its elements depend on the rest of
+    their minibatch, as by batch normalisation, all minibatches are taken, and ``max_states``
+    bounds their joint states; this is found by exchanging elements between minibatches.
 
     Args:
         model: The model.
         guide: The guide; gradient estimators configured in it play no part.
         *args: Arguments of both.
         params: As in :func:`gradient_draws`: names to restrict to, or values to take it at.
-        max_states: The number of joint states that are still summed.
+        max_states: The number of joint states that are still summed, those of all minibatches if
+            their elements depend on one another.
         coords: Coordinates of named dimensions.
         dims: For each parameter the names of its dimensions.
         seed: Seed under which parameters are made that the programs have not made yet.
@@ -72,8 +73,8 @@ def exact_gradient(
 
     Raises:
         TypeError: If an argument is of another kind.
-        ValueError: If there are more states than ``max_states``, a site of the guide is not
-            discrete, or one of the model's latent sites is missing from the guide.
+        ValueError: If there are more states or minibatches than ``max_states``, a site of the
+            guide is not discrete, or one of the model's latent sites is missing from the guide.
 
     Example:
         >>> def model():
@@ -110,9 +111,9 @@ def sum_states(
         leaves = find_parameters(call, keep, params)
         read_gradients(leaves)
         loss, count = 0.0, 0
-        batches = list(_minibatches(call))
+        batches = find_minibatches(call, list(leaves.values()), max_states)
         for subsamples in batches:
-            parts, count = _parts(call, subsamples, max_states, deadline)
+            parts, count = _parts(call, subsamples, batches, max_states, deadline)
             for part in parts:
                 loss -= part.item() / len(batches)
                 if part.requires_grad:
@@ -126,22 +127,29 @@ def sum_states(
 
 
 def _parts(
-    call: Call, subsamples: Mapping[str, Tensor], max_states: int, deadline: float
+    call: Call,
+    subsamples: Mapping[str, Tensor],
+    batches: Minibatches,
+    max_states: int,
+    deadline: float,
 ) -> tuple[Iterable[Tensor], int]:
+    limit = max_states // len(batches) if batches.dependent else max_states
     with torch.no_grad():
-        states, smallest = find_states(call, subsamples, max_states)
+        states, smallest = find_states(call, subsamples, limit)
     if states is not None:
         return _until(deadline, expectations(call, subsamples, states)), states.count
-    if smallest.count > max_states:
+    if smallest.count > limit:
+        each = f" in each of {len(batches):,} minibatches" if batches.dependent else ""
         raise ValueError(
             f"exact_gradient: {smallest.count:,} joint states of the sites "
-            f"{[site.name for site in smallest.sites]} are more than max_states={max_states:,}. "
+            f"{[site.name for site in smallest.sites]}{each} are more than "
+            f"max_states={max_states:,}. "
             "Raise max_states, or take a long run of an unbiased estimator as the reference: "
             "gradient_draws(..., estimators={'reference': 'auto'}, num_draws=100_000, project=8, "
             "seed=1)['reference']."
         )
     # Their number is known when all are visited.
-    parts = list(_until(deadline, walk(call, subsamples, max_states)))
+    parts = list(_until(deadline, walk(call, subsamples, limit)))
     return parts, len(parts)
 
 
@@ -150,25 +158,3 @@ def _until(deadline: float, parts: Iterable[Tensor]) -> Iterator[Tensor]:
         if time.perf_counter() > deadline:
             raise TimeoutError("the joint states take too long")
         yield part
-
-
-@torch.no_grad()
-def _minibatches(call: Call) -> Iterator[dict[str, Tensor]]:
-    """Minibatches of the plates that draw one, in which each element occurs equally often."""
-    guide = poutine.trace(call.guide).get_trace(*call.args, **call.kwargs)
-    model = poutine.trace(poutine.replay(call.model, trace=guide)).get_trace(
-        *call.args, **call.kwargs
-    )
-    sites = {**guide.nodes, **model.nodes}
-    windows = {}
-    for name, site in sites.items():
-        if site["type"] == "sample" and site_is_subsample(site):
-            size, batch = site["fn"].size, site["fn"].subsample_size
-            if batch is not None and batch < size:
-                step = batch if size % batch == 0 else 1
-                windows[name] = [
-                    (torch.arange(start, start + batch) % size).to(site["value"].device)
-                    for start in range(0, size, step)
-                ]
-    for chosen in itertools.product(*windows.values()):
-        yield dict(zip(windows, chosen, strict=True))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from pyro_gumbel.infer._undo import written_arguments
+from pyro_gumbel.infer._undo import leaves, written_arguments
 
 __all__ = ["Operation", "calling_module", "detached", "is_library", "tensors"]
 
@@ -128,13 +128,13 @@ class Operation:
             return [x for x in tensors(self.args[1]) if x.dtype in (torch.bool, torch.uint8)]
         if self.name in _SHAPES or self.name.startswith((".", "is_")):
             return self.sources if self.name == "is_nonzero" else []
-        numbers = any(isinstance(leaf, _NUMBERS) for leaf in pytree.tree_leaves(result))
+        numbers = any(isinstance(leaf, _NUMBERS) for leaf in leaves(result))
         return self.sources if numbers else []
 
     def written(self) -> list[Tensor]:
         """List, after the call, the inputs that it wrote to."""
         if self.below_autograd:
-            return list(written_arguments(self.func, self.args, self.kwargs))
+            return written_arguments(self.func, self.args, self.kwargs)
         pairs = zip(self.inputs, self._versions, strict=True)
         return [tensor for tensor, version in pairs if _version(tensor) != version]
 
@@ -155,7 +155,7 @@ def _version(tensor: Tensor) -> int:
 
 def tensors(value: Any) -> list[Tensor]:
     """List the tensors in a nest of arguments or results, without ``torch.func`` wrappers."""
-    return [_bare(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [_bare(leaf) for leaf in leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _bare(tensor: Tensor) -> Tensor:

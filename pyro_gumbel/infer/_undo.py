@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Undo", "hide_from_compiler", "storage_of", "written_arguments"]
+__all__ = ["Undo", "hide_from_compiler", "leaves", "storage_of", "written_arguments"]
 
 # They write running statistics, which their schemas do not declare.
 _NORMS = ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm")
-_RUNNING_STATISTICS = slice(3, 5)
+_RUNNING_STATISTICS = [3, 4]
 
 
 class Undo(TorchDispatchMode):
@@ -100,36 +99,53 @@ def storage_of(tensor: Tensor) -> UntypedStorage | None:
         return None
 
 
-def written_arguments(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """Yield the arguments that an operator of the dispatcher writes to."""
-    for argument, value in _arguments(func, args, kwargs):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from _tensors(value)
-    if func._schema.name in _NORMS:
-        yield from _tensors(args[_RUNNING_STATISTICS])
+def written_arguments(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """List the arguments that an operator of the dispatcher writes to."""
+    written = [args[place] for place in _written_places(func) if place < len(args)]
+    written += [kwargs[name] for name in _written_names(func) if name in kwargs]
+    return [leaf for leaf in leaves(written) if isinstance(leaf, Tensor)]
 
 
-def _arguments(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+def leaves(value: Any) -> Iterator[Any]:
+    """Yield what is in a nest of lists, tuples and dicts."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, dict):
+        yield from leaves(list(value.values()))
+    else:
+        yield value
+
+
+@functools.cache
+def _written_places(func: Any) -> list[int]:
     arguments = func._schema.arguments
-    yield from zip(arguments, args, strict=False)
-    yield from (
-        (argument, kwargs[argument.name]) for argument in arguments if argument.name in kwargs
-    )
+    places = [place for place, argument in enumerate(arguments) if _is_write(argument)]
+    return places + (_RUNNING_STATISTICS if func._schema.name in _NORMS else [])
 
 
-def _new_results(func: Any, result: Any) -> Iterator[Tensor]:
-    """Yield the results that are not views of arguments."""
-    if func is torch.ops.aten.lift_fresh.default:  # the last step of torch.tensor
-        yield result
-        return
+@functools.cache
+def _written_names(func: Any) -> list[str]:
+    return [argument.name for argument in func._schema.arguments if _is_write(argument)]
+
+
+def _is_write(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _new_results(func: Any, result: Any) -> list[Tensor]:
+    """List the results that are not views of arguments."""
     results = result if isinstance(result, tuple) else (result,)
-    for description, value in zip(func._schema.returns, results, strict=False):
-        if description.alias_info is None:
-            yield from _tensors(value)
+    new = [results[place] for place in _new_places(func) if place < len(results)]
+    return [leaf for leaf in leaves(new) if isinstance(leaf, Tensor)]
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+@functools.cache
+def _new_places(func: Any) -> list[int]:
+    if func is torch.ops.aten.lift_fresh.default:  # the last step of torch.tensor
+        return [0]
+    returns = func._schema.returns
+    return [place for place, result in enumerate(returns) if result.alias_info is None]
 
 
 def hide_from_compiler(mode: Any) -> None:
