@@ -25,10 +25,14 @@ def gradient_step(compute: Callable[[], float | Tensor]) -> Step:
     def step() -> tuple[float, dict[str, Tensor]]:
         with poutine.trace(param_only=True) as capture:
             loss = compute()
-        found = {}
-        for name, site in capture.trace.nodes.items():
-            value = site["value"].unconstrained()
-            found[name] = torch.zeros_like(value) if value.grad is None else value.grad.clone()
+        values = {
+            name: site["value"].unconstrained() for name, site in capture.trace.nodes.items()
+        }
+        found = {
+            name: torch.zeros_like(value) if value.grad is None else value.grad.clone()
+            for name, value in values.items()
+        }
+        for value in values.values():  # some have two names
             value.grad = None
         return float(loss), found
 

@@ -68,7 +68,7 @@ def mixed_auto_encoder(n):
     return model, guide
 
 
-@program(reference="trace")
+@program(reference="enum")
 def semi_supervised(n):
     """Half of the labels are known: they are observed in the guide's and the model's half."""
     x = DATA.repeat(n // 3, 1)
@@ -127,11 +127,12 @@ def bayesian_regression(n):
     return Regression(), Guide()
 
 
-@program(reference="trace")
+@program(reference="enum")
 def recurrent_guide(n):
     """A deep Markov model: a GRU reads the data, the guide's states follow one another."""
     torch.manual_seed(7)
-    gru, head = nn.GRU(1, 4, batch_first=True), nn.Linear(7, 3)
+    gru, head = nn.GRU(1, 4, batch_first=True), nn.Linear(4, 3)
+    state = nn.Linear(3, 3)
     x = DATA.repeat(n // 3, 1)
 
     def model():
@@ -145,11 +146,11 @@ def recurrent_guide(n):
     def guide():
         pyro.module("gru", gru)
         pyro.module("head", head)
+        pyro.module("state", state)
         hidden = gru(x.unsqueeze(-1))[0]
         with copies(len(x)):
             z = torch.zeros(len(x), 3)
             for t in pyro.markov(range(3)):
-                h = hidden[:, t].expand(*z.shape[:-1], 4)
-                z = one_hot(f"z_{t}", head(torch.cat([h, z], -1)))
+                z = one_hot(f"z_{t}", head(hidden[:, t]) + state(z))
 
     return model, guide

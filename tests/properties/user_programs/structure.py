@@ -264,6 +264,23 @@ def stops_by_masks(n):
     return model, guide
 
 
+@program(reference="trace", importance=False)
+def normal_by_its_score(n):
+    """A reparameterised site whose guide asks for the score function."""
+
+    def model():
+        with copies(n):
+            z = normal("z", 0.2, 1.0)
+            normal("x", z, 1.2, obs=torch.full((n,), 0.7))
+
+    def guide():
+        with copies(n):
+            q = dist.Normal(param("z", -0.3), param("s", -0.2).exp())
+            pyro.sample("z", q, infer={"gradient": "score"})
+
+    return model, guide
+
+
 @program(reference="enum")
 def auxiliary_site_of_the_guide(n):
     """A guide with a site that the model lacks; its score is part of the cost."""
