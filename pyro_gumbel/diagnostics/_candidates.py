@@ -1,29 +1,62 @@
-"""Which estimators are worth a trial at which sites."""
+"""Candidates for the sites of a guide: which estimators, and how good their draws show them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from pyro import poutine
-from pyro.poutine.util import site_is_subsample
+import xarray as xr
 
-from pyro_gumbel.distributions.families import unwrap
-from pyro_gumbel.estimators import Call, Estimator, LeaveOneOut, MovingAverage, Pathwise, Score
+from pyro_gumbel.diagnostics.compare import compare_gradients
+from pyro_gumbel.estimators import Estimator, LeaveOneOut, MovingAverage, Pathwise, Score
 from pyro_gumbel.estimators.registry import CLASSES
 
-__all__ = ["Candidate", "candidates_for", "latent_distributions", "swap"]
+__all__ = ["Trial", "candidates_for"]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """An estimator for each site, and the particles that they need."""
+@dataclass(eq=False)
+class Trial:
+    """An estimator for each site, and what was found out about them.
+
+    Attributes:
+        label: Its name.
+        config: The estimator of each site.
+        num_particles: The particles that they need.
+        cost: Cost of a draw, in the budget's unit.
+        overhead: Cost of a call of ``gradient_draws`` beside its draws.
+        draws: Its draws, ``None`` while there are none.
+        failure: Why there are none.
+        skipped: Whether that was for want of budget.
+        warning: What was warned of while it ran.
+        misses_cost: Whether the warning was that an estimator misses a part of the cost.
+        row: Its row of the comparison.
+        error: The mean squared error after averaging.
+        error_mcse: Its standard error; candidates are ranked by the sum of the two.
+        bounds: Between which ``error`` lies, two standard errors either way.
+    """
 
     label: str
     config: dict[str, Estimator]
     num_particles: int
+    cost: float = math.nan
+    overhead: float = 0.0
+    draws: xr.Dataset | None = None
+    failure: str = ""
+    skipped: bool = False
+    warning: str = ""
+    misses_cost: bool = False
+    row: dict[str, Any] = field(default_factory=dict)
+    error: float = math.inf
+    error_mcse: float = math.inf
+    bounds: tuple[float, float] = (0.0, math.inf)
+    _judged: tuple[Any, Any] = (None, None)
+
+    @property
+    def key(self) -> str:
+        """Equal for candidates that do the same."""
+        return f"{self.num_particles} {self.config!r}"
 
     @property
     def exact(self) -> bool:
@@ -32,52 +65,70 @@ class Candidate:
 
     @property
     def unbiased(self) -> bool:
-        """Whether every estimator says that it is."""
+        """Whether every estimator claims to be."""
         return all(estimator.unbiased for estimator in self.config.values())
 
     @property
     def has_history(self) -> bool:
         """Whether a baseline is an average over the steps before."""
-        return any(
-            isinstance(getattr(estimator, "baseline", None), MovingAverage)
-            for estimator in self.config.values()
+        baselines = [getattr(estimator, "baseline", None) for estimator in self.config.values()]
+        return any(isinstance(baseline, MovingAverage) for baseline in baselines)
+
+    def affordable(self, budget: float) -> int:
+        """The number of draws that a budget pays for."""
+        return int(max(budget - self.overhead, 0.0) / max(self.cost, 1e-9))
+
+    def skip(self, reason: str) -> None:
+        """Note that the budget did not suffice."""
+        self.failure, self.skipped = reason, True
+
+    def swap(self, site: str, other: Trial) -> Trial:
+        """Take the estimator of one site from another candidate; the cost is a guess."""
+        estimator = other.config[site]
+        return Trial(
+            f"{self.label}, {site}: {other.label}",
+            {**self.config, site: estimator},
+            max(self.num_particles, estimator.min_particles),
+            cost=self.cost + other.cost,
+            overhead=self.overhead + other.overhead,
         )
 
-    @property
-    def key(self) -> str:
-        """Equal for candidates that do the same."""
-        return f"{self.num_particles} {self.config!r}"
+    def retime(self, attributes: dict[str, float]) -> None:
+        """Replace the cost in seconds."""
+        assert self.draws is not None
+        self.draws = self.draws.assign_attrs(attributes)
+        self.cost = attributes["seconds"]
 
-
-@torch.no_grad()
-def latent_distributions(call: Call) -> dict[str, Any]:
-    """The distribution of each latent site of the guide.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    trace = poutine.trace(call.guide).get_trace(*call.args, **call.kwargs)
-    sites = {
-        name: unwrap(site["fn"])
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
-    }
-    if not sites:
-        raise ValueError("recommend: the guide has no latent site, so there is nothing to choose.")
-    return sites
+    def judge(self, reference: xr.Dataset | None, unit: str, horizon: float) -> None:
+        """Compute the error of draws averaged over a horizon, in the budget's unit."""
+        if self._judged[0] is not self.draws or self._judged[1] is not reference:
+            table = compare_gradients({self.label: self.draws}, reference)
+            self.row = {str(name): value for name, value in table.iloc[0].items()}
+            self._judged = (self.draws, reference)
+        row = self.row
+        squared, bias_mcse = 0.0, 0.0
+        if reference is not None:
+            bias_mcse = math.sqrt(max(row["mse_mcse"] ** 2 - row["variance_mcse"] ** 2, 0.0))
+            if row["bias_z"] > 2:  # what noise or rounding explains does not count as bias
+                squared = max(row["mse"] - row["variance"], 0.0)
+        averaged = row[unit] / horizon
+        noise, noise_mcse = row["variance"] * averaged, row["variance_mcse"] * averaged
+        self.error, self.error_mcse = squared + noise, math.hypot(bias_mcse, noise_mcse)
+        lower = max(squared - 2 * bias_mcse, 0.0) + max(noise - 2 * noise_mcse, 0.0)
+        self.bounds = (lower, self.error + 2 * self.error_mcse)
 
 
 def candidates_for(
     sites: Mapping[str, Any], estimators: Mapping[str, Any] | None, num_particles: int | None
-) -> list[Candidate]:
+) -> list[Trial]:
     """Make a candidate of each estimator: it serves the sites that it can, a default the others.
 
     Raises:
-        TypeError: If ``estimators`` is no dict of estimators.
+        TypeError: If ``estimators`` is not a dict of estimators.
         ValueError: If none of them can serve any site.
     """
-    named = _estimators() if estimators is None else _check(estimators)
-    found: dict[str, Candidate] = {}
+    named = _known_estimators() if estimators is None else _check(estimators)
+    found: dict[str, Trial] = {}
     for label, (estimator, particles) in named.items():
         if not any(estimator.supports(fn) for fn in sites.values()):
             continue
@@ -85,19 +136,16 @@ def candidates_for(
             name: estimator if estimator.supports(fn) else _default(fn)
             for name, fn in sites.items()
         }
-        needed = max([particles, *(choice.min_particles for choice in config.values())])
-        if num_particles is not None:
-            if num_particles < max(choice.min_particles for choice in config.values()):
-                continue
-            needed = num_particles
-        candidate = Candidate(label, config, needed)
-        found.setdefault(candidate.key, candidate)
+        needed = max(choice.min_particles for choice in config.values())
+        if num_particles is None or num_particles >= needed:
+            trial = Trial(label, config, num_particles or max(particles, needed))
+            found.setdefault(trial.key, trial)
     if not found:
         raise ValueError(f"recommend: no candidate of {list(named)} can serve a site.")
     return list(found.values())
 
 
-def _estimators() -> dict[str, tuple[Estimator, int]]:
+def _known_estimators() -> dict[str, tuple[Estimator, int]]:
     named: dict[str, tuple[Estimator, int]] = {name: (kind(), 1) for name, kind in CLASSES.items()}
     named["sticking_the_landing"] = (Pathwise(sticking_the_landing=True), 1)
     named["moving_average"] = (Score(MovingAverage()), 1)
@@ -106,7 +154,7 @@ def _estimators() -> dict[str, tuple[Estimator, int]]:
     return named
 
 
-def _check(estimators: Mapping[str, Any]) -> dict[str, tuple[Estimator, int]]:
+def _check(estimators: Any) -> dict[str, tuple[Estimator, int]]:
     if not isinstance(estimators, Mapping):
         raise TypeError(
             "recommend: candidates must be a dict of labels, such as candidates={'reinmax': "
@@ -123,13 +171,3 @@ def _check(estimators: Mapping[str, Any]) -> dict[str, tuple[Estimator, int]]:
 
 def _default(fn: Any) -> Estimator:
     return Pathwise() if fn.has_rsample else Score(MovingAverage())
-
-
-def swap(candidate: Candidate, site: str, other: Candidate) -> Candidate:
-    """Take the estimator of one site from another candidate."""
-    config = {**candidate.config, site: other.config[site]}
-    return Candidate(
-        f"{candidate.label}, {site}: {other.label}",
-        config,
-        max(candidate.num_particles, other.config[site].min_particles),
-    )

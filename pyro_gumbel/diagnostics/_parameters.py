@@ -1,4 +1,4 @@
-"""The parameters of two programs: which there are, at what values, and which of them to record."""
+"""The parameters of two programs: which exist, at what values, and which of them to record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyro_gumbel.estimators import Call
 
 __all__ = ["Params", "check_complete", "find_parameters", "read_gradients"]
 
-_TRIALS = 3  # runs, since a parameter may be met in some of them only
+_TRIALS = 3  # runs, since some runs may not reach every parameter
 
 Params = Mapping[str, Any] | Iterable[str] | str | None
 
@@ -28,7 +28,7 @@ def find_parameters(call: Call, keep: Keeper, params: Params = None) -> dict[str
 
     Args:
         call: The programs and their arguments.
-        keep: Remembers the leaves and modules before anything is done to them.
+        keep: Remembers tensors before anything is done to them.
         params: ``None``; or names (shell patterns such as ``"encoder*"`` too) to which the list is
             cut; or a dict of values to be given to the named parameters, in their constrained
             space.
@@ -37,7 +37,7 @@ def find_parameters(call: Call, keep: Keeper, params: Params = None) -> dict[str
         Leaves by name, in the order in which the programs asked for them.
 
     Raises:
-        TypeError: If ``params`` is neither.
+        TypeError: If ``params`` is of another kind.
         ValueError: If a name is not a parameter's, a value has another shape or is outside the
             parameter's constraint, or there is no parameter at all.
     """
@@ -70,7 +70,7 @@ def find_parameters(call: Call, keep: Keeper, params: Params = None) -> dict[str
 
 
 def check_complete(leaves: dict[str, Tensor], params: Params) -> None:
-    """Refuse to go on if a gradient reached a parameter that was not found beforehand.
+    """Refuse to go on if a gradient reached a parameter that the trial runs did not meet.
 
     Raises:
         ValueError: If there is such a parameter, though all are to be recorded.
@@ -121,20 +121,16 @@ def _set_value(name: str, leaf: Tensor, value: Any, constraint: Any) -> None:
     leaf.data = unconstrained.clone()
 
 
-def _select(leaves: dict[str, Tensor], params: Iterable[str] | str) -> dict[str, Tensor]:
-    if not isinstance(params, Iterable):
+def _select(leaves: dict[str, Tensor], params: Any) -> dict[str, Tensor]:
+    patterns = [params] if isinstance(params, str) else params
+    patterns = list(patterns) if isinstance(patterns, Iterable) else [None]
+    if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(
             "params must be names of parameters, such as params=['logits'], or a dict of their "
             f"values; got {params!r}."
         )
-    patterns = [params] if isinstance(params, str) else list(params)
     chosen: set[str] = set()
     for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(
-                "params must be names of parameters, such as params=['logits'], or a dict of "
-                f"their values; got {pattern!r} among them."
-            )
         found = [pattern] if pattern in leaves else fnmatch.filter(leaves, pattern)
         _check_known(pattern, found, leaves)
         chosen.update(found)
@@ -149,7 +145,7 @@ def _check_known(name: str, found: list[str], leaves: dict[str, Tensor]) -> None
 
 
 def read_gradients(leaves: dict[str, Tensor]) -> list[Tensor]:
-    """Take the gradients off the leaves; one that none reached is zero."""
+    """Take the gradients off the leaves; one that was not reached is zero."""
     gradients = []
     for leaf in leaves.values():
         gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)

@@ -1,258 +1,266 @@
-"""The search behind a recommendation: trials of candidates within a time that is given."""
+"""The search behind a recommendation: successive halving of candidates within a budget."""
 
 from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
+import numpy as np
 import xarray as xr
 
-from pyro_gumbel.diagnostics._candidates import Candidate, swap
-from pyro_gumbel.diagnostics._rare import doubt_in
+from pyro_gumbel.diagnostics._candidates import Trial
+from pyro_gumbel.diagnostics._parameters import Params
+from pyro_gumbel.diagnostics._replica import EvaluationCounter
 from pyro_gumbel.diagnostics._state import seeds
-from pyro_gumbel.diagnostics._trial import Problem, Trial, table_of, time_together
-from pyro_gumbel.estimators import Estimator
-from pyro_gumbel.infer import Estimator_ELBO
+from pyro_gumbel.diagnostics.draws import gradient_draws
+from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.infer import Estimator_ELBO, GradientWarning
 
-__all__ = ["Recommendation", "Search"]
+__all__ = ["FAILURES", "Budget", "Search"]
 
+FAILURES = (ValueError, RuntimeError, TypeError, IndexError, NotImplementedError)
+
+_LOOKED = 3  # draws that show the cost of a draw: the median of three survives one pause
+_WARMUP = 3  # draws until a moving baseline is near the cost
+_FEWEST = 8  # draws that a comparison rests on
+_DESPERATE = 4  # draws, where the budget is far too small
+_MOST = 20_000
 _FINALISTS = 3
-_TIMED = 6
-_SCREENING = 0.5  # of the time
-_LOOKING = 0.2  # of the time, at most, for prices that are sure
-_PATIENCE = 3.0  # how many times its share of the time a mixture may take
-_DESPERATE = 4  # draws, where there is no time for more
-_NAMED = 3  # of those within noise
 _HORIZON = 100  # draws of the cheapest candidate that noise is averaged over, by default
 
 
-@dataclass(frozen=True)
-class Recommendation:
-    """A choice of estimators, and what it rests on.
+class Budget:
+    """What may be spent, in seconds or in evaluations of the model.
 
     Attributes:
-        config: The estimator of each site, for :func:`~pyro_gumbel.infer.config_gradient`.
-        num_particles: The particles that it needs, for ``Estimator_ELBO``.
-        table: One row a candidate, best first; those that could not be measured come last, their
-            reason in ``warning``.
-        within_noise: Whether another candidate could as well be the best.
-        message: All that in words.
-
-    Example:
-        >>> from pyro_gumbel.diagnostics import recommend
-        >>> from pyro_gumbel.infer import config_gradient
-        >>> def model():
-        ...     pyro.sample("z", dist.Bernoulli(0.3))
-        >>> def guide():
-        ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.0))))
-        >>> found = recommend(model, guide, budget_seconds=4.0, progress=False)
-        >>> loss = found.elbo().loss(model, config_gradient(guide, found.config))
-        >>> config, table = found
-        >>> print(found.message)
-        Recommended: {'z': Enumerate()} with num_particles=1. ...
+        unit: ``"seconds"`` or ``"evaluations"``: also the attribute of draws with their cost.
     """
 
-    config: dict[str, Estimator]
-    num_particles: int
-    table: pd.DataFrame
-    within_noise: bool
-    message: str
+    def __init__(self, unit: str, amount: float, counter: EvaluationCounter) -> None:
+        self.unit = unit
+        self._counter = counter
+        self._end = self.now() + amount
 
-    def __iter__(self) -> Iterator[Any]:
-        """Unpack into ``config, table``."""
-        return iter((self.config, self.table))
+    def now(self) -> float:
+        """What was spent, counted from some start."""
+        return time.perf_counter() if self.unit == "seconds" else self._counter.total
 
-    def elbo(self, **kwargs: Any) -> Estimator_ELBO:
-        """Make an ELBO with the particles that the configuration needs."""
-        return Estimator_ELBO(self.num_particles, **kwargs)
+    def left(self) -> float:
+        """What is left."""
+        return max(self._end - self.now(), 0.0)
 
-    def __str__(self) -> str:
-        columns = ["error", "error_mcse", "relative_bias", "bias_z", "variance", "seconds"]
-        failed = self.table[self.table.error.isna()].warning
-        reasons = [f"{label}: {reason}" for label, reason in failed.items()]
-        return "\n".join([self.message, self.table[columns].to_string(), *reasons])
+    def share(self, part: float) -> Callable[[], float]:
+        """Set a part of what is left aside; return a function that says what is left of it."""
+        end = self.now() + part * self.left()
+        return lambda: max(end - self.now(), 0.0)
 
 
 class Search:
-    """The trials so far, the reference, and the time that is left."""
+    """Trials of candidates, the reference for their biases, and the budget.
+
+    Args:
+        call: The programs.
+        params: Names of the parameters to record.
+        vectorize_particles: Whether particles are evaluated in one run.
+        budget: What may be spent.
+        horizon: What noise is averaged over, in the budget's unit; ``None`` for the default.
+        seed: Seed of all draws.
+    """
 
     def __init__(
-        self, problem: Problem, seed: int, end: float, step_seconds: float | None
+        self,
+        call: Call,
+        params: Params,
+        vectorize_particles: bool,
+        budget: Budget,
+        horizon: float | None,
+        seed: int,
     ) -> None:
-        self.problem = problem
-        self.seeds = seeds(seed + 1, 4)
-        self.end = end
-        self.step_seconds = step_seconds
+        self.call, self.params, self.vectorize_particles = call, params, vectorize_particles
+        self.budget, self.horizon = budget, horizon
+        self.seeds = seeds(seed + 1, 5)
         self.reference: xr.Dataset | None = None
         self.trials: dict[str, Trial] = {}
 
-    def rounds(
-        self, rivals: list[Candidate], sites: list[str]
-    ) -> list[tuple[str, Callable[[], None]]]:
-        """What there is to do, with a name for each part."""
-        return [
-            (f"{len(rivals)} candidates", lambda: self.screen(rivals)),
-            ("reference", self.find_reference),
-            ("finalists", lambda: self.mix(sites)),
-            ("finalists", self.measure_finalists),
-        ]
+    def run(self, rivals: list[Trial]) -> Iterator[str]:
+        """Search; yield the name of each part before it begins."""
+        self.trials = {trial.key: trial for trial in rivals}
+        yield f"{len(rivals)} candidates"
+        self._look()
+        self._screen()
+        yield "reference"
+        self._find_reference()
+        yield "halving"
+        self._halve()
+        self._mix(rivals)
+        yield "finalists"
+        self._compare_finalists()
 
-    def left(self) -> float:
-        """The seconds that are left."""
-        return max(self.end - time.perf_counter(), 0.0)
-
-    def moment(self, share: float) -> float:
-        """The time at which that share of what is left will be over."""
-        return time.perf_counter() + share * self.left()
-
-    def enter(self, candidate: Candidate) -> Trial:
-        """Take up a candidate."""
-        return self.trials.setdefault(candidate.key, Trial(self.problem, candidate))
-
-    def screen(self, rivals: list[Candidate]) -> None:
-        """Look at every candidate's price, then measure each a little, the cheapest first.
-
-        Time may run out on the dear ones, for each is given what the fewest draws take. What sums
-        all states comes before the others, for nothing can be better where it is affordable.
-        """
-        patience = _LOOKING * self.left() / len(rivals)
-        end = self.moment(_SCREENING)
-        for trial in map(self.enter, rivals):
-            nothing = all(other.found is None for other in self.trials.values())
-            if nothing or time.perf_counter() < end:
-                trial.look(self.seeds[0], patience)
-            else:
+    def _look(self) -> None:
+        """Find the cost of a draw of each candidate, and what cannot be run."""
+        left, looked = self.budget.share(0.5), False
+        for trial in self.trials.values():
+            if looked and not left():
                 trial.skip("not tried: the budget was too short")
-        priced = sorted(
-            (trial for trial in self.trials.values() if trial.found is not None),
-            key=lambda trial: (not trial.candidate.exact, trial.seconds),
-        )
-        end = self.moment(_SCREENING)
-        for number, trial in enumerate(priced):
-            time_left = max(end - time.perf_counter(), 0.0)
-            trial.measure(time_left / (len(priced) - number), time_left, self.seeds[0])
-        if all(trial.draws is None for trial in priced):
-            for trial in priced[:_FINALISTS]:
-                share = self.left() / _FINALISTS
-                trial.measure(share, math.inf, self.seeds[0], fewest=_DESPERATE)
+                continue
+            before = self.budget.now()
+            draws = self._draw(trial, _LOOKED, self.seeds[0], num_warmup=0)
+            if draws is not None:
+                looked = True
+                trial.cost = float(draws.attrs[self.budget.unit])
+                spent = self.budget.now() - before
+                trial.overhead = max(spent + (_WARMUP - _LOOKED) * trial.cost, 0.0)
 
-    def find_reference(self) -> None:
+    def _screen(self) -> None:
+        """Measure each candidate a little, the cheapest first.
+
+        Expensive ones may find the budget spent, for each is given what the fewest draws cost.
+        Exact sums come before the others: nothing can be better where it is affordable.
+        """
+        looked = [trial for trial in self.trials.values() if not math.isnan(trial.cost)]
+        looked.sort(key=lambda trial: (not trial.exact, trial.cost))
+        left = self.budget.share(0.5)
+        for number, trial in enumerate(looked):
+            self._measure(trial, left() / (len(looked) - number), self.seeds[1], limit=left())
+        if all(trial.draws is None for trial in looked):
+            for trial in looked[:_FINALISTS]:
+                self._take(trial, _DESPERATE, self.seeds[1])
+
+    def _find_reference(self) -> None:
         """Run the most efficient unbiased candidate for long, where no exact gradient is known."""
-        if self.reference is not None:
+        candidates = [trial for trial in self.running() if trial.unbiased]
+        if self.reference is not None or not candidates:
             return
-        honest = [trial for trial in self.running() if trial.candidate.unbiased]
-        if honest:
-            best = min(honest, key=lambda trial: trial.variance * trial.seconds)
-            run = Trial(self.problem, best.candidate)
-            run.found = best.found
-            if not best.candidate.exact:  # of that all draws are alike
-                run.measure(0.4 * self.left(), self.left(), self.seeds[3])
-            self.reference = best.draws if run.draws is None else run.draws
+        best = min(candidates, key=lambda trial: trial.row["variance"] * trial.cost)
+        number, draws = best.affordable(0.4 * self.budget.left()), None
+        if not best.exact and number >= _FEWEST:  # all draws of the exact one are alike
+            draws = self._draw(best, min(number, _MOST), self.seeds[4])
+        self.reference = best.draws if draws is None else draws
 
-    def mix(self, sites: list[str]) -> None:
+    def _halve(self) -> None:
+        """Give the better half of the candidates more draws, over and over, until few are left."""
+        pool = self.order()
+        while len(pool) > _FINALISTS:
+            pool = [trial for trial in self.order() if trial in pool][: math.ceil(len(pool) / 2)]
+            rounds = math.ceil(math.log2(max(len(pool) / _FINALISTS, 1))) + 2
+            left = self.budget.share(1 / rounds)
+            for number, trial in enumerate(pool):
+                self._measure(trial, left() / (len(pool) - number), self.seeds[2])
+
+    def _mix(self, rivals: list[Trial]) -> None:
         """Give single sites of the best candidate to the estimators that came next."""
-        if len(sites) < 2:
-            return
-        for site in sites:
-            order = self.order()
-            best = order[0].candidate
-            others = [trial.candidate for trial in order[1:] if "," not in trial.candidate.label]
-            for other in others[:_FINALISTS]:
-                mixed = swap(best, site, other)
-                if mixed.key not in self.trials and self.left() > 0:
-                    share = 0.1 * self.left()
-                    self.enter(mixed).measure(share, _PATIENCE * share, self.seeds[1])
+        sites = list(rivals[0].config)
+        for site in sites if len(sites) > 1 else []:
+            best, *others = self.order()
+            for other in [trial for trial in others if trial in rivals][:_FINALISTS]:
+                mixture = best.swap(site, other)
+                if mixture.key not in self.trials and self.budget.left():
+                    self.trials[mixture.key] = mixture
+                    share = 0.1 * self.budget.left()
+                    self._measure(mixture, share, self.seeds[2], limit=3 * share)
 
-    def measure_finalists(self) -> None:
-        """Spend what time is left on the best few, and time them side by side."""
-        time_together(self.order()[:_TIMED], 0.15 * self.left())
-        for number in (2 * _FINALISTS, _FINALISTS):
-            finalists = self.order()[:number]
-            end = self.moment(0.5 if number > _FINALISTS else 1.0)
-            for rank, trial in enumerate(finalists):
-                seconds = max(end - time.perf_counter(), 0.0) / (len(finalists) - rank)
-                if seconds > 1.5 * trial.spent:
-                    trial.measure(seconds, seconds, self.seeds[2])
+    def _compare_finalists(self) -> None:
+        """Spend what is left on the best few, timed in turns."""
+        if self.budget.unit == "seconds":
+            self._time_together(self.order()[: 2 * _FINALISTS])
+        finalists = self.order()[:_FINALISTS]
+        for number, trial in enumerate(finalists):
+            self._measure(trial, self.budget.left() / (len(finalists) - number), self.seeds[3])
+
+    def _time_together(self, trials: list[Trial]) -> None:
+        """Draw in turns, so that what else the machine does slows all of them alike."""
+        share = 0.15 * self.budget.left() - sum(trial.overhead for trial in trials)
+        number = int(share / (4 * sum(trial.cost for trial in trials)))
+        if number < 2:
+            return
+        choices = {str(place): self._choice(trial) for place, trial in enumerate(trials)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # they were noted before
+            timed = self._gradients(choices, min(number, _MOST), self.seeds[0], num_chains=4)
+        for trial, draws in zip(trials, timed.values(), strict=True):
+            trial.retime({name: draws.attrs[name] for name in ("seconds", "seconds_mcse")})
+
+    def _measure(
+        self, trial: Trial, budget: float, seed: int, *, limit: float | None = None
+    ) -> None:
+        """Draw as often as a budget allows, or the fewest times where only ``limit`` does."""
+        number = min(trial.affordable(budget), _MOST)
+        if number < _FEWEST <= trial.affordable(budget if limit is None else limit):
+            number = _FEWEST
+        known = 0 if trial.draws is None else trial.draws.sizes["draw"]
+        if number >= _FEWEST and number > known:
+            self._take(trial, number, seed)
+        elif number < _FEWEST and not known and not trial.failure:
+            unit = self.budget.unit
+            trial.skip(f"too slow for the budget: {trial.cost:.2g} {unit} a gradient")
+
+    def _take(self, trial: Trial, number: int, seed: int) -> None:
+        trial.draws = self._draw(trial, number, seed)
+        if trial.draws is not None:
+            trial.failure, trial.skipped = "", False
+            trial.cost = float(trial.draws.attrs[self.budget.unit])
+            if not np.isfinite(trial.draws.coords["trace"]).all():
+                trial.draws, trial.failure = None, "some gradients are not finite"
+
+    def _draw(self, trial: Trial, number: int, seed: int, **options: Any) -> xr.Dataset | None:
+        """Draw; note what is warned of, and why it cannot be done."""
+        choices = {trial.label: self._choice(trial)}
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                draws = self._gradients(choices, number, seed, **options)
+            except FAILURES as error:
+                reason = str(error).splitlines()[0]
+                trial.failure = f"cannot be run: {type(error).__name__}: {reason}"
+                return None
+        notes = [one for one in said if issubclass(one.category, UserWarning)]
+        missed = [one for one in notes if issubclass(one.category, GradientWarning)]
+        trial.misses_cost = trial.misses_cost or bool(missed)
+        if notes:
+            trial.warning = str((missed or notes)[0].message)
+        return draws[trial.label]
+
+    def _choice(self, trial: Trial) -> tuple[dict[str, Estimator], Estimator_ELBO]:
+        elbo = Estimator_ELBO(trial.num_particles, vectorize_particles=self.vectorize_particles)
+        return trial.config, elbo
+
+    def _gradients(
+        self, choices: dict[str, Any], number: int, seed: int, **options: Any
+    ) -> dict[str, xr.Dataset]:
+        defaults = {"num_chains": 1, "num_warmup": _WARMUP, "project": 1, "site_draws": 0}
+        return gradient_draws(
+            self.call.model,
+            self.call.guide,
+            *self.call.args,
+            estimators=choices,
+            num_draws=number,
+            params=self.params,
+            seed=seed,
+            progress=False,
+            **(defaults | options),
+            **self.call.kwargs,
+        )
 
     def running(self) -> list[Trial]:
-        """The trials of candidates that can do it, with finite gradients.
+        """The trials with finite gradients, judged.
 
         Raises:
             ValueError: If there is none.
         """
         found = [trial for trial in self.trials.values() if trial.draws is not None]
         if not found:
-            reasons = "; ".join(f"{t.candidate.label}: {t.failure}" for t in self.trials.values())
+            reasons = "; ".join(f"{t.label}: {t.failure}" for t in self.trials.values())
             raise ValueError(f"recommend: no candidate can be measured here. {reasons}")
+        horizon = self.horizon
+        if horizon is None:
+            horizon = _HORIZON * min(trial.cost for trial in found)
+        for trial in found:
+            trial.judge(self.reference, self.budget.unit, horizon)
         return found
-
-    def horizon(self) -> float:
-        """The seconds that noise is averaged over."""
-        cheapest = min(trial.seconds for trial in self.running())
-        return _HORIZON * cheapest if self.step_seconds is None else self.step_seconds
 
     def order(self) -> list[Trial]:
         """The trials, best first; where errors are equal, what is exact by construction leads."""
-        horizon = self.horizon()
-        for trial in self.running():
-            trial.judge(self.reference, horizon)
-        return sorted(
-            self.running(),
-            key=lambda trial: (trial.error, not trial.candidate.exact, trial.seconds),
-        )
-
-    def conclude(self) -> Recommendation:
-        """Choose, and say how sure that is."""
-        order = self.order()
-        # An estimator that cannot see part of the cost may have little error in what it sees.
-        # Of the others, one that was measured little has to do with the error that it may have.
-        order.sort(key=lambda trial: (trial.blind, trial.error + trial.error_mcse))
-        # A moving average is at its best here, where parameters and so costs stay as they are.
-        lasting = [trial for trial in order if not trial.candidate.has_history]
-        best = next((trial for trial in lasting if _as_good(trial, order[0])), order[0])
-        order.sort(key=lambda trial: trial is not best)
-        close = [trial.candidate.label for trial in order[1:] if _as_good(trial, best)]
-        failed = [trial for trial in self.trials.values() if trial.draws is None]
-        config = best.candidate.config
-        return Recommendation(
-            config,
-            best.candidate.num_particles,
-            table_of([*order, *failed]),
-            bool(close),
-            self._message(best, close),
-        )
-
-    def _message(self, best: Trial, close: list[str]) -> str:
-        candidate = best.candidate
-        text = f"Recommended: {candidate.config!r} with num_particles={candidate.num_particles}."
-        if self.reference is None:
-            text += " No unbiased candidate was measured, so biases are unknown and count as none."
-        elif self.reference.attrs.get("estimator") == "exact":
-            text += " Biases are against the exact gradient."
-        else:
-            text += f" Biases are against a long run of {self.reference.attrs['estimator']!r}."
-        if best.row.get("bias_z", 0.0) > 5:
-            text += (
-                f" Its bias is visible: {best.row['relative_bias']:.1%} of the gradient's norm "
-                f"(z {best.row['bias_z']:.1f})"
-            )
-            doubt = doubt_in(best.row["warning"])
-            text += f", or its draws are {doubt}." if doubt else "."
-        trials = self.trials.values()
-        skipped = [trial for trial in trials if trial.draws is None and trial.skipped]
-        if skipped:
-            text += f" The budget was too short for {len(skipped)} of {len(trials)} candidates."
-        if close:
-            named = "; ".join(close[:_NAMED])  # labels of mixtures have commas of their own
-            more = f" and {len(close) - _NAMED} more" if len(close) > _NAMED else ""
-            text += f" Within noise: {named}{more} may be as good."
-        return text
-
-
-def _as_good(trial: Trial, best: Trial) -> bool:
-    """Tell whether one may be as good as the best, as far as noise lets one see."""
-    return trial is best or (trial.bounds[0] < best.bounds[1] and trial.blind <= best.blind)
+        return sorted(self.running(), key=lambda t: (t.error, not t.exact, t.cost))

@@ -1,4 +1,4 @@
-"""Measure and leave no trace: whatever a measurement changes is put back."""
+"""Measure and leave no trace: seeds, and whatever a measurement changes put back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def seeds(seed: int, number: int) -> list[int]:
     """Spread one seed into several, for streams that do not overlap.
 
     Raises:
-        TypeError: If ``seed`` is no integer.
+        TypeError: If ``seed`` is not an integer.
         ValueError: If it is negative.
     """
     if not is_integer(seed):
@@ -33,7 +33,7 @@ def seeds(seed: int, number: int) -> list[int]:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators (every device's)."""
+    """Seed Python's, NumPy's and torch's generators, those of all devices."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -47,14 +47,14 @@ def seed_torch(seed: int) -> None:
 
 
 class Keeper:
-    """Remembers leaves and other tensors, and puts them back."""
+    """Remembers parameters and other tensors, and puts them back."""
 
     def __init__(self) -> None:
         self._leaves: dict[int, tuple[Tensor, Tensor, Tensor, Tensor | None]] = {}
         self._others: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, leaves: Iterable[Tensor]) -> None:
-        """Remember leaves, with their gradients, and clear these."""
+        """Remember leaves with their gradients, and clear these."""
         for leaf in leaves:
             if id(leaf) not in self._leaves:
                 storage = leaf.data
@@ -102,7 +102,7 @@ class Watch(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else the first operation imports the compiler, for a second
+        return False  # else the first operation imports the compiler, which takes a second
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -118,7 +118,7 @@ class Watch(TorchDispatchMode):
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested arguments or results."""
+    """Yield the tensors in nested arguments or results."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
@@ -135,8 +135,8 @@ def preserved() -> Iterator[Keeper]:
     Parameters that a program makes inside are taken out of Pyro's store again.
 
     Yields:
-        What remembers more than the parameter store has met yet: it is called with leaves, and
-        its ``watch()`` has to be around the first run of the programs.
+        A keeper of what the parameter store does not know yet. It is called with leaves, and its
+        ``watch()`` has to be around the first run of the programs.
     """
     store = pyro.get_param_store()
     tables = (store._params, store._param_to_name, store._constraints)

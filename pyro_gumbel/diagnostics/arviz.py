@@ -10,13 +10,18 @@ import torch
 import xarray as xr
 
 from pyro_gumbel._arviz import tree
-from pyro_gumbel.diagnostics._recorder import dims_of, free_name, statistic
-from pyro_gumbel.diagnostics._tables import check_draws, parameters_of, reference_blocks
+from pyro_gumbel.diagnostics._blocks import check_draws, own_shape, reference_blocks
+from pyro_gumbel.diagnostics._storage import (
+    dims_of,
+    free_name,
+    is_projected,
+    own_coordinate,
+    parameters_of,
+)
 
 __all__ = ["to_arviz"]
 
-_PER_DRAW = ("loss", "grad_norm", "seconds", "cosine")  # coordinates of the draws
-_PER_ESTIMATOR = ("evaluations", "num_particles")  # attributes
+_PER_DRAW = ("loss", "grad_norm", "seconds", "evaluations", "cosine")
 
 
 def to_arviz(
@@ -30,9 +35,8 @@ def to_arviz(
     Groups:
 
     * ``gradients``: the draws, dims ``chain, draw, estimator`` and the parameter's own;
-    * ``sample_stats``: of each draw ``elbo``, ``loss``, ``grad_norm`` and ``seconds`` (``cosine``
-      with projections), and of its estimator ``evaluations`` and ``num_particles``, all of dims
-      ``chain, draw, estimator``;
+    * ``sample_stats``: ``elbo``, ``loss``, ``grad_norm``, ``seconds``, ``evaluations`` and
+      ``num_particles`` (``cosine`` with projections), all of dims ``chain, draw, estimator``;
     * ``constant_data``: the parameters' values, and ``<name>.gradient``, the reference;
     * ``posterior``: posterior samples, where they are given.
 
@@ -94,8 +98,8 @@ def _statistics(dataset: xr.Dataset) -> xr.Dataset:
     if "loss" in each:
         each["elbo"] = -each["loss"]
     shape = (dataset.sizes["chain"], dataset.sizes["draw"])
-    for name in _PER_ESTIMATOR:
-        each[name] = np.full(shape, float(dataset.attrs.get(name, np.nan)))
+    for name in ("evaluations", "num_particles"):
+        each.setdefault(name, np.full(shape, float(dataset.attrs.get(name, np.nan))))
     own = {dim: dataset.coords[dim] for dim in ("chain", "draw") if dim in dataset.coords}
     return xr.Dataset({name: (("chain", "draw"), values) for name, values in each.items()}, own)
 
@@ -109,15 +113,14 @@ def _join(datasets: dict[str, xr.Dataset]) -> xr.Dataset:
 def _constants(first: xr.Dataset, names: list[str], reference: xr.Dataset | None) -> xr.Dataset:
     variables: dict[str, Any] = {}
     for name in names:
-        dims, shape = _own(first, name)
+        dims, shape = _own_dims(first, name), own_shape(first, name)
         if free_name(f"{name}.value", names) in first.coords:
-            variables[name] = (dims, statistic(first, name, "value").values.reshape(shape))
+            variables[name] = (dims, own_coordinate(first, name, "value").values.reshape(shape))
     if reference is not None:
-        blocks = reference_blocks(reference, first, names)
+        blocks = reference_blocks(reference, first)
         for name in names:
-            dims, shape = _own(first, name)
-            label = free_name(f"{name}.gradient", names)
-            variables[label] = (dims, blocks[name].mean.reshape(shape))
+            gradient = blocks[name].mean.reshape(own_shape(first, name))
+            variables[free_name(f"{name}.gradient", names)] = (_own_dims(first, name), gradient)
     data = xr.Dataset(variables)
     data = data.assign_coords({dim: first.coords[dim] for dim in data.dims if dim in first.coords})
     if reference is not None:
@@ -125,13 +128,10 @@ def _constants(first: xr.Dataset, names: list[str], reference: xr.Dataset | None
     return data
 
 
-def _own(dataset: xr.Dataset, name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """A parameter's own dimensions and shape."""
-    if "project" in dataset.attrs:
-        array = statistic(dataset, name, "mean")
-    else:
-        array = dataset[name].isel(chain=0, draw=0)
-    return tuple(map(str, array.dims)), array.shape
+def _own_dims(dataset: xr.Dataset, name: str) -> tuple[Any, ...]:
+    if is_projected(dataset):
+        return own_coordinate(dataset, name, "mean").dims
+    return dataset[name].dims[2:]
 
 
 def _posterior(given: Any) -> xr.Dataset:

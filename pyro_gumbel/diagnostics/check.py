@@ -11,16 +11,17 @@ import numpy as np
 import xarray as xr
 
 from pyro_gumbel.diagnostics._arguments import integer, positive
-from pyro_gumbel.diagnostics._parameters import Params
-from pyro_gumbel.diagnostics._rare import doubt
-from pyro_gumbel.diagnostics._recorder import statistic
-from pyro_gumbel.diagnostics._tables import (
+from pyro_gumbel.diagnostics._blocks import (
+    Block,
     blocks_of,
     check_reference,
-    is_drawn,
-    parameters_of,
+    own_shape,
+    reference_blocks,
     rounding_of,
 )
+from pyro_gumbel.diagnostics._parameters import Params
+from pyro_gumbel.diagnostics._storage import parameters_of
+from pyro_gumbel.diagnostics.compare import rare_events
 from pyro_gumbel.diagnostics.draws import gradient_draws
 from pyro_gumbel.diagnostics.exact import exact_gradient
 
@@ -141,77 +142,68 @@ def _particles(estimator: Any) -> int:
 def _judge(
     draws: xr.Dataset, reference: xr.Dataset, num_draws: int, max_z: float
 ) -> UnbiasedCheck:
-    worst, coordinate, message = -1.0, "", ""
-    errors, length = 0.0, 0.0
+    blocks, others = blocks_of(draws), reference_blocks(reference, draws)
+    worst, z, squared_error = ("", 0), -1.0, 0.0
     for name in parameters_of(draws):
-        if not statistic(draws, name, "mean").size:
-            continue  # nothing to compare
-        mean = statistic(draws, name, "mean").values
-        exact, reference_error = _reference(reference, name, mean.shape)
-        variance = statistic(draws, name, "variance").values
-        variance = np.maximum(variance, variance.mean() / 100) / num_draws + reference_error
-        rounding = rounding_of(draws, np.abs(exact) + np.abs(exact).max())
-        error = np.sqrt(variance + rounding**2)
-        distance = np.abs(mean - exact)
-        z = np.divide(distance, error, out=np.zeros_like(error), where=distance != 0)
-        z = np.where(np.isfinite(distance) & np.isfinite(error), z, np.inf)
-        index = np.unravel_index(int(np.argmax(z)), z.shape)
-        errors += float(variance.sum())
-        length += float((exact**2).sum())
-        if z[index] > worst:
-            worst = float(z[index])
-            coordinate = f"{name}{list(map(int, index)) if index else ''}"
-            needed = max(math.ceil(num_draws * (max_z / worst) ** 2), 2) if worst > 0 else 0
-            message = (
-                f"biased: at {coordinate} the mean of {num_draws:,} draws is {mean[index]:.6g}, "
-                f"the exact gradient {exact[index]:.6g}, {worst:.1f} standard errors apart; about "
-                f"{needed:,} draws are enough to see it."
-            )
-            doubtful = doubt(blocks_of(draws, [name])[name])
-            message += f" Or it is {doubtful}." if doubtful else ""
-            if math.isinf(worst):
-                message = (
-                    f"no estimate: at {coordinate} the mean of {num_draws:,} draws is "
-                    f"{mean[index]:.6g}. Look at gradient_draws(...) for the draws that are not "
-                    "finite."
-                )
-    if worst > max_z:
-        raise AssertionError(message)
-    resolution = math.sqrt(errors / length) if length else math.inf
+        if blocks[name].mean.size:
+            variance = _variance(blocks[name], others[name])
+            zs = _distances(blocks[name].mean, others[name].mean, variance, draws)
+            squared_error += float(variance.sum())
+            if zs.max() > z:
+                worst, z = (name, int(zs.argmax())), float(zs.max())
+    name, index = worst
+    coordinate = _coordinate(draws, name, index)
+    if z > max_z:
+        raise AssertionError(
+            _explain_bias(coordinate, blocks[name], others[name], index, z, max_z)
+        )
+    length = float(np.linalg.norm(others["all"].mean))
+    resolution = math.sqrt(squared_error) / length if length else math.inf
     if resolution > _COARSE:
         needed = math.ceil(num_draws * (resolution / _COARSE) ** 2) if length else num_draws
         warnings.warn(
             f"check_unbiased: the mean gradient is known to {resolution:.0%} of the exact one's "
-            f"norm only, so a smaller bias goes unseen; num_draws={needed:,} would tell 10 %.",
+            f"norm only, so a smaller bias goes unseen; num_draws={needed:,} would show 10 %.",
             stacklevel=3,
         )
-    return UnbiasedCheck(coordinate, worst, resolution, num_draws)
+    return UnbiasedCheck(coordinate, z, resolution, num_draws)
 
 
-def _reference(
-    reference: xr.Dataset, name: str, shape: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray | float]:
-    """The value of a reference and the variance of its mean."""
-    if name not in reference:
-        raise ValueError(
-            f"reference has no parameter {name!r}; it has {parameters_of(reference)}."
+def _variance(block: Block, reference: Block) -> np.ndarray:
+    """The variance of the difference of two means, by coordinate."""
+    variance = np.maximum(block.variance, block.variance.mean() / 100) / block.scatter.count
+    drawn = reference.spread
+    return variance if drawn is None else variance + reference.variance / drawn.count
+
+
+def _distances(
+    mean: np.ndarray, exact: np.ndarray, variance: np.ndarray, draws: xr.Dataset
+) -> np.ndarray:
+    """The distance of each coordinate from its exact value, in standard errors."""
+    rounding = rounding_of(draws, np.abs(exact) + np.abs(exact).max())
+    error, distance = np.sqrt(variance + rounding**2), np.abs(mean - exact)
+    z = np.divide(distance, error, out=np.zeros_like(error), where=distance != 0)
+    return np.where(np.isfinite(distance) & np.isfinite(error), z, np.inf)
+
+
+def _coordinate(draws: xr.Dataset, name: str, index: int) -> str:
+    if not name:
+        return ""  # no parameter has an element
+    at = np.unravel_index(index, own_shape(draws, name))
+    return f"{name}{list(map(int, at)) if at else ''}"
+
+
+def _explain_bias(
+    coordinate: str, block: Block, reference: Block, index: int, z: float, max_z: float
+) -> str:
+    number, doubt = block.scatter.count, rare_events(block.scatter)
+    mean = f"at {coordinate} the mean of {number:,} draws is {block.mean[index]:.6g}"
+    if math.isinf(z):
+        return (
+            f"no estimate: {mean}. Look at gradient_draws(...) for the draws that are not finite."
         )
-    error: np.ndarray | float = 0.0
-    if not is_drawn(reference):
-        value = reference[name].values
-    elif "project" in reference.attrs:
-        value = statistic(reference, name, "mean").values
-        count = reference.sizes["chain"] * reference.sizes["draw"]
-        error = statistic(reference, name, "variance").values / count
-    else:
-        array = reference[name].astype(float)
-        value = array.mean(("chain", "draw")).values
-        count = reference.sizes["chain"] * reference.sizes["draw"]
-        error = array.var(("chain", "draw"), ddof=1).values / count
-    if not np.isfinite(value).all():
-        raise ValueError(f"reference is not finite at parameter {name!r}.")
-    if value.shape != shape:
-        raise ValueError(
-            f"reference has shape {value.shape} at parameter {name!r}; the draws have {shape}."
-        )
-    return value.astype(float), error
+    needed = max(math.ceil(number * (max_z / z) ** 2), 2)
+    return (
+        f"biased: {mean}, the exact gradient {reference.mean[index]:.6g}, {z:.1f} standard errors "
+        f"apart; about {needed:,} draws are enough to see it."
+    ) + (f" Or it is {doubt}." if doubt else "")

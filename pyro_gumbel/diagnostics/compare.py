@@ -1,4 +1,4 @@
-"""The table that compares estimators: bias, noise, price."""
+"""The table that compares estimators: bias, variance, cost."""
 
 from __future__ import annotations
 
@@ -10,24 +10,31 @@ import pandas as pd
 import xarray as xr
 
 from pyro_gumbel._arviz import folded_rhat, pareto_khat
-from pyro_gumbel.diagnostics._rare import doubt
-from pyro_gumbel.diagnostics._recorder import free_name
-from pyro_gumbel.diagnostics._statistics import Bias, bias_of, cosine_of, snr_of, two_sided_z
-from pyro_gumbel.diagnostics._tables import (
+from pyro_gumbel.diagnostics._blocks import (
     Block,
     blocks_of,
     check_draws,
     check_reference,
-    parameters_of,
     reference_blocks,
     rounding_of,
 )
+from pyro_gumbel.diagnostics._moments import (
+    Bias,
+    Spread,
+    bias_of,
+    cosine_of,
+    snr_of,
+    two_sided_z,
+)
 
-__all__ = ["compare_gradients"]
+__all__ = ["compare_gradients", "rare_events"]
 
 _HEAVY = 0.7
 _TAIL_DRAWS = 200  # fewer have too short a tail to be told from a light one
 _MOVING = 1.01
+# Draws that met an event. From ten on a bias_z above 5 without bias is rarer than 1 in 4000,
+# however rare the event; with none it is nearly sure for an event that is rare enough.
+_FEWEST = 10
 _VISIBLE = 5.0
 _GROUPINGS = ("parameter", "coordinate", "site")
 
@@ -110,22 +117,13 @@ def compare_gradients(
         check_reference(reference)
     if by is not None and by not in _GROUPINGS:
         raise ValueError(f"by must be one of {_GROUPINGS} or None; got {by!r}.")
-    if rhat:
-        _check_chains(draws)
     if by == "site":
         return _site_table(draws)
     rows: dict[Any, dict[str, Any]] = {}
     for label, dataset in draws.items():
         own = None if reference is dataset else reference
-        source = _flat(dataset) if by == "coordinate" else dataset
-        names = parameters_of(source)
-        for part, row in _rows(source, own, by).items():
+        for part, row in _rows(label, dataset, own, by, rhat=rhat).items():
             rows[(label, part) if by else label] = row
-            if rhat:
-                row["rhat"] = _rhat(source, names if part == "all" else [part])
-                if row["rhat"] > _MOVING:
-                    moving = f"not exchangeable (rhat {row['rhat']:.3f}): is a baseline moving?"
-                    row["warning"] = "; ".join(note for note in (row["warning"], moving) if note)
     table = pd.DataFrame.from_dict(rows, orient="index")
     if by:
         table.index = pd.MultiIndex.from_tuples(rows, names=["estimator", by])
@@ -134,37 +132,41 @@ def compare_gradients(
     return table.sort_values("variance" if reference is None else "mse", kind="stable")
 
 
-def _rows(dataset: xr.Dataset, reference: Any, by: str | None) -> dict[str, dict[str, Any]]:
-    names = parameters_of(dataset)
-    if by == "coordinate" and reference is not None:
-        reference = _flat(reference)
-    blocks = blocks_of(dataset, names)
-    others = None if reference is None else reference_blocks(reference, dataset, names)
-    parts = ["all"] if by is None else names
+def _rows(
+    label: str, dataset: xr.Dataset, reference: xr.Dataset | None, by: str | None, *, rhat: bool
+) -> dict[str, dict[str, Any]]:
+    each = by == "coordinate"
+    blocks = blocks_of(dataset, each=each)
+    names = [part for part in blocks if part != "all"]
+    others = None if reference is None else reference_blocks(reference, dataset, each=each)
     rows = {}
-    for part in parts:
-        row, doubtful = _row(blocks[part], dataset), ""
+    for part in names if by else ["all"]:
+        row, biased = _row(blocks[part], dataset), ""
         if others is not None:
             # A part of the gradient is rounded like the whole, however small it is.
             rounding = float(rounding_of(dataset, np.linalg.norm(others["all"].mean)))
             tested = [part] if by or len(names) == 1 else ["all", *names]
             biases = {name: _bias(blocks[name], others[name], rounding) for name in tested}
             row |= _against(blocks[part], others[part], biases)
-            doubtful = _doubt(biases, blocks)
-        row["warning"] = _warning(row, blocks[part], doubtful)
-        rows[part] = row
+            biased = _biased(row["bias_z"], biases, blocks)
+        notes = [*_tail_notes(row["khat"], blocks[part].norms), biased]
+        if rhat:
+            row["rhat"] = _rhat(label, blocks[part].norms)
+            if row["rhat"] > _MOVING:
+                moving = f"not exchangeable (rhat {row['rhat']:.3f}): is a baseline moving?"
+                notes.append(moving)
+        rows[part] = row | {"warning": "; ".join(note for note in notes if note)}
     return rows
 
 
 def _row(block: Block, dataset: xr.Dataset) -> dict[str, Any]:
-    spread = block.spread
-    assert spread is not None
+    spread = block.scatter
     row: dict[str, Any] = dict.fromkeys(_COLUMNS, math.nan)
     row["variance"], row["variance_mcse"] = spread.trace, math.sqrt(spread.trace_variance)
     length = float(np.linalg.norm(block.mean))
     row["relative_std"] = math.sqrt(spread.trace) / length if length else math.nan
     row["snr"], row["snr_mcse"] = snr_of(block.mean, spread)
-    row["khat"] = pareto_khat(block.norms)
+    row["khat"] = pareto_khat(block.norms.reshape(-1))
     for name in ("seconds", "seconds_mcse", "evaluations"):
         row[name] = float(dataset.attrs.get(name, math.nan))
     return row | _efficiency(row)
@@ -173,21 +175,19 @@ def _row(block: Block, dataset: xr.Dataset) -> dict[str, Any]:
 def _efficiency(row: dict[str, Any]) -> dict[str, float]:
     if 0 in (row["variance"], row["seconds"]):  # though the other may not be known
         return {"efficiency": math.inf, "efficiency_mcse": math.nan}
-    price = row["variance"] * row["seconds"]
+    cost = row["variance"] * row["seconds"]
     relative = (row["variance_mcse"] / row["variance"]) ** 2
     relative += (row["seconds_mcse"] / row["seconds"]) ** 2
-    return {"efficiency": 1 / price, "efficiency_mcse": math.sqrt(relative) / price}
+    return {"efficiency": 1 / cost, "efficiency_mcse": math.sqrt(relative) / cost}
 
 
 def _bias(block: Block, reference: Block, rounding: float) -> Bias:
-    assert block.spread is not None
-    spreads = [block.spread] if reference.spread is None else [block.spread, reference.spread]
+    spreads = [spread for spread in (block.spread, reference.spread) if spread is not None]
     return bias_of(block.mean - reference.mean, spreads, rounding)
 
 
 def _against(block: Block, reference: Block, biases: dict[str, Bias]) -> dict[str, float]:
-    spread, bias = block.spread, next(iter(biases.values()))
-    assert spread is not None
+    spread, bias = block.scatter, next(iter(biases.values()))
     length = float(np.linalg.norm(reference.mean))
     cosine, cosine_mcse = cosine_of(block.mean, reference.mean, spread)
     return {
@@ -203,29 +203,42 @@ def _against(block: Block, reference: Block, biases: dict[str, Bias]) -> dict[st
     }
 
 
-def _doubt(biases: dict[str, Bias], blocks: dict[str, Block]) -> str:
-    """Doubt a bias unless a block that shows it is beyond doubt."""
+def _tail_notes(khat: float, norms: np.ndarray) -> list[str]:
+    notes = []
+    if not np.isfinite(norms).all():
+        notes.append("some draws are not finite")
+    if khat > _HEAVY and norms.size >= _TAIL_DRAWS:
+        notes.append(
+            f"heavy tails (khat {khat:.2f}): the variance may be infinite, its estimate and all "
+            "standard errors say little"
+        )
+    return notes
+
+
+def _biased(z: float, biases: dict[str, Bias], blocks: dict[str, Block]) -> str:
+    """Note a visible bias, and doubt it unless a block that shows it has met enough events."""
+    if not z > _VISIBLE:
+        return ""
     seen = [
-        blocks[name]
+        rare_events(blocks[name].scatter)
         for name, bias in biases.items()
         if two_sided_z([bias.log_tail] * len(biases)) > _VISIBLE
     ]
-    return min(map(doubt, seen), default="")
+    doubt = min(seen, default="")
+    return f"biased (z {z:.1f})" + (f", or {doubt}" if doubt else "")
 
 
-def _warning(row: dict[str, Any], block: Block, doubtful: str) -> str:
-    notes = []
-    if not np.isfinite(block.norms).all():
-        notes.append("some draws are not finite")
-    if row["khat"] > _HEAVY and len(block.norms) >= _TAIL_DRAWS:
-        notes.append(
-            f"heavy tails (khat {row['khat']:.2f}): the variance may be infinite, its estimate "
-            "and all standard errors say little"
-        )
-    if row["bias_z"] > _VISIBLE:
-        biased = f"biased (z {row['bias_z']:.1f})"
-        notes.append(f"{biased}, or {doubtful}" if doubtful else biased)
-    return "; ".join(notes)
+def rare_events(spread: Spread) -> str:
+    """Say so where few draws carry the variance that a bias is compared with; else nothing.
+
+    The bias may then be that of the draws: they may have missed a rare event.
+    """
+    if spread.carriers >= _FEWEST:
+        return ""
+    return (
+        f"short of rare events: about {spread.carriers:.0f} of {spread.count:,} draws carry the "
+        "variance, so see whether the bias stays with many more"
+    )
 
 
 _COLUMNS = (
@@ -252,53 +265,13 @@ _COLUMNS = (
 )
 
 
-def _flat(dataset: xr.Dataset) -> xr.Dataset:
-    """Make each coordinate a variable of its own, ``name[i, j]``."""
-    if "project" in dataset.attrs:
+def _rhat(label: str, norms: np.ndarray) -> float:
+    chains, number = norms.shape
+    if chains < 2 or number < 4:
         raise ValueError(
-            "by='coordinate' needs the draws themselves; these were kept as projections. Draw "
-            "without project=, for the parameters of interest: params=[...]."
+            f"rhat: draws of {label!r} have {chains} chain(s) of {number}; R-hat takes at least 2 "
+            "chains of 4. Write gradient_draws(..., num_chains=4)."
         )
-    flat = {}
-    for name in parameters_of(dataset):
-        array = dataset[name]
-        own = [dim for dim in array.dims if dim not in ("chain", "draw")]
-        for index in np.ndindex(*(array.sizes[dim] for dim in own)):
-            at = dict(zip(own, index, strict=True))
-            labels = [str(array[dim].values[i]) for dim, i in at.items()]
-            label = free_name(f"{name}[{', '.join(labels)}]", dataset) if labels else name
-            flat[label] = array.isel(at, drop=True)
-    return xr.Dataset(
-        {name: array.drop_vars(list(array.coords)) for name, array in flat.items()},
-        attrs=dataset.attrs,
-    )
-
-
-def _check_chains(draws: dict[str, xr.Dataset]) -> None:
-    for label, dataset in draws.items():
-        if dataset.sizes["chain"] < 2 or dataset.sizes["draw"] < 4:
-            raise ValueError(
-                f"rhat: draws of {label!r} have {dataset.sizes['chain']} chain(s) of "
-                f"{dataset.sizes['draw']}; R-hat takes at least 2 chains of 4. Write "
-                "gradient_draws(..., num_chains=4)."
-            )
-
-
-def _norms(dataset: xr.Dataset, names: list[str]) -> np.ndarray:
-    """The norm of each draw over some parameters, ``(chain, draw)``."""
-    if "project" in dataset.attrs:
-        return np.sqrt(
-            (dataset.coords["parameter_norm"].sel(parameter=names) ** 2).sum("parameter")
-        )
-    squares = np.zeros((dataset.sizes["chain"], dataset.sizes["draw"]))
-    for name in names:
-        values = dataset[name].values.astype(float)
-        squares += (values**2).sum(tuple(range(2, values.ndim)))
-    return np.sqrt(squares)
-
-
-def _rhat(dataset: xr.Dataset, names: list[str]) -> float:
-    norms = np.asarray(_norms(dataset, names))
     if np.ptp(norms) <= 1e-12 * norms.max():
         return math.nan  # all equal
     return folded_rhat(norms)
@@ -312,21 +285,19 @@ def _site_table(draws: dict[str, xr.Dataset]) -> pd.DataFrame:
                 f"by='site': for {label!r} the noise of single sites was not renewed. Write "
                 "gradient_draws(..., site_draws=200)."
             )
-        spread = blocks_of(dataset, parameters_of(dataset))["all"].spread
-        assert spread is not None
+        total = blocks_of(dataset)["all"].scatter.trace or math.nan
         effects = dataset.coords["site_effect"].sum("parameter")
         for site in effects.coords["site"].values:
             values = effects.sel(site=site).values
             variance = float(values.mean())
-            mcse = (
-                float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
-            )
-            share = variance / spread.trace if spread.trace else math.nan
+            error = math.nan
+            if len(values) > 1:
+                error = float(values.std(ddof=1) / math.sqrt(len(values)))
             rows[label, str(site)] = {
                 "variance": variance,
-                "variance_mcse": mcse,
-                "share": share,
-                "share_mcse": mcse / spread.trace if spread.trace else math.nan,
+                "variance_mcse": error,
+                "share": variance / total,
+                "share_mcse": error / total,
             }
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index = pd.MultiIndex.from_tuples(rows, names=["estimator", "site"])

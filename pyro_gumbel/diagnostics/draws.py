@@ -16,14 +16,20 @@ from pyro_gumbel.diagnostics._arguments import (
     check_programs,
     integer,
 )
-from pyro_gumbel.diagnostics._drawing import Drawer, Plan, survey
-from pyro_gumbel.diagnostics._parameters import Params, check_complete, find_parameters
-from pyro_gumbel.diagnostics._recorder import RESERVED, check_dims
-from pyro_gumbel.diagnostics._replicas import Replica, split_choice
+from pyro_gumbel.diagnostics._parameters import (
+    Params,
+    check_complete,
+    find_parameters,
+    read_gradients,
+)
+from pyro_gumbel.diagnostics._replica import Replica, Step, site_effects
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
+from pyro_gumbel.diagnostics._storage import Recorder, check_dims, check_names
 from pyro_gumbel.estimators import Call
 
 __all__ = ["gradient_draws"]
+
+_SITE_SHARE = 0.05  # what the draws that tell sites apart may add to the cost of the others
 
 
 def gradient_draws(
@@ -67,8 +73,8 @@ def gradient_draws(
         num_draws: Draws a chain.
         num_chains: Independent chains.
         num_warmup: Draws that each chain leaves out at its start, for a baseline to settle.
-        num_particles: Particles of each draw, where the estimator is no ``ELBO``.
-        vectorize_particles: Whether these are rows of one run, likewise.
+        num_particles: Particles of each draw, where the estimator is not an ``ELBO``.
+        vectorize_particles: Whether these are evaluated in one run, likewise.
         params: Names of the parameters to record (shell patterns such as ``"encoder*"`` too), or a
             dict of values at which to take the gradient; the dict leaves out what is to stay as it
             is, and all parameters are recorded.
@@ -89,9 +95,10 @@ def gradient_draws(
     Returns:
         A Dataset for each label with one variable a parameter, of dims ``chain, draw`` and the
         parameter's own (with ``project`` instead ``direction``). Coordinates hold each draw's
-        ``loss``, ``grad_norm`` and ``seconds``, and the parameter's unconstrained value,
-        flattened, ``<name>.value``; attributes the label, configuration, particles, seed, device,
-        the median of ``seconds`` and the ``evaluations`` of the model a draw.
+        ``loss``, ``grad_norm``, ``seconds`` and ``evaluations`` of the model, and the parameter's
+        unconstrained value, flattened, ``<name>.value``; attributes the label, configuration,
+        particles, seed, device, and the medians of ``seconds`` and ``evaluations``. Where a
+        parameter has one of these names, the other's has an underscore more.
 
     Raises:
         TypeError: If an argument is of another kind.
@@ -113,7 +120,6 @@ def gradient_draws(
     check_programs(model, guide)
     check_estimators(estimators)
     check_coords(coords)
-    call = Call(model, guide, args, kwargs)
     num_draws = integer("num_draws", num_draws, 1)
     num_chains = integer("num_chains", num_chains, 1)
     num_warmup = integer("num_warmup", num_warmup, 0)
@@ -122,38 +128,57 @@ def gradient_draws(
     site_draws = None if site_draws is None else integer("site_draws", site_draws, 0)
     first, *chain_seeds = seeds(seed, num_chains + 1)
     total = len(estimators) * num_chains * num_draws
+    call = Call(model, guide, args, kwargs)
+
+    def replica(choice: Any) -> Replica:
+        return Replica(choice, call, num_particles, vectorize_particles)
+
     with preserved() as keep, tqdm(total=total, disable=not progress, unit="draw") as bar:
         seed_everything(first)
         leaves = find_parameters(call, keep, params)
-        _check_names(leaves)
+        check_names(leaves)
         check_dims(dims, leaves)
-        plan = Plan(call, leaves, chain_seeds, num_draws, num_warmup, dims, project, site_draws)
-        makers = {
-            label: _maker(choice, num_particles, vectorize_particles)
-            for label, choice in estimators.items()
-        }
-        drawers = {}
-        for label, make in makers.items():
+        recorders, trials = {}, {}
+        for label, choice in estimators.items():
             with _named(label):
-                drawers[label] = Drawer(plan, make, survey(make, call, first), first)
-        for chain in range(num_chains):  # in turns: what slows the machine slows all alike
-            for label, drawer in drawers.items():
+                recorders[label] = Recorder(leaves, (num_chains, num_draws), dims, project)
+                trials[label] = replica(choice)
+                trials[label].step()  # what fails does so before the others are drawn
+        for chain, chain_seed in enumerate(chain_seeds):
+            # In turns: what slows the machine slows all alike.
+            for label, choice in estimators.items():
                 bar.set_description(label)
+                seed_everything(chain_seed)
                 with _named(label):
-                    for _ in drawer.draw_chain(chain):
+                    steps = _steps(replica(choice), leaves, num_warmup, num_draws)
+                    for draw, step in enumerate(steps):
+                        recorders[label].add(chain, draw, step, read_gradients(leaves))
                         bar.update()
                     check_complete(leaves, params)
         datasets = {}
-        for label, drawer in drawers.items():
-            with _named(label):
-                datasets[label] = drawer.dataset().assign_coords(dict(coords or {}))
-            datasets[label].attrs |= {
-                "estimator": label,
-                "config": repr(estimators[label]),
-                "num_particles": _particles(estimators[label], num_particles),
-                "seed": int(seed),
-            }
+        for label, trial in trials.items():
+            dataset = recorders[label].dataset().assign_coords(dict(coords or {}))
+            share = _SITE_SHARE * num_chains * num_draws / (len(trial.sites) + 1)
+            number = round(share) if site_draws is None else site_draws
+            if number:
+                dataset = dataset.assign_coords(site_effects(trial, leaves, number, first))
+            datasets[label] = dataset.assign_attrs(
+                estimator=label,
+                config=repr(estimators[label]),
+                num_particles=int(trial.elbo.num_particles),
+                seed=int(seed),
+            )
     return datasets
+
+
+def _steps(
+    replica: Replica, leaves: dict[str, Tensor], num_warmup: int, num_draws: int
+) -> Iterator[Step]:
+    for _ in range(num_warmup):
+        replica.step()
+    read_gradients(leaves)  # what earlier steps left
+    for _ in range(num_draws):
+        yield replica.step()
 
 
 @contextmanager
@@ -164,28 +189,3 @@ def _named(label: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"This was met with estimators[{label!r}].")
         raise
-
-
-def _maker(
-    choice: Any, num_particles: int, vectorize_particles: bool
-) -> Callable[[Call], Replica]:
-    def make(call: Call) -> Replica:
-        return Replica(
-            choice, call, num_particles=num_particles, vectorize_particles=vectorize_particles
-        )
-
-    return make
-
-
-def _particles(choice: Any, num_particles: int) -> int:
-    elbo = split_choice(choice)[1]
-    return num_particles if elbo is None else int(elbo.num_particles)
-
-
-def _check_names(leaves: dict[str, Tensor]) -> None:
-    taken = sorted(set(leaves) & RESERVED)
-    if taken:
-        raise ValueError(
-            f"Parameter {taken[0]!r} has the name of a dimension or a statistic of the draws; "
-            f"rename it, or leave it out by params=[...]. Reserved are {sorted(RESERVED)}."
-        )

@@ -20,8 +20,8 @@ from pyro_gumbel.diagnostics._parameters import (
     find_parameters,
     read_gradients,
 )
-from pyro_gumbel.diagnostics._recorder import check_dims, dims_of
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
+from pyro_gumbel.diagnostics._storage import check_dims, dims_of
 from pyro_gumbel.diagnostics._sums import expectations, find_states, walk
 from pyro_gumbel.estimators import Call
 

@@ -15,7 +15,8 @@ import xarray as xr
 
 from pyro_gumbel._arviz import plot_forest
 from pyro_gumbel._integers import is_integer
-from pyro_gumbel.diagnostics._tables import check_draws, parameters_of, reference_blocks
+from pyro_gumbel.diagnostics._blocks import check_draws, reference_blocks
+from pyro_gumbel.diagnostics._storage import is_projected, parameters_of
 
 __all__ = ["plot_efficiency", "plot_gradients", "plot_training"]
 
@@ -122,12 +123,12 @@ def _constant(
     reference: xr.Dataset, draws: xr.Dataset, like: xr.Dataset, names: list[str]
 ) -> xr.Dataset:
     """The reference as draws that are all equal."""
-    if "project" in draws.attrs:
+    if is_projected(draws):
         raise ValueError(
             "plot_gradients: draws that were kept as projections cannot be held against a "
             "reference; leave it out, or draw without project=, params=[...]."
         )
-    blocks = reference_blocks(reference, draws, names)
+    blocks = reference_blocks(reference, draws[names])
     variables = {
         name: (
             like[name].dims,

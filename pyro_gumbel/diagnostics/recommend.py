@@ -1,24 +1,80 @@
-"""Which estimator to use: measured on the problem at hand, within a time that is given."""
+"""The estimators to use, measured on the problem at hand within a budget."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+import torch
 import xarray as xr
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
 from pyro_gumbel.diagnostics._arguments import check_programs, integer, positive
-from pyro_gumbel.diagnostics._candidates import candidates_for, latent_distributions
+from pyro_gumbel.diagnostics._candidates import Trial, candidates_for
 from pyro_gumbel.diagnostics._parameters import Params, find_parameters
-from pyro_gumbel.diagnostics._search import Recommendation, Search
+from pyro_gumbel.diagnostics._replica import EvaluationCounter
+from pyro_gumbel.diagnostics._search import FAILURES, Budget, Search
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
-from pyro_gumbel.diagnostics._trial import FAILURES, Problem
 from pyro_gumbel.diagnostics.exact import sum_states
+from pyro_gumbel.distributions.families import unwrap
 from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.infer import Estimator_ELBO
 
 __all__ = ["Recommendation", "recommend"]
+
+_NAMED = 3  # of those within noise
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A choice of estimators, and what it rests on.
+
+    Attributes:
+        config: The estimator of each site, for :func:`~pyro_gumbel.infer.config_gradient`.
+        num_particles: The particles that it needs, for ``Estimator_ELBO``.
+        table: One row a candidate, best first; those that could not be measured come last, their
+            reason in ``warning``.
+        within_noise: Whether another candidate could as well be the best.
+        message: All that in words.
+
+    Example:
+        >>> from pyro_gumbel.diagnostics import recommend
+        >>> from pyro_gumbel.infer import config_gradient
+        >>> def model():
+        ...     pyro.sample("z", dist.Bernoulli(0.3))
+        >>> def guide():
+        ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.0))))
+        >>> found = recommend(model, guide, budget_evaluations=5000, progress=False)
+        >>> loss = found.elbo().loss(model, config_gradient(guide, found.config))
+        >>> config, table = found
+        >>> print(found.message)
+        Recommended: {'z': Enumerate()} with num_particles=1. ...
+    """
+
+    config: dict[str, Estimator]
+    num_particles: int
+    table: pd.DataFrame
+    within_noise: bool
+    message: str
+
+    def __iter__(self) -> Iterator[Any]:
+        """Unpack into ``config, table``."""
+        return iter((self.config, self.table))
+
+    def elbo(self, **kwargs: Any) -> Estimator_ELBO:
+        """Make an ELBO with the particles that the configuration needs."""
+        return Estimator_ELBO(self.num_particles, **kwargs)
+
+    def __str__(self) -> str:
+        columns = ["error", "error_mcse", "relative_bias", "bias_z", "variance", "seconds"]
+        failed = self.table[self.table.error.isna()].warning
+        reasons = [f"{label}: {reason}" for label, reason in failed.items()]
+        return "\n".join([self.message, self.table[columns].to_string(), *reasons])
 
 
 def recommend(
@@ -26,7 +82,9 @@ def recommend(
     guide: Callable[..., Any],
     *args: Any,
     budget_seconds: float = 60.0,
+    budget_evaluations: int | None = None,
     step_seconds: float | None = None,
+    step_evaluations: float | None = None,
     candidates: Mapping[str, Estimator] | None = None,
     num_particles: int | None = None,
     vectorize_particles: bool = False,
@@ -44,19 +102,22 @@ def recommend(
     .. math:: \|\mathrm{bias}\|^2 + \mathrm{tr}\,\Sigma \cdot s / t
 
     with ``s`` the seconds that one draw takes and ``t`` those of ``step_seconds``, plus its
-    own standard error (``error_mcse``), so that none leads that was measured little and was lucky;
-    those that cannot see a part of the cost come after the others.
+    own standard error (``error_mcse``), so that none leads that was measured little and was lucky.
+    Those that miss a part of the cost come after the others. With ``budget_evaluations`` the cost
+    of a draw is in evaluations of the model in place of seconds: the answer then does not depend
+    on the machine.
 
     Training averages noise over steps, but not bias: a longer ``step_seconds`` favours estimators
-    without bias, a shorter one those with little noise.
-    The reference for the bias is the exact gradient, where the states are few enough to be summed
-    in a quarter of the budget, else a long run of the unbiased candidate that is most efficient;
-    a bias below what the budget can show counts as none.
+    without bias, a shorter one those with little noise. The reference for the bias is the exact
+    gradient, where the states are few enough to be summed in a quarter of the budget, else a long
+    run of the unbiased candidate that is most efficient; a bias below what the budget can show
+    counts as none.
 
-    First every candidate serves all sites that it can (at the others stand the defaults), then
-    single sites of the best are given to the estimators that came next. Where a moving average is
-    ahead by no more than noise, the next without one is recommended: in training the costs that it
-    averages move.
+    First every candidate serves all sites that it can; at the others stand the defaults. The
+    better half is measured for longer, over and over, until few are left (successive halving).
+    Then single sites of the best are given to the estimators that came next. Where a moving
+    average is ahead by no more than noise, the next without one is recommended: in training the
+    costs that it averages move.
 
     Args:
         model: The model.
@@ -66,11 +127,14 @@ def recommend(
         budget_seconds: Time that the measurement may take, about. What has begun is brought to its
             end, and for an answer at least one candidate has to be looked at and drawn from a few
             times: where a gradient takes a good part of the budget, it takes longer.
+        budget_evaluations: Evaluations of the model that the measurement may take, about. It
+            replaces ``budget_seconds``.
         step_seconds: Time over which noise is averaged; by default that of a hundred draws of the
             cheapest candidate.
+        step_evaluations: The same in evaluations, for ``budget_evaluations``.
         candidates: Estimators by label; by default every one of the package that needs no network.
         num_particles: The particles of all candidates; by default as many as each needs.
-        vectorize_particles: Whether they are rows of one run.
+        vectorize_particles: Whether they are evaluated in one run.
         params: Parameters whose gradient matters, as in :func:`gradient_draws`.
         max_states: States up to which the exact gradient is tried.
         seed: Seed of the measurement.
@@ -84,56 +148,167 @@ def recommend(
     Raises:
         TypeError: If an argument is of another kind.
         ValueError: If the guide has no latent site, no candidate runs and gives finite gradients,
-            or a time is not positive.
+            a budget is not positive, or a step is not in the budget's unit.
 
     Example:
         >>> def model():
         ...     pyro.sample("z", dist.Bernoulli(0.3))
         >>> def guide():
         ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.0))))
-        >>> found = recommend(model, guide, budget_seconds=4.0, progress=False)
+        >>> found = recommend(model, guide, budget_evaluations=5000, progress=False)
         >>> found.config
         {'z': Enumerate()}
     """
     check_programs(model, guide)
-    budget_seconds = positive("recommend: budget_seconds", budget_seconds)
-    if step_seconds is not None:
-        step_seconds = positive("recommend: step_seconds", step_seconds)
+    unit, amount, horizon = _check_budget(
+        budget_seconds, budget_evaluations, step_seconds, step_evaluations
+    )
     if num_particles is not None:
         num_particles = integer("recommend: num_particles", num_particles, 1)
     max_states = integer("recommend: max_states", max_states, 1)
-    start = time.perf_counter()
-    call = Call(model, guide, args, kwargs)
+    counter = EvaluationCounter()
+    budget = Budget(unit, amount, counter)
+    call = Call(counter.count(model), guide, args, kwargs)
     with preserved() as keep:
         # Made once, so that every candidate is measured at the same parameters.
         seed_everything(seeds(seed, 1)[0])
-        leaves = find_parameters(call, keep, params)
-        sites = latent_distributions(call)
-        problem = Problem(call, _names(params), leaves, vectorize_particles)
-        search = Search(problem, seed, start + budget_seconds, step_seconds)
-        search.reference = _exact(call, problem.params, max_states, seed, search.moment(0.25))
-        rivals = candidates_for(sites, candidates, num_particles)
-        with tqdm(total=4, disable=not progress, unit="round") as bar:
-            for name, work in search.rounds(rivals, list(sites)):
-                bar.set_description(name)
-                work()
-                bar.update()
-        return search.conclude()
+        find_parameters(call, keep, params)
+        names = None if isinstance(params, Mapping) else params  # values were set by now
+        sites = _latent_distributions(call)
+        search = Search(call, names, vectorize_particles, budget, horizon, seed)
+        search.reference = _exact(call, names, max_states, seed, budget, counter)
+        rounds = search.run(candidates_for(sites, candidates, num_particles))
+        for name in (bar := tqdm(rounds, disable=not progress, unit="round")):
+            bar.set_description(name)
+    return _conclude(search)
 
 
-def _names(params: Params) -> Params:
-    """Values were set by now."""
-    return None if isinstance(params, Mapping) else params
+def _check_budget(
+    budget_seconds: Any, budget_evaluations: Any, step_seconds: Any, step_evaluations: Any
+) -> tuple[str, float, float | None]:
+    """The unit, the budget, and what noise is averaged over."""
+    if budget_evaluations is None:
+        unit, other = "seconds", "evaluations"
+        amount = positive("recommend: budget_seconds", budget_seconds)
+    else:
+        unit, other = "evaluations", "seconds"
+        amount = integer("recommend: budget_evaluations", budget_evaluations, 1)
+    steps = {"seconds": step_seconds, "evaluations": step_evaluations}
+    if steps[other] is not None:
+        raise ValueError(
+            f"recommend: step_{other} needs a budget in {other}; got a budget in {unit}. Write "
+            f"step_{unit}=..., or budget_{other}=..."
+        )
+    step = steps[unit]
+    return unit, amount, None if step is None else positive(f"recommend: step_{unit}", step)
+
+
+@torch.no_grad()
+def _latent_distributions(call: Call) -> dict[str, Any]:
+    """The distribution of each latent site of the guide.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    trace = poutine.trace(call.guide).get_trace(*call.args, **call.kwargs)
+    sites = {
+        name: unwrap(site["fn"])
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+    }
+    if not sites:
+        raise ValueError("recommend: the guide has no latent site, so there is nothing to choose.")
+    return sites
 
 
 def _exact(
-    call: Call, params: Any, max_states: int, seed: int, deadline: float
+    call: Call,
+    params: Params,
+    max_states: int,
+    seed: int,
+    budget: Budget,
+    counter: EvaluationCounter,
 ) -> xr.Dataset | None:
+    """The exact gradient, unless it needs more than a quarter of the budget."""
+    share, deadline = 0.25 * budget.left(), math.inf
+    if budget.unit == "seconds":
+        deadline = budget.now() + share
+    else:
+        max_states = min(max_states, int(share))
     try:
         gradients, attrs = sum_states(call, params, max_states, seed, deadline)
     except (*FAILURES, TimeoutError):
         return None
-    names = {
-        name: [f"{name}_dim_{axis}" for axis in range(g.ndim)] for name, g in gradients.items()
-    }
-    return xr.Dataset({name: (names[name], g) for name, g in gradients.items()}, attrs=attrs)
+    counter.total += attrs["states"]
+    return xr.Dataset(
+        {name: ([f"{name} {axis}" for axis in range(g.ndim)], g) for name, g in gradients.items()},
+        attrs=attrs,
+    )
+
+
+def _conclude(search: Search) -> Recommendation:
+    """Choose, and say how sure that is."""
+    # An estimator that misses a part of the cost may have little error in the rest. Of the others,
+    # one that was measured little has to do with the error that it may have.
+    order = sorted(search.order(), key=lambda t: (t.misses_cost, t.error + t.error_mcse))
+    # A moving average is at its best here, where parameters and so costs stay as they are.
+    lasting = [trial for trial in order if not trial.has_history]
+    best = next((trial for trial in lasting if _as_good(trial, order[0])), order[0])
+    order.sort(key=lambda trial: trial is not best)
+    close = [trial.label for trial in order[1:] if _as_good(trial, best)]
+    failed = [trial for trial in search.trials.values() if trial.draws is None]
+    return Recommendation(
+        best.config,
+        best.num_particles,
+        _table(order + failed),
+        bool(close),
+        _message(search, best, close),
+    )
+
+
+def _as_good(trial: Trial, best: Trial) -> bool:
+    """Return whether one may be as good as the best, as far as noise shows."""
+    reaches = trial.bounds[0] < best.bounds[1]
+    return trial is best or (reaches and trial.misses_cost <= best.misses_cost)
+
+
+def _table(trials: list[Trial]) -> pd.DataFrame:
+    """One row a candidate, in the order given; those that failed are empty but for the reason."""
+    rows: dict[str, dict[str, Any]] = {}
+    for trial in trials:
+        row = {"config": repr(trial.config), "particles": trial.num_particles}
+        if trial.draws is None:
+            rows[trial.label] = row | {"warning": trial.failure}
+            continue
+        row |= {"error": trial.error, "error_mcse": trial.error_mcse}
+        row |= {"draws": trial.draws.sizes["chain"] * trial.draws.sizes["draw"]}
+        notes = [note for note in (trial.row["warning"], trial.warning) if note]
+        rows[trial.label] = row | trial.row | {"warning": "; ".join(notes)}
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.index.name = "estimator"
+    return table
+
+
+def _message(search: Search, best: Trial, close: list[str]) -> str:
+    text = f"Recommended: {best.config!r} with num_particles={best.num_particles}."
+    if search.reference is None:
+        text += " No unbiased candidate was measured, so biases are unknown and count as none."
+    elif search.reference.attrs["estimator"] == "exact":
+        text += " Biases are against the exact gradient."
+    else:
+        text += f" Biases are against a long run of {search.reference.attrs['estimator']!r}."
+    if best.row["bias_z"] > 5:
+        _, _, doubt = best.row["warning"].partition("), or ")
+        text += (
+            f" Its bias is visible: {best.row['relative_bias']:.1%} of the gradient's norm "
+            f"(z {best.row['bias_z']:.1f})" + (f", or its draws are {doubt}." if doubt else ".")
+        )
+    trials = search.trials.values()
+    skipped = [trial for trial in trials if trial.draws is None and trial.skipped]
+    if skipped:
+        text += f" The budget was too short for {len(skipped)} of {len(trials)} candidates."
+    if close:
+        named = "; ".join(close[:_NAMED])  # labels of mixtures have commas of their own
+        more = f" and {len(close) - _NAMED} more" if len(close) > _NAMED else ""
+        text += f" Within noise: {named}{more} may be as good."
+    return text

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pyro
 import torch
 import xarray as xr
 from pyro import poutine
-from pyro.infer.util import torch_item, zero_grads
+from pyro.infer import SVI
 from pyro.optim import PyroOptim
 from tqdm.auto import tqdm
 
@@ -23,7 +24,7 @@ from pyro_gumbel.diagnostics._arguments import (
     is_integer,
 )
 from pyro_gumbel.diagnostics._parameters import find_parameters
-from pyro_gumbel.diagnostics._replicas import Replica
+from pyro_gumbel.diagnostics._replica import Replica
 from pyro_gumbel.diagnostics._state import preserved, seed_everything
 from pyro_gumbel.estimators import Call
 
@@ -59,8 +60,8 @@ def train(
         optim: A Pyro optimiser, whose settings are taken, or a callable that makes one.
         num_steps: Steps of each run.
         seeds: Seeds, or their number.
-        num_particles: Particles of each step, where the estimator is no ``ELBO``.
-        vectorize_particles: Whether these are rows of one run, likewise.
+        num_particles: Particles of each step, where the estimator is not an ``ELBO``.
+        vectorize_particles: Whether these are evaluated in one run, likewise.
         batches: A callable from the step's number to the arguments, in place of ``args``.
         progress: Show a progress bar.
         **kwargs: Keyword arguments of both programs.
@@ -98,22 +99,22 @@ def train(
     num_particles = integer("num_particles", num_particles, 1)
     shape = (len(numbers), num_steps, len(estimators))
     histories = {name: np.empty(shape) for name in ("elbo", "grad_norm", "seconds")}
-    total = len(numbers) * num_steps * len(estimators)
-    with tqdm(total=total, disable=not progress, unit="step") as bar:
+
+    def call(step: int) -> Call:
+        return Call(model, guide, args if batches is None else _batch(batches, step), kwargs)
+
+    with tqdm(total=math.prod(shape), disable=not progress, unit="step") as bar:
         for column, (label, choice) in enumerate(estimators.items()):
             bar.set_description(label)
             for chain, seed in enumerate(numbers):
-                with preserved() as keep:
+                with preserved() as keep, torch.enable_grad():
                     seed_everything(seed)
-                    first = args if batches is None else _batch(batches, 0)
-                    call = Call(model, guide, first, kwargs)
-                    find_parameters(call, keep)
+                    first = call(0)
+                    find_parameters(first, keep)
                     seed_everything(seed)
-                    run = _Run(choice, call, _fresh(optim), num_particles, vectorize_particles)
-                    for step in range(num_steps):
-                        if batches is not None:
-                            run.replica.call = Call(model, guide, _batch(batches, step), kwargs)
-                        values = run.step()
+                    replica = Replica(choice, first, num_particles, vectorize_particles)
+                    steps = _steps(replica, _fresh(optim), call, num_steps)
+                    for step, values in enumerate(steps):
                         for history, value in zip(histories.values(), values, strict=True):
                             history[chain, step, column] = value
                         bar.update()
@@ -131,39 +132,37 @@ def train(
     )
 
 
-class _Run:
-    """One training run."""
+def _steps(
+    replica: Replica, optim: PyroOptim, call: Callable[[int], Call], number: int
+) -> Iterator[tuple[float, float, float]]:
+    """Take steps of ``SVI``; yield the ELBO, the gradient's norm and the seconds of each."""
+    norm = 0.0
 
-    def __init__(
-        self,
-        choice: Any,
-        call: Call,
-        optim: PyroOptim,
-        num_particles: int,
-        vectorize_particles: bool,
-    ) -> None:
-        self.optim = optim
-        self.replica = Replica(
-            choice, call, num_particles=num_particles, vectorize_particles=vectorize_particles
-        )
-
-    def step(self) -> tuple[float, float, float]:
-        """Take one step; return the ELBO, the gradient's norm and the seconds."""
-        start = time.perf_counter()
+    def loss_and_grads(model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal norm
         with poutine.trace(param_only=True) as capture:
-            loss = self.replica.step()
-        found = {site["value"].unconstrained(): name for name, site in capture.trace.nodes.items()}
-        gradients = [
-            leaf.grad.detach().flatten()
-            for leaf, name in found.items()
-            if leaf.grad is not None and not name.startswith("gradient$")
-        ]
-        norm = torch.cat(gradients).norm().item() if gradients else 0.0
-        params = set(found)
-        self.optim(params)
-        zero_grads(params)
-        elbo = -torch_item(loss)
-        return elbo, norm, time.perf_counter() - start
+            loss = replica.elbo.loss_and_grads(model, guide, *args, **kwargs)
+        norm = _gradient_norm(capture.trace)
+        return loss
+
+    svi = SVI(replica.call.model, replica.guide, optim, replica.elbo.loss, loss_and_grads)
+    for step in range(number):
+        here = call(step)
+        start = time.perf_counter()
+        loss = svi.step(*here.args, **here.kwargs)
+        seconds = time.perf_counter() - start
+        yield -(loss[0] if isinstance(loss, tuple) else loss), norm, seconds
+
+
+def _gradient_norm(trace: Any) -> float:
+    """The norm of the gradient, but for parameters that belong to estimators."""
+    leaves = [
+        site["value"].unconstrained()
+        for name, site in trace.nodes.items()
+        if not name.startswith("gradient$")
+    ]
+    norms = [leaf.grad.norm().double().cpu() for leaf in leaves if leaf.grad is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 def _fresh(optim: Any) -> PyroOptim:

@@ -59,8 +59,12 @@ def exact(model: Any = model, guide: Any = guide, **options: Any) -> xr.Dataset:
 
 
 def recommended(model: Any = model, guide: Any = guide, **options: Any) -> Any:
-    defaults = {"budget_seconds": 0.1, "candidates": {"e": Enumerate()}, "progress": False}
+    defaults = {"budget_evaluations": 100, "candidates": {"e": Enumerate()}, "progress": False}
     return recommend(model, guide, **(defaults | options))
+
+
+def timed(**options: Any) -> Any:
+    return recommended(budget_evaluations=None, **options)
 
 
 def judged(model: Any = model, guide: Any = guide, **options: Any) -> Any:
@@ -101,7 +105,7 @@ COUNTS = {
     },
     checked: {"num_draws": 2, "num_particles": 1, "max_states": 1},
     exact: {"max_states": 1},
-    recommended: {"num_particles": 1, "max_states": 1},
+    recommended: {"num_particles": 1, "max_states": 1, "budget_evaluations": 1},
     judged: {"num_samples": 25},
     trained: {"num_steps": 1, "num_particles": 1},
 }
@@ -183,11 +187,12 @@ WRONG = [
     (checked, {"max_z": "5"}, TypeError, "max_z must be positive, a number such as 2.0; got '5'"),
     (checked, {"max_z": 0}, ValueError, "max_z must be positive, a number such as 2.0; got 0"),
     (checked, {"reference": 3.0}, TypeError, "reference must be a Dataset: .*; got float"),
-    (recommended, {"budget_seconds": "3"}, TypeError, "budget_seconds must be positive.*got '3'"),
-    (recommended, {"budget_seconds": True}, TypeError, "budget_seconds must be positive.*True"),
-    (recommended, {"budget_seconds": None}, TypeError, "budget_seconds must be positive.*None"),
-    (recommended, {"step_seconds": [1]}, TypeError, r"step_seconds must be positive.*got \[1\]"),
-    (recommended, {"step_seconds": np.nan}, ValueError, "step_seconds must be positive.*got nan"),
+    (timed, {"budget_seconds": "3"}, TypeError, "budget_seconds must be positive.*got '3'"),
+    (timed, {"budget_seconds": True}, TypeError, "budget_seconds must be positive.*True"),
+    (timed, {"budget_seconds": None}, TypeError, "budget_seconds must be positive.*None"),
+    (timed, {"step_seconds": [1]}, TypeError, r"step_seconds must be positive.*got \[1\]"),
+    (timed, {"step_seconds": np.nan}, ValueError, "step_seconds must be positive.*got nan"),
+    (recommended, {"step_evaluations": "1"}, TypeError, "step_evaluations must be positive"),
     (recommended, {"candidates": ReinMax()}, TypeError, "must be a dict of labels.*got ReinMax"),
     (recommended, {"candidates": ["score"]}, TypeError, r"a dict of labels.*got \['score'\]"),
     (trained, {"estimators": "score"}, TypeError, "must be a dict of labels, .*; got 'score'"),
@@ -225,7 +230,8 @@ def test_errors_of_a_table() -> None:
 
 
 def test_numbers_of_numpy() -> None:
-    assert recommended(budget_seconds=np.float32(0.1), step_seconds=np.int64(2)).config
+    assert timed(budget_seconds=np.float32(0.1), step_seconds=np.int64(2)).config
+    assert recommended(budget_evaluations=np.int64(90), step_evaluations=np.float32(2)).config
     assert checked(max_z=np.float32(5)).z < 5
 
 

@@ -158,7 +158,7 @@ def test_reference_that_is_drawn(problem) -> None:
 
 
 def test_coarse_check_warns(problem) -> None:
-    with pytest.warns(UserWarning, match=r"known to \d+% .*num_draws=[\d,]+ would tell 10 %"):
+    with pytest.warns(UserWarning, match=r"known to \d+% .*num_draws=[\d,]+ would show 10 %"):
         check_unbiased(problem.model, problem.guide, estimator=Planted(), num_draws=20)
 
 

@@ -14,8 +14,7 @@ from scipy import stats
 from toys import bits, chain
 
 from pyro_gumbel.diagnostics import compare_gradients, exact_gradient, gradient_draws
-from pyro_gumbel.diagnostics._moments import Moments, Spread
-from pyro_gumbel.diagnostics._statistics import bias_of, two_sided_z
+from pyro_gumbel.diagnostics._moments import Moments, Spread, bias_of, two_sided_z
 from pyro_gumbel.estimators import Estimator
 
 

@@ -22,8 +22,8 @@ from pyro_gumbel.diagnostics import (
     gradient_draws,
     guide_khat,
 )
-from pyro_gumbel.diagnostics._recorder import RESERVED
 from pyro_gumbel.diagnostics._state import seeds
+from pyro_gumbel.diagnostics._storage import RESERVED
 from pyro_gumbel.estimators import ReinMax, Score, StraightThrough
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 

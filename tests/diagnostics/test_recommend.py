@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -35,10 +36,10 @@ from pyro_gumbel.estimators.straight_through import OneHotEstimator
 from pyro_gumbel.infer import config_gradient
 
 KNOWN = {
-    "small": (small, 15, (Enumerate,)),
-    "black_box": (black_box, 20, (DisARM, ARMS, Score)),
-    "decoder": (decoder, 25, (OneHotEstimator,)),
-    "continuous": (continuous, 8, (Pathwise,)),
+    "small": (small, 20_000, (Enumerate,)),
+    "black_box": (black_box, 20_000, (DisARM, ARMS, Score)),
+    "decoder": (decoder, 8_000, (OneHotEstimator,)),
+    "continuous": (continuous, 10_000, (Pathwise,)),
 }
 
 
@@ -47,7 +48,7 @@ KNOWN = {
 def test_known_answers(name: str) -> None:
     make, budget, expected = KNOWN[name]
     model, guide, args = make()
-    found = recommend(model, guide, *args, budget_seconds=budget, progress=False)
+    found = recommend(model, guide, *args, budget_evaluations=budget, progress=False)
     assert all(isinstance(choice, expected) for choice in found.config.values()), str(found)
     unpacked, table = found
     assert unpacked is found.config
@@ -60,7 +61,9 @@ def test_known_answers(name: str) -> None:
 
 def quick(make=small, **options: Any) -> Recommendation:
     model, guide, args = make()
-    return recommend(model, guide, *args, **({"budget_seconds": 2.0, "progress": False} | options))
+    return recommend(
+        model, guide, *args, **({"budget_evaluations": 800, "progress": False} | options)
+    )
 
 
 def test_candidates_of_the_caller() -> None:
@@ -88,21 +91,21 @@ def test_visible_bias_is_said() -> None:
     assert "needs the cost's gradient" in found.table.loc["straight", "warning"]
 
 
-def test_what_cannot_see_the_cost_is_not_called_as_good(clock: Clock) -> None:
+def test_what_misses_the_cost_is_not_called_as_good() -> None:
     found = quick(
-        clock.on(black_box),
+        black_box,
         candidates={"score": Score(LeaveOneOut()), "straight": StraightThrough()},
-        step_seconds=1e-3,
+        step_evaluations=1,
     )
     assert isinstance(found.config["z"], Score)
     assert "straight" not in found.message
 
 
-def test_a_moving_average_has_to_be_clearly_ahead(clock: Clock) -> None:
+def test_a_moving_average_has_to_be_clearly_ahead() -> None:
     candidates = {"average": Score(MovingAverage()), "others": Score(LeaveOneOut())}
-    ahead = quick(clock.on(bits_program), candidates=candidates, budget_seconds=4.0)
+    ahead = quick(bits_program, candidates=candidates, budget_evaluations=3000)
     assert isinstance(ahead.config["z"].baseline, MovingAverage)
-    near = quick(clock.on(bits_program), candidates=candidates, budget_seconds=0.5)
+    near = quick(bits_program, candidates=candidates, budget_evaluations=400)
     assert isinstance(near.config["z"].baseline, LeaveOneOut)
     assert list(near.table.index) == ["others", "average"]
     assert near.table.error["average"] < near.table.error["others"]
@@ -161,12 +164,14 @@ def test_a_pause_of_the_machine_rules_nothing_out(clock: Clock, number: int) -> 
     found = quick(
         clock.on(lambda: (model, some_site, ()), 1e-2, {number: 0.15}),
         candidates={"straight": StraightThrough(), "exact": Enumerate()},
+        budget_evaluations=None,
+        budget_seconds=2.0,
     )
     assert isinstance(found.config["z"], Enumerate)
     assert found.table.draws.notna().all()
 
 
-def test_other_warnings_are_noted_but_cost_no_rank(clock: Clock) -> None:
+def test_other_warnings_are_noted_but_cost_no_rank() -> None:
     """One that speaks up once, as torch often does, has nothing to do with who ran first."""
     model, guide, args = small()
     said: list[str] = []
@@ -178,7 +183,7 @@ def test_other_warnings_are_noted_but_cost_no_rank(clock: Clock) -> None:
         model()
 
     found = quick(
-        clock.on(lambda: (speaking, guide, args), 4e-3),
+        lambda: (speaking, guide, args),
         candidates={"exact": Enumerate(), "straight": StraightThrough()},
         max_states=1,
     )
@@ -186,8 +191,8 @@ def test_other_warnings_are_noted_but_cost_no_rank(clock: Clock) -> None:
     assert found.table.loc["exact", "warning"] == "beta"
 
 
-def test_infinite_gradients_are_no_candidates(clock: Clock) -> None:
-    """One bad draw is enough: no error can be told from it, and no step taken."""
+def test_infinite_gradients_are_no_candidates() -> None:
+    """One bad draw is enough: it shows no error, and no step can be taken with it."""
 
     def model() -> None:
         z = pyro.sample("z", dist.Bernoulli(0.3))
@@ -197,7 +202,7 @@ def test_infinite_gradients_are_no_candidates(clock: Clock) -> None:
         pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.2))))
 
     found = quick(
-        clock.on(lambda: (model, guide, ())),
+        lambda: (model, guide, ()),
         candidates={"straight": StraightThrough(), "score": Score()},
     )
     assert isinstance(found.config["z"], Score)
@@ -205,38 +210,39 @@ def test_infinite_gradients_are_no_candidates(clock: Clock) -> None:
     assert np.isfinite(found.table.loc["score", "error"])
 
 
-def test_equal_candidates_are_within_noise(clock: Clock) -> None:
+def test_equal_candidates_are_within_noise() -> None:
     found = quick(
         candidates={"one": Score(MovingAverage(0.9)), "other": Score(MovingAverage(0.91))},
-        make=clock.on(bits_program),
+        make=bits_program,
     )
-    assert list(found.table.seconds) == pytest.approx([1e-3, 1e-3])
+    assert list(found.table.evaluations) == [1, 1]
     assert found.within_noise
     assert "Within noise" in found.message
 
 
-def test_those_within_noise_are_told_apart_and_few(clock: Clock) -> None:
+def test_those_within_noise_are_named_and_few() -> None:
     """Labels may have commas, as those of mixtures do."""
     labels = ["a, z: b", "c, z: d", "e", "f", "g", "h"]
     candidates = {label: Score(MovingAverage(0.9 + i / 100)) for i, label in enumerate(labels)}
-    found = quick(candidates=candidates, make=clock.on(bits_program))
+    found = quick(candidates=candidates, make=bits_program)
     others = list(found.table.index[1:])
     told = f" Within noise: {'; '.join(others[:3])} and 2 more may be as good."
     assert found.message.endswith(told)
 
 
-def test_what_failed_is_printed_with_its_reason(clock: Clock) -> None:
+def test_what_failed_is_printed_with_its_reason() -> None:
     found = quick(
-        clock.on(black_box, 0.01),
+        black_box,
         candidates={"score": Score(), "sixteen": DoubleControlVariate(16)},
+        budget_evaluations=200,
     )
     assert str(found).splitlines()[-1] == (
-        "sixteen: too slow for the budget: 0.16 seconds a gradient"
+        "sixteen: too slow for the budget: 16 evaluations a gradient"
     )
     assert "score:" not in str(found)
 
 
-def test_a_bias_may_be_events_that_no_draw_met(clock: Clock) -> None:
+def test_a_bias_may_be_events_that_no_draw_met() -> None:
     def model() -> None:
         z = pyro.sample("z", dist.Bernoulli(0.5))
         pyro.factor("f", 500 * z)
@@ -244,7 +250,9 @@ def test_a_bias_may_be_events_that_no_draw_met(clock: Clock) -> None:
     def guide() -> None:
         pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(-7.0))))
 
-    found = quick(clock.on(lambda: (model, guide, ()), 1e-2), candidates={"score": Score()})
+    found = quick(
+        lambda: (model, guide, ()), candidates={"score": Score()}, budget_evaluations=200
+    )
     assert "short of rare events" in found.table.loc["score", "warning"]
     assert re.search(
         r"Its bias is visible: .* \(z .*\), or its draws are short of rare events: about 0 of "
@@ -260,47 +268,88 @@ def test_long_run_as_reference() -> None:
     assert "long run of" in found.message
 
 
-def test_step_seconds_decide_between_bias_and_noise(clock: Clock) -> None:
-    """Much time a step averages noise away, but not bias."""
+def test_a_step_decides_between_bias_and_noise() -> None:
+    """Many evaluations a step average noise away, but not bias."""
     candidates: dict[str, Estimator] = {"score": Score(), "st": StraightThrough()}
-    options = {"candidates": candidates, "make": clock.on(bits_program, 2e-3)}
-    patient = quick(step_seconds=1000.0, **options)
+    options = {"candidates": candidates, "make": bits_program}
+    patient = quick(step_evaluations=500_000, **options)
     assert isinstance(patient.config["z"], Score)
-    hasty = quick(step_seconds=1e-4, **options)
+    hasty = quick(step_evaluations=0.05, **options)
     assert isinstance(hasty.config["z"], StraightThrough)
 
 
+def test_a_step_in_seconds_decides_likewise(clock: Clock) -> None:
+    candidates: dict[str, Estimator] = {"score": Score(), "st": StraightThrough()}
+    options = {"candidates": candidates, "make": clock.on(bits_program, 2e-3)}
+    options |= {"budget_evaluations": None, "budget_seconds": 2.0}
+    assert isinstance(quick(step_seconds=1000.0, **options).config["z"], Score)
+    assert isinstance(quick(step_seconds=1e-4, **options).config["z"], StraightThrough)
+
+
 @pytest.mark.parametrize("max_states", [20_000, 2], ids=["exact", "drawn"])
-def test_budget_is_kept(clock: Clock, max_states: int) -> None:
-    found = quick(clock.on(small, 2e-3), max_states=max_states)
-    assert 1.5 < clock.now < 2.1
-    assert found.table.draws.max() > 15
-    # The price of a gradient is known, and so is what a second buys.
-    row = found.table.iloc[-10]
-    assert row.seconds == pytest.approx(2e-3 * row.evaluations)
-    assert row.efficiency == pytest.approx(1 / (row.variance * row.seconds))
-
-
-def test_dear_candidates_are_left_out(clock: Clock) -> None:
+def test_budget_of_seconds_is_kept(clock: Clock, max_states: int) -> None:
     found = quick(
-        clock.on(black_box, 0.01),
+        clock.on(small, 2e-3), max_states=max_states, budget_evaluations=None, budget_seconds=2.0
+    )
+    assert 1.5 < clock.now < 2.2
+    assert found.table.draws.max() > 15
+    # The cost of a gradient is known, and so is what a second buys.
+    noisy = found.table[found.table.variance > 0]
+    np.testing.assert_allclose(noisy.seconds, 2e-3 * noisy.evaluations)
+    np.testing.assert_allclose(noisy.efficiency, 1 / (noisy.variance * noisy.seconds))
+
+
+@pytest.mark.parametrize("max_states", [20_000, 2], ids=["exact", "drawn"])
+def test_budget_of_evaluations_is_kept(max_states: int) -> None:
+    model, guide, args = small()
+    runs = 0
+
+    def counted() -> None:
+        nonlocal runs
+        runs += 1
+        model()
+
+    quick(lambda: (counted, guide, args), max_states=max_states, budget_evaluations=1000)
+    assert runs < 1100  # an evaluation is a run at most
+    found = quick(lambda: (counted, guide, args), max_states=max_states, budget_evaluations=2000)
+    spent = (found.table.draws * found.table.evaluations).sum()
+    assert 500 < spent < 2000
+
+
+def test_the_clock_plays_no_part_in_a_budget_of_evaluations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    candidates = {"score": Score(), "straight": StraightThrough(), "disarm": DisARM()}
+    steady = quick(bits_program, candidates=candidates)
+    ticks = itertools.accumulate(np.random.default_rng(0).exponential(5.0, size=10**6))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    busy = quick(bits_program, candidates=candidates)
+    timed = ["seconds", "seconds_mcse", "efficiency", "efficiency_mcse"]
+    pd.testing.assert_frame_equal(steady.table.drop(columns=timed), busy.table.drop(columns=timed))
+    assert steady.message == busy.message
+
+
+def test_expensive_candidates_are_left_out() -> None:
+    found = quick(
+        black_box,
         candidates={"score": Score(), "sixteen": DoubleControlVariate(16)},
+        budget_evaluations=200,
     )
     assert isinstance(found.config["z"], Score)
     assert "The budget was too short for 1 of 2 candidates" in found.message
-    assert "too slow for the budget: 0.16 seconds" in found.table.loc["sixteen", "warning"]
-    assert clock.now < 2.2
+    assert "too slow for the budget: 16 evaluations" in found.table.loc["sixteen", "warning"]
 
 
-def test_much_too_short_a_budget_still_gives_an_answer(clock: Clock) -> None:
-    found = quick(clock.on(black_box, 1.0))
+def test_much_too_short_a_budget_still_gives_an_answer() -> None:
+    found = quick(black_box, budget_evaluations=2)
     assert set(found.config) == {"z"}
     assert "The budget was too short for" in found.message
     assert "not tried: the budget was too short" in set(found.table.warning)
-    assert clock.now < 60
+    assert found.table.draws.sum() < 10
 
 
-def test_states_visited_one_by_one_keep_to_the_time(clock: Clock) -> None:
+@pytest.mark.parametrize("unit", ["seconds", "evaluations"])
+def test_states_visited_one_by_one_keep_to_the_budget(clock: Clock, unit: str) -> None:
     def model() -> None:
         z = pyro.sample("z", dist.Bernoulli(torch.full((12,), 0.4)).to_event(1))
         pyro.factor("f", z.sum() if z[0] > 0 else -z.prod())
@@ -308,7 +357,8 @@ def test_states_visited_one_by_one_keep_to_the_time(clock: Clock) -> None:
     def guide() -> None:
         pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.zeros(12))).to_event(1))
 
-    found = quick(clock.on(lambda: (model, guide, ())), candidates={"s": Score()})
+    options = {"budget_evaluations": None, "budget_seconds": 2.0} if unit == "seconds" else {}
+    found = quick(clock.on(lambda: (model, guide, ())), candidates={"s": Score()}, **options)
     assert "against a long run of" in found.message
     assert clock.now < 2.1
 
@@ -326,7 +376,7 @@ def test_sites_may_differ() -> None:
     found = recommend(
         model,
         guide,
-        budget_seconds=3.0,
+        budget_evaluations=3000,
         candidates={"exact": Enumerate(), "disarm": DisARM()},
         progress=False,
     )
@@ -344,7 +394,7 @@ def test_parameters_not_made_yet_are_the_same_for_all() -> None:
     found = recommend(
         model,
         guide,
-        budget_seconds=1.0,
+        budget_evaluations=1000,
         candidates={"exact": Enumerate(), "score": Score()},
         progress=False,
     )
@@ -394,6 +444,20 @@ def broken_model() -> None:
             {"step_seconds": -1.0},
             ValueError,
             "step_seconds must be positive",
+        ),
+        (
+            some_site,
+            some_site,
+            {"step_evaluations": 10},
+            ValueError,
+            "step_evaluations needs a budget in evaluations; got a budget in seconds",
+        ),
+        (
+            some_site,
+            some_site,
+            {"budget_evaluations": 100, "step_seconds": 1.0},
+            ValueError,
+            r"step_seconds needs a budget in seconds.*Write step_evaluations=",
         ),
         (
             some_site,

@@ -22,7 +22,7 @@ from pyro_gumbel.diagnostics import (
     recommend,
     train,
 )
-from pyro_gumbel.diagnostics._replicas import Replica
+from pyro_gumbel.diagnostics._replica import Replica
 from pyro_gumbel.estimators import (
     Call,
     Exponential,
@@ -229,7 +229,7 @@ CALLS: dict[str, Callable[[Watched], Any]] = {
         w.problem.model,
         w.problem.configured,
         w.problem.x,
-        budget_seconds=0.5,
+        budget_evaluations=300,
         candidates={"annealed": w.problem.annealed, "moving": w.problem.moving},
         **QUIET,
     ),
@@ -332,7 +332,7 @@ BARE: dict[str, Callable[..., Any]] = {
         m, g, estimators={"s": "score"}, optim=OPTIM, num_steps=3, **QUIET
     ),
     "recommend": lambda m, g: recommend(
-        m, g, candidates={"s": Score()}, budget_seconds=0.2, **QUIET
+        m, g, candidates={"s": Score()}, budget_evaluations=200, **QUIET
     ),
 }
 

@@ -153,6 +153,6 @@ def test_pictures_training_and_recommendation() -> None:
     )
     assert np.isfinite(history.grad_norm).all()
     found = recommend(
-        model, guide, candidates={"e": Enumerate()}, budget_seconds=0.2, progress=False
+        model, guide, candidates={"e": Enumerate()}, budget_evaluations=200, progress=False
     )
     assert found.config == {"z": found.config["z"]}
