@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,7 +16,9 @@ from pyro_gumbel.distributions.families import (
     base_noise,
     event_dims,
     exact_draw,
+    has_logits,
     on_own_logits,
+    one_hot_logits,
     unwrap,
 )
 from pyro_gumbel.estimators import Estimator
@@ -39,10 +41,12 @@ class Memory:
     Attributes:
         values: The coupled values of each site.
         noise: The noise of each draw that a branch may repeat, with the family it is of.
+        logits: The logits that coupled values were drawn from.
     """
 
     values: dict[str, list[Tensor]] = field(default_factory=dict)
     noise: dict[str, tuple[type, Tensor]] = field(default_factory=dict)
+    logits: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Sampler(Messenger):
@@ -56,6 +60,7 @@ class Sampler(Messenger):
         enumerate: Give sites that are summed all their values; else one draw.
         values: Values to give to sites instead.
         dependence: Follows the values through the programs.
+        verify: Check that branches meet their owner's distribution as the main path did.
 
     Attributes:
         estimators: After a pass, the estimator of each latent site, in program order.
@@ -74,12 +79,14 @@ class Sampler(Messenger):
         enumerate: bool = True,
         values: Mapping[str, Tensor] | None = None,
         dependence: Dependence | None = None,
+        verify: bool = False,
     ) -> None:
         super().__init__()
         self.layout = layout
         self.exact = exact
         self.enumerate = enumerate
         self.dependence = dependence
+        self.verify = verify
         self._values = values or {}
         self.estimators: dict[str, Estimator] = {}
         self.sizes: dict[str, int] = {}
@@ -105,6 +112,8 @@ class Sampler(Messenger):
         if not self.exact:  # a loss changes no estimator
             meet_site(name, estimator, unwrap(msg["fn"]))
         self.sizes[name] = estimator.block_size(unwrap(msg["fn"]), event_dims(msg["fn"]))
+        if self.verify and self.sizes[name] > 1:
+            self._verify_owner(name, estimator, msg["fn"])
         value = self._value(name, estimator, msg["fn"])
         msg["value"] = self.dependence.follow(name, value) if self.dependence else value
         self.estimators[name] = estimator
@@ -187,6 +196,30 @@ class Sampler(Messenger):
             return values[0]
         # A value remembered from a single row has no dimension of rows.
         return torch.cat([left_filled(value, -dim) for value in values], dim)
+
+    def _verify_owner(self, name: str, estimator: Estimator, fn: Any) -> None:
+        """Check that a site's distribution is the same on its branches as on the main path."""
+        bare, paths = unwrap(fn), self.layout.paths
+        if not has_logits(bare):
+            return
+        logits = one_hot_logits(bare).detach()
+        if len(paths) == 1:
+            rows: Sequence[Tensor] = [logits]
+        else:
+            dim = cast(int, self.layout.particle_dim) - event_dims(fn) - 1
+            rows = logits.chunk(len(paths), dim)
+        if MAIN in paths:
+            self._memory.logits[name] = rows[paths.index(MAIN)]
+        main = self._memory.logits[name]
+        for path, own in zip(paths, rows, strict=True):
+            if path.owner == name and not torch.allclose(own, main, 1e-4, 1e-5, equal_nan=True):
+                raise ValueError(
+                    f"At site {name!r}, {estimator!r} evaluates several values that come from one "
+                    "distribution, and this distribution differs between the evaluations: the "
+                    "guide draws random numbers outside of sample sites before it (dropout, "
+                    "torch.rand), or changes from run to run. Draw them by pyro.sample, or use an "
+                    "estimator that draws one value, such as Score() or ReinMax()."
+                )
 
     def _shares_main(self, path: Path, name: str) -> bool:
         """Return whether a branch's value at ``name`` is decided on the main path."""

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, cast
 
+from pyro.distributions import Delta
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK, Message
 from pyro.poutine.util import site_is_subsample
@@ -17,7 +18,7 @@ from pyro_gumbel.distributions.families import (
     is_relaxed,
     unwrap,
 )
-from pyro_gumbel.estimators import Estimator
+from pyro_gumbel.estimators import Estimator, Score
 from pyro_gumbel.estimators.registry import (
     CLASSES,
     Choice,
@@ -224,6 +225,9 @@ def resolve(
     check_choice(choice, f"at site {msg['name']!r}, infer['gradient'] is")
     fn = unwrap(msg["fn"])
     estimator = auto.resolve(choice, fn, num_particles)
+    if isinstance(fn, Delta) and isinstance(estimator, Score):
+        # A point mass is a function of its parameters: its score does not see them.
+        estimator = auto.resolve("pathwise", fn, num_particles)
     if not estimator.supports(fn):
         reasons = (f"it needs {estimator.sites}", explain_stranger(fn))
         _refuse(msg, estimator, ". ".join(filter(None, reasons)))

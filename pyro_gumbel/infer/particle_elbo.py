@@ -291,10 +291,13 @@ class ParticleELBO(ELBO):
     ) -> list[Run]:
         """Run the pass with the main path, then the branches that did not fit into it."""
         memory = Memory()
+        verify = plan.follow and not exact
 
         def run(paths: tuple[Path, ...], dependence: Dependence | None = None) -> Run:
             here = Layout(layout.plate_nesting, paths, layout.repetitions, layout.vectorized)
-            sampler = Sampler(here, self._choose, memory, exact=exact, dependence=dependence)
+            sampler = Sampler(
+                here, self._choose, memory, exact=exact, dependence=dependence, verify=verify
+            )
             with dependence or nullcontext():
                 traces = run_programs(call, sampler, subsample)
                 run = collect(

@@ -231,3 +231,15 @@ def test_repr_rebuilds(estimator):
     again = eval(repr(estimator), names)
     assert repr(again) == repr(estimator)
     assert type(again) is type(estimator)
+
+
+@pytest.mark.parametrize("choice", ["score", Score()])
+def test_a_point_estimate_keeps_its_gradient_under_the_score_function(choice):
+    def model():
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    def guide():
+        pyro.sample("w", dist.Delta(pyro.param("w_map", torch.tensor(2.0))))
+
+    Estimator_ELBO().loss_and_grads(model, config_gradient(guide, choice))
+    torch.testing.assert_close(pyro.param("w_map").unconstrained().grad, torch.tensor(2.0))
