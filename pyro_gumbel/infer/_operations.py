@@ -55,6 +55,7 @@ _LIBRARIES = (
     "pyro_gumbel.estimators",
     "pyro_gumbel.infer._",
     "pyro_gumbel.infer.checks",
+    "pyro_gumbel.infer.learnable",
     "torch.distributions",
 )
 _MODES = (__name__, "pyro_gumbel.infer._dependence", "pyro_gumbel.infer._undo")
