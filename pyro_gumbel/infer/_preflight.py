@@ -1,4 +1,4 @@
-"""What a step must know of its programs before it runs them, found by one run of their own."""
+"""The preflight: one run of two programs that finds how their steps are laid out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pyro.poutine as poutine
 import torch
 from pyro.poutine.runtime import Message
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.infer._dependence import Dependence
@@ -90,11 +89,12 @@ def _watch(anchor: Any, forget: Callable[[Any], None]) -> Any:
 
 
 def structure_of(call: Call) -> Hashable:
-    """Describe the arguments without their numbers: their nesting, types and flags."""
-    leaves, spec = pytree.tree_flatten((call.args, dict(call.kwargs)))
-    return str(spec), tuple(
-        leaf if leaf is None or isinstance(leaf, (bool, str)) else type(leaf) for leaf in leaves
+    """Describe the arguments without their numbers: their types, flags and names."""
+    kinds = (
+        value if value is None or isinstance(value, (bool, str)) else type(value)
+        for value in (*call.args, *call.kwargs.values())
     )
+    return len(call.args), *kinds, *call.kwargs
 
 
 def preflight(
