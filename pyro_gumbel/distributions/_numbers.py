@@ -92,25 +92,23 @@ def _read(
     *,
     is_binary: bool,
 ) -> Tensor:
-    """Compute from what torch's distribution was given; number by number where it has both."""
+    """Compute from what torch's distribution was given."""
     own = vars(fn)
     probs, logits = own.get("probs"), own.get("logits")
     if logits is None or own.get("_param") is probs:
         return from_probs(own["probs"])
-    if probs is None:
+    if probs is None or probs.numel() == 0:
         return from_logits(logits)
     # It was given the logits, or the probabilities and expanded with both.
-    if probs.dtype != noise_dtype(probs.dtype):
-        derived = _is_derived(logits, probs, is_binary)
-    else:
-        derived = _is_clamped(logits, probs, is_binary)
-        if at_hand(derived) and not derived.any():
-            return from_logits(logits)
+    half = probs.dtype != noise_dtype(probs.dtype)
+    derived = (_are_derived if half else _are_clamped)(logits, probs, is_binary)
+    if at_hand(derived):
+        return from_probs(probs) if derived else from_logits(logits)
     return torch.where(derived, from_probs(probs), from_logits(logits))
 
 
 @torch.no_grad()
-def _is_derived(logits: Tensor, probs: Tensor, is_binary: bool) -> Tensor:
+def _are_derived(logits: Tensor, probs: Tensor, is_binary: bool) -> Tensor:
     """Find which was derived from which: in half precision there is no way back."""
     forth = logits == probs_to_logits(probs, is_binary)
     back = probs == logits_to_probs(logits, is_binary)
@@ -118,14 +116,15 @@ def _is_derived(logits: Tensor, probs: Tensor, is_binary: bool) -> Tensor:
 
 
 @torch.no_grad()
-def _is_clamped(logits: Tensor, probs: Tensor, is_binary: bool) -> Tensor:
-    """Find the logits that torch derived from probabilities too close to zero or to one.
+def _are_clamped(logits: Tensor, probs: Tensor, is_binary: bool) -> Tensor:
+    """Find whether torch derived the logits from probabilities too close to zero or to one.
 
-    They lie where the bound has its logit, which is far from that of the probability.
+    Then the furthest logit is that of torch's bound, and not of the furthest probability. Where
+    there are no such probabilities, it does not matter.
     """
     eps = torch.finfo(probs.dtype).eps
     bounds = probs_to_logits(torch.tensor([0.0, 1.0], dtype=probs.dtype), is_binary).tolist()
-    clamped = (probs < 0.999 * eps) & (logits > bounds[0] - 5e-4)
+    clamped = (probs.amin() < 0.999 * eps) & (logits.amin() > bounds[0] - 5e-4)
     if not is_binary:
         return clamped
-    return clamped | ((probs > 1 - eps) & (logits < bounds[1] + 1e-2))
+    return clamped | ((probs.amax() > 1 - eps) & (logits.amax() < bounds[1] + 1e-2))

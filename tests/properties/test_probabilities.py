@@ -64,7 +64,8 @@ def given(family, form, probs, dtype):
     binary = family in BITS
     numbers = probs if form == "probs" else probs.logit() if binary else probs.log()
     numbers = numbers.to(dtype)
-    held = getattr({**INDEX, **BITS}[family](**{form: numbers}), "_param", numbers).double()
+    fn = {**INDEX, **BITS}[family](**{form: numbers})
+    held = (numbers if hasattr(fn, "dtype") else fn._param).double()
     if binary:
         return numbers, held if form == "probs" else held.sigmoid()
     exact = held if form == "probs" else held.exp()
@@ -201,6 +202,16 @@ def test_masses_have_the_gradient_of_torch_in_probabilities(family, dtype):
     (ours,) = torch.autograd.grad(log_mass(fn, scored).sum(), raw)
     (torchs,) = torch.autograd.grad(law.log_prob(value).sum(), raw)
     torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.parametrize("family", [*INDEX, *BITS])
+def test_empty_plates_have_no_numbers_to_tell_apart(family):
+    shape = (0,) if family in BITS else (0, 3)
+    with pyro.validation_enabled(False):  # torch cannot check no vectors
+        fn = make(family, "probs", torch.ones(shape), (2, 0), read_before=True)
+        value = exact_draw(fn)
+        assert value.shape == fn.batch_shape + fn.event_shape
+        assert log_mass(fn, value).shape == (2, 0)
 
 
 @dtypes
