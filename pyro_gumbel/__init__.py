@@ -1,16 +1,34 @@
 """Gradient estimators for discrete latent variables in Pyro, chosen site by site.
 
-* :mod:`pyro_gumbel.distributions`: what is drawn (Gumbel, one-hot and relaxed distributions).
-* :mod:`pyro_gumbel.estimators`: how a gradient passes a site that has none of its own.
-* :mod:`pyro_gumbel.infer`: which site gets which estimator, and the ELBO that asks them.
-* :mod:`pyro_gumbel.guides`: guides that write themselves for discrete latents.
-* :mod:`pyro_gumbel.diagnostics`: what an estimator costs and buys on your own model.
+* :mod:`pyro_gumbel.distributions`: Gumbel, one-hot and relaxed distributions.
+* :mod:`pyro_gumbel.estimators`: estimators of the gradient at a latent site.
+* :mod:`pyro_gumbel.infer`: the choice of an estimator for each site, and the objectives.
+* :mod:`pyro_gumbel.guides`: guides for discrete latents that are made from the model.
+* :mod:`pyro_gumbel.diagnostics`: bias, variance and cost of estimators on a model of your own.
 """
 
 from __future__ import annotations
 
-from pyro_gumbel import diagnostics, distributions, estimators, guides, infer
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pyro_gumbel import distributions, estimators, infer
+
+if TYPE_CHECKING:
+    from pyro_gumbel import diagnostics, guides
 
 __all__ = ["__version__", "diagnostics", "distributions", "estimators", "guides", "infer"]
 
 __version__ = "0.1.0"
+
+_LOADED_WHEN_USED = ("diagnostics", "guides")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LOADED_WHEN_USED:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
