@@ -74,12 +74,7 @@ class Pathwise(Estimator):
     def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
         if self.sticking_the_landing and has_score_of_mean_zero(fn):
             return log_mass(fn, value).detach() + path_of_score(fn, value, instead="Pathwise()")
-        return score_given(
-            fn,
-            value,
-            instead="vectorize_particles=False, or Score(LeaveOneOut()) at sites whose coupled "
-            "estimator (DisARM() and the like) makes paths share this value",
-        )
+        return score_given(fn, value, instead="vectorize_particles=False")
 
     def surrogate(self, site: Site) -> Tensor | None:
         """Charge the noise with the cost, where its density depends on the parameters too."""

@@ -188,9 +188,12 @@ class Sampler(Messenger):
             rows = [list(block.chunk(len(paths), dim)) for block in blocks]
         if MAIN in paths:
             self._memory.values[name] = [block[paths.index(MAIN)] for block in rows]
+        shared = [self._shares_main(path, name) for path in paths]
+        if not any(shared) and len(blocks) == 1:
+            return blocks[0]
         values = [
-            self._remember(path, name) if self._shares_main(path, name) else rows[0][index]
-            for index, path in enumerate(paths)
+            self._remember(path, name) if from_main else rows[0][index]
+            for index, (path, from_main) in enumerate(zip(paths, shared, strict=True))
         ]
         if len(values) == 1:
             return values[0]

@@ -346,13 +346,15 @@ class ParticleELBO(ELBO):
         plan.follow = not sites <= plan.checked
 
     def _run_branches(self, main: Run, run: Callable[[tuple[Path, ...]], Run]) -> list[Run]:
-        runs = []
-        for name, size in main.sizes.items():
+        runs: list[Run] = []
+        # The last site first: a branch that draws from a flow anew makes it forget the main path's
+        # draw, which the branches of later sites score.
+        for name, size in reversed(main.sizes.items()):
             estimator = main.estimators[name]
             paths = [Path(name, value) for value in range(1, size)]
             paths = [path for path in paths if path not in main.layout.paths]
             chunk = (estimator.chunk_size or len(paths) or 1) if self.vectorize_particles else 1
+            starts = range(0, len(paths), chunk)
             with torch.set_grad_enabled(torch.is_grad_enabled() and estimator.branches_have_graph):
-                for start in range(0, len(paths), chunk):
-                    runs.append(run(tuple(paths[start : start + chunk])))
+                runs = [run(tuple(paths[at : at + chunk])) for at in starts] + runs
         return runs
