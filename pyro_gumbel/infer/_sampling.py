@@ -213,9 +213,10 @@ class Sampler(Messenger):
             rows = logits.chunk(len(paths), dim)
         if MAIN in paths:
             self._memory.logits[name] = rows[paths.index(MAIN)]
-        main = self._memory.logits[name]
-        for path, own in zip(paths, rows, strict=True):
-            if path.owner == name and not torch.allclose(own, main, 1e-4, 1e-5, equal_nan=True):
+        branches = (own for path, own in zip(paths, rows, strict=True) if path.owner == name)
+        for own in branches:
+            main = self._memory.logits[name]
+            if not torch.allclose(own, main, 1e-4, 1e-5, equal_nan=True):
                 raise ValueError(
                     f"At site {name!r}, {estimator!r} evaluates several values that come from one "
                     "distribution, and this distribution differs between the evaluations: the "
