@@ -1,6 +1,6 @@
-"""Pictures: draws of gradients, histories of training, noise against price.
+"""Figures: draws of gradients, histories of training, variance against cost.
 
-matplotlib, and ArviZ's plots, are imported when a picture is drawn.
+matplotlib and ArviZ's plots are imported when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pandas as pd
 import xarray as xr
 
 from pyro_gumbel._arviz import plot_forest
-from pyro_gumbel._integers import is_integer
+from pyro_gumbel._validate import is_integer
 from pyro_gumbel.diagnostics._blocks import check_draws, reference_blocks
 from pyro_gumbel.diagnostics._storage import is_projected, parameters_of
 
@@ -66,20 +66,21 @@ def plot_gradients(
     rows = sum(math.prod(first[name].shape[2:]) for name in names)
     if rows > _MAX_ROWS:
         raise ValueError(
-            f"plot_gradients: {rows} coordinates are too many rows for a picture. Choose "
+            f"plot_gradients: {rows} coordinates are too many rows for a figure. Choose "
             f"parameters, var_names=[...], of {parameters_of(first)}, or part of each Dataset, "
             "such as draws[label].isel(...)."
         )
-    shortest = min(dataset.sizes["draw"] for dataset in draws.values())
-    average = max(shortest // _MEANS, 1) if average is None else average
-    average = _between("average", average, shortest, "a chain's")
+    length = min(dataset.sizes["draw"] for dataset in draws.values())
+    average = max(length // _MEANS, 1) if average is None else average
+    average = _between("average", average, length, "a chain's")
     chains = min(dataset.sizes["chain"] for dataset in draws.values())
-    shown = {
-        label: _means(dataset[names], average, chains, shortest // average)
-        for label, dataset in draws.items()
-    }
+    shown = {}
+    for label, dataset in draws.items():
+        kept = dataset[names].isel(chain=slice(chains), draw=slice(length)).astype(float)
+        means = kept.drop_vars(set(kept.coords) - (set(kept.dims) - {"chain", "draw"}))
+        shown[label] = means.coarsen(draw=average, boundary="trim").mean()
     if reference is not None:
-        shown["reference"] = _constant(reference, first, next(iter(shown.values())), names)
+        shown["reference"] = _constant(reference, first[names], next(iter(shown.values())))
     return plot_forest(shown, **kwargs)
 
 
@@ -87,14 +88,13 @@ def _names(draws: xr.Dataset, var_names: Any) -> list[str]:
     known = parameters_of(draws)
     if var_names is None:
         return [name for name in known if draws[name].size]
-    chosen = [var_names] if isinstance(var_names, str) else var_names
-    if not isinstance(chosen, Iterable):
+    names = [var_names] if isinstance(var_names, str) else var_names
+    if not isinstance(names, Iterable):
         raise TypeError(
             f"var_names must be names of parameters, such as var_names={known[:1]}; got "
             f"{var_names!r}."
         )
-    names = list(chosen)
-    for name in names:
+    for name in (names := list(names)):
         if name not in known:
             raise ValueError(f"var_names: no parameter {name!r}; there are {known}.")
     return names
@@ -107,36 +107,17 @@ def _between(name: str, value: Any, most: int, what: str) -> int:
     raise error(f"{name} must be between 1 and {most}, {what}, and an integer; got {value!r}.")
 
 
-def _means(dataset: xr.Dataset, average: int, chains: int, number: int) -> xr.Dataset:
-    """Average successive draws; the dimension ``draw`` then counts the means."""
-    variables = {}
-    for name, array in dataset.data_vars.items():
-        values = array.values[:chains, : average * number].astype(float)
-        blocks = values.reshape(chains, number, average, *values.shape[2:])
-        variables[name] = (array.dims, blocks.mean(2))
-    own = {dim: dataset.coords[dim] for dim in dataset.dims if dim in dataset.coords}
-    own = {dim: coord for dim, coord in own.items() if dim not in ("chain", "draw")}
-    return xr.Dataset(variables, own)
-
-
-def _constant(
-    reference: xr.Dataset, draws: xr.Dataset, like: xr.Dataset, names: list[str]
-) -> xr.Dataset:
+def _constant(reference: xr.Dataset, draws: xr.Dataset, like: xr.Dataset) -> xr.Dataset:
     """The reference as draws that are all equal."""
     if is_projected(draws):
         raise ValueError(
-            "plot_gradients: draws that were kept as projections cannot be held against a "
+            "plot_gradients: draws that were kept as projections cannot be compared with a "
             "reference; leave it out, or draw without project=, params=[...]."
         )
-    blocks = reference_blocks(reference, draws[names])
-    variables = {
-        name: (
-            like[name].dims,
-            np.broadcast_to(blocks[name].mean.reshape(like[name].shape[2:]), like[name].shape),
-        )
-        for name in names
-    }
-    return xr.Dataset(variables, like.coords)
+    blocks = reference_blocks(reference, draws)
+    return like.map(
+        lambda array: xr.zeros_like(array) + blocks[array.name].mean.reshape(array.shape[2:])
+    )
 
 
 def plot_training(
@@ -177,17 +158,18 @@ def plot_training(
     smooth = _between("smooth", smooth, steps, "the steps")
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for number, (label, history) in enumerate(lines.items()):
-        seconds = _clock(history)
-        step = history.draw.values
-        colour = f"C{number}"
-        _band(axes[0], step, history.elbo, smooth, colour, label)
-        _band(axes[1], seconds, history.elbo, smooth, colour, label)
-        _band(axes[2], step, history.grad_norm, smooth, colour, label)
-    axes[0].set(xlabel="step", ylabel="ELBO")
-    axes[1].set(xlabel="seconds", ylabel="ELBO")
+        smoothed = history.rolling(draw=smooth).mean().isel(draw=slice(smooth - 1, None))
+        step, seconds = smoothed.draw.values, _clock(history)[smooth - 1 :]
+        panels = ((step, "elbo"), (seconds, "elbo"), (step, "grad_norm"))
+        for axis, (x, name) in zip(axes, panels, strict=True):
+            chains = smoothed[name].transpose("chain", "draw").values
+            axis.plot(x, chains.mean(0), color=f"C{number}", label=label)
+            axis.fill_between(
+                x, chains.min(0), chains.max(0), color=f"C{number}", alpha=0.2, linewidth=0
+            )
+    axes[0].set(xlabel="step", ylabel="ELBO", ylim=_limits(lines.values()))
+    axes[1].set(xlabel="seconds", ylabel="ELBO", ylim=_limits(lines.values()))
     axes[2].set(xlabel="step", ylabel="norm of the gradient", yscale="log")
-    for axis in axes[:2]:
-        axis.set_ylim(*_limits(list(lines.values())))
     for axis in axes:
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
@@ -197,8 +179,7 @@ def plot_training(
 def _clock(history: xr.Dataset) -> np.ndarray:
     """Seconds since the start; the first step, which sets things up, counts like the others."""
     seconds = history.seconds.mean("chain").values.copy()
-    if len(seconds) > 1:
-        seconds[0] = np.median(seconds[1:])
+    seconds[0] = np.median(seconds[1:]) if len(seconds) > 1 else seconds[0]
     return seconds.cumsum()
 
 
@@ -218,26 +199,11 @@ def _lines(histories: Any) -> dict[str, xr.Dataset]:
             lines[str(prefix)] = history
             continue
         for label in history.estimator.values:
-            name = " ".join(part for part in (str(prefix), str(label)) if part)
-            lines[name] = history.sel(estimator=label)
+            lines[f"{prefix} {label}".strip()] = history.sel(estimator=label)
     return lines
 
 
-def _band(
-    axis: Any, x: np.ndarray, values: xr.DataArray, smooth: int, colour: str, label: str
-) -> None:
-    """A line of the mean over chains, and the range that they span."""
-    kernel = np.ones(smooth) / smooth
-    rows = np.stack(
-        [np.convolve(row, kernel, "valid") for row in values.transpose("chain", "draw").values]
-    )
-    x = x[smooth - 1 :]
-    axis.plot(x, rows.mean(0), color=colour, label=label)
-    if len(rows) > 1:
-        axis.fill_between(x, rows.min(0), rows.max(0), color=colour, alpha=0.2, linewidth=0)
-
-
-def _limits(histories: list[xr.Dataset]) -> tuple[float, float]:
+def _limits(histories: Iterable[xr.Dataset]) -> tuple[float, float]:
     """Leave the first steep steps out of sight: what differs between estimators comes later."""
     late = [h.elbo.isel(draw=slice(h.sizes["draw"] // 10, None)).values for h in histories]
     low = min(float(np.nanpercentile(values, 1)) for values in late)
@@ -247,10 +213,10 @@ def _limits(histories: list[xr.Dataset]) -> tuple[float, float]:
 
 
 def plot_efficiency(table: pd.DataFrame) -> Any:
-    """Draw noise against price, and bias beside them, from a table of :func:`compare_gradients`.
+    """Draw variance against cost, and bias beside, from a table of :func:`compare_gradients`.
 
-    Lines join points of the same variance times seconds: along one of them more draws buy what
-    less noise would.
+    Lines join points of the same variance times seconds: along one of them, more draws make up for
+    more variance.
 
     Args:
         table: One row an estimator; with a reference the bias is drawn too.
@@ -259,7 +225,7 @@ def plot_efficiency(table: pd.DataFrame) -> Any:
         The matplotlib figure.
 
     Raises:
-        TypeError: If it is no table.
+        TypeError: If it is not a table.
         ValueError: If it lacks a column, or no row has both a variance and a time.
 
     Example:
@@ -273,40 +239,36 @@ def plot_efficiency(table: pd.DataFrame) -> Any:
     """
     import matplotlib.pyplot as plt
 
-    _check_table(table)
-    timed = table[np.isfinite(table.seconds) & (table.variance > 0)]
-    if timed.empty:
-        raise ValueError(
-            "plot_efficiency: no row has a positive variance and seconds; take the table of "
-            "compare_gradients(gradient_draws(...))."
-        )
-    barred = table[table.bias.notna()]
-    biased = not barred.empty
-    figure, axes = plt.subplots(
-        1, 1 + biased, figsize=(5.5 + 4.5 * biased, 4), squeeze=False, layout="constrained"
-    )
-    # By name, so that an estimator has one colour whatever its place in the table.
-    colours = {label: f"C{number % 10}" for number, label in enumerate(sorted(table.index))}
-    _price(axes[0, 0], timed, colours)
-    if biased:
-        _bias(axes[0, 1], barred, colours)
-    points = zip(*axes[0, 0].get_legend_handles_labels(), strict=True)
-    unnamed = [point for point, label in points if label not in set(map(str, barred.index))]
-    if unnamed:  # a reference, or all where there is none
-        axes[0, 0].legend(handles=unnamed, frameon=False, fontsize=8)
-    return figure
-
-
-def _check_table(table: Any) -> None:
     wanted = "the table of compare_gradients(gradient_draws(...))"
     if not isinstance(table, pd.DataFrame):
         raise TypeError(f"table must be {wanted}; got {type(table).__name__}.")
     lacking = [name for name in _PLOTTED if name not in table]
     if lacking:
         raise ValueError(f"table must be {wanted}; it has no columns {lacking}.")
+    timed = table[np.isfinite(table.seconds) & (table.variance > 0)]
+    if timed.empty:
+        raise ValueError(
+            f"plot_efficiency: no row has a positive variance and seconds; take {wanted}."
+        )
+    barred = table[table.bias.notna()]
+    panels = 1 if barred.empty else 2
+    figure, axes = plt.subplots(
+        1, panels, figsize=(1 + 4.5 * panels, 4), squeeze=False, layout="constrained"
+    )
+    # By name, so that an estimator has one colour whatever its place in the table.
+    colours = {label: f"C{number % 10}" for number, label in enumerate(sorted(table.index))}
+    _draw_costs(axes[0, 0], timed, colours)
+    if panels == 2:
+        _draw_biases(axes[0, 1], barred, colours)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    named = set(map(str, barred.index))
+    unnamed = [one for one, label in zip(handles, labels, strict=True) if label not in named]
+    if unnamed:  # a reference, or all where there is none
+        axes[0, 0].legend(handles=unnamed, frameon=False, fontsize=8)
+    return figure
 
 
-def _price(axis: Any, timed: pd.DataFrame, colours: dict[Any, str]) -> None:
+def _draw_costs(axis: Any, timed: pd.DataFrame, colours: dict[Any, str]) -> None:
     for label, row in timed.iterrows():
         axis.errorbar(
             1e3 * row.seconds,
@@ -318,14 +280,12 @@ def _price(axis: Any, timed: pd.DataFrame, colours: dict[Any, str]) -> None:
             label=label,
         )
     axis.set(xscale="log", yscale="log", xlabel="milliseconds a draw", ylabel="variance of a draw")
-    low, high = axis.get_xlim()
-    bottom, top = axis.get_ylim()
-    x = np.array([low, high])
-    for price in np.geomspace(low * bottom, high * top, 8)[1:-1]:
-        axis.plot(x, price / x, color="0.85", linewidth=0.8, zorder=0)
-    axis.set(xlim=(low, high), ylim=(bottom, top))
-    _label_ticks(axis.xaxis, low, high)
-    _label_ticks(axis.yaxis, bottom, top)
+    x, y = np.array(axis.get_xlim()), np.array(axis.get_ylim())
+    for cost in np.geomspace(x[0] * y[0], x[1] * y[1], 8)[1:-1]:
+        axis.plot(x, cost / x, color="0.85", linewidth=0.8, zorder=0)
+    axis.set(xlim=x, ylim=y)
+    _label_ticks(axis.xaxis, *x)
+    _label_ticks(axis.yaxis, *y)
 
 
 def _label_ticks(axis: Any, low: float, high: float) -> None:
@@ -344,7 +304,7 @@ def _label_ticks(axis: Any, low: float, high: float) -> None:
     axis.set_minor_formatter(OneForm(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
 
 
-def _bias(axis: Any, table: pd.DataFrame, colours: dict[Any, str]) -> None:
+def _draw_biases(axis: Any, table: pd.DataFrame, colours: dict[Any, str]) -> None:
     """Draw the biases as bars, whose names and colours are the legend of the other panel, too."""
     places = np.arange(len(table))[::-1]
     axis.barh(

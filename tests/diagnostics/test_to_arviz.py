@@ -204,7 +204,7 @@ def test_plot_gradients_needs_few_rows() -> None:
     with pytest.raises(ValueError, match="41 coordinates are too many rows"):
         plot_gradients(many)
     draws, exact = drawn(project=2)
-    with pytest.raises(ValueError, match="projections cannot be held against a reference"):
+    with pytest.raises(ValueError, match="projections cannot be compared with a reference"):
         plot_gradients(draws, exact)
     assert plot_gradients(draws) is not None
 
