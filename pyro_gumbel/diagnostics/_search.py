@@ -6,20 +6,21 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from pyro_gumbel.diagnostics._candidates import Trial
 from pyro_gumbel.diagnostics._parameters import Params
 from pyro_gumbel.diagnostics._replica import EvaluationCounter
 from pyro_gumbel.diagnostics._state import seeds
+from pyro_gumbel.diagnostics.compare import compare_gradients
 from pyro_gumbel.diagnostics.draws import gradient_draws
-from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.estimators import Call, Estimator, MovingAverage
 from pyro_gumbel.infer import Estimator_ELBO, GradientWarning
 
-__all__ = ["FAILURES", "Budget", "Search"]
+__all__ = ["FAILURES", "Budget", "Search", "Trial"]
 
 FAILURES = (ValueError, RuntimeError, TypeError, IndexError, NotImplementedError)
 
@@ -56,6 +57,108 @@ class Budget:
         """Set a part of what is left aside; return a function that says what is left of it."""
         end = self.now() + part * self.left()
         return lambda: max(end - self.now(), 0.0)
+
+
+@dataclass(eq=False)
+class Trial:
+    """An estimator for each site, and what was found out about them.
+
+    Attributes:
+        label: Its name.
+        config: The estimator of each site.
+        num_particles: The particles that they need.
+        cost: Cost of a draw, in the budget's unit.
+        overhead: Cost of a call of ``gradient_draws`` beside its draws.
+        draws: Its draws, ``None`` while there are none.
+        failure: Why there are none.
+        skipped: Whether that was for want of budget.
+        warning: What was warned of while it ran.
+        misses_cost: Whether the warning was that an estimator misses a part of the cost.
+        row: Its row of the comparison.
+        error: The mean squared error after averaging.
+        error_mcse: Its standard error; candidates are ranked by the sum of the two.
+        bounds: Between which ``error`` lies, two standard errors either way.
+    """
+
+    label: str
+    config: dict[str, Estimator]
+    num_particles: int
+    cost: float = math.nan
+    overhead: float = 0.0
+    draws: xr.Dataset | None = None
+    failure: str = ""
+    skipped: bool = False
+    warning: str = ""
+    misses_cost: bool = False
+    row: dict[str, Any] = field(default_factory=dict)
+    error: float = math.inf
+    error_mcse: float = math.inf
+    bounds: tuple[float, float] = (0.0, math.inf)
+    _judged: tuple[Any, Any] = (None, None)
+
+    @property
+    def key(self) -> str:
+        """Equal for candidates that do the same."""
+        return f"{self.num_particles} {self.config!r}"
+
+    @property
+    def exact(self) -> bool:
+        """Whether every site is summed out."""
+        return all(estimator.enumerates for estimator in self.config.values())
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether every estimator claims to be."""
+        return all(estimator.unbiased for estimator in self.config.values())
+
+    @property
+    def has_history(self) -> bool:
+        """Whether a baseline is an average over the steps before."""
+        baselines = [getattr(estimator, "baseline", None) for estimator in self.config.values()]
+        return any(isinstance(baseline, MovingAverage) for baseline in baselines)
+
+    def affordable(self, budget: float) -> int:
+        """The number of draws that a budget pays for."""
+        return int(max(budget - self.overhead, 0.0) / max(self.cost, 1e-9))
+
+    def skip(self, reason: str) -> None:
+        """Note that the budget did not suffice."""
+        self.failure, self.skipped = reason, True
+
+    def swap(self, site: str, other: Trial) -> Trial:
+        """Take the estimator of one site from another candidate; the cost is a guess."""
+        estimator = other.config[site]
+        return Trial(
+            f"{self.label}, {site}: {other.label}",
+            {**self.config, site: estimator},
+            max(self.num_particles, estimator.min_particles),
+            cost=self.cost + other.cost,
+            overhead=self.overhead + other.overhead,
+        )
+
+    def retime(self, attributes: dict[str, float]) -> None:
+        """Replace the cost in seconds."""
+        assert self.draws is not None
+        self.draws = self.draws.assign_attrs(attributes)
+        self.cost = attributes["seconds"]
+
+    def judge(self, reference: xr.Dataset | None, unit: str, horizon: float) -> None:
+        """Compute the error of draws averaged over a horizon, in the budget's unit."""
+        if self._judged[0] is not self.draws or self._judged[1] is not reference:
+            table = compare_gradients({self.label: self.draws}, reference)
+            self.row = {str(name): value for name, value in table.iloc[0].items()}
+            self._judged = (self.draws, reference)
+        row = self.row
+        squared, bias_mcse = 0.0, 0.0
+        if reference is not None:
+            bias_mcse = math.sqrt(max(row["mse_mcse"] ** 2 - row["variance_mcse"] ** 2, 0.0))
+            if row["bias_z"] > 2:  # what noise or rounding explains does not count as bias
+                squared = max(row["mse"] - row["variance"], 0.0)
+        averaged = row[unit] / horizon
+        noise, noise_mcse = row["variance"] * averaged, row["variance_mcse"] * averaged
+        self.error, self.error_mcse = squared + noise, math.hypot(bias_mcse, noise_mcse)
+        lower = max(squared - 2 * bias_mcse, 0.0) + max(noise - 2 * noise_mcse, 0.0)
+        self.bounds = (lower, self.error + 2 * self.error_mcse)
 
 
 class Search:

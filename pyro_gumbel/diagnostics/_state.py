@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_gumbel._integers import is_integer
+from pyro_gumbel._validate import is_integer
 
 __all__ = ["Keeper", "preserved", "seed_everything", "seed_torch", "seeds"]
 

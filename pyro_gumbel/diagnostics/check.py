@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xarray as xr
 
-from pyro_gumbel.diagnostics._arguments import integer, positive
+from pyro_gumbel._validate import integer, positive
 from pyro_gumbel.diagnostics._blocks import (
     Block,
     blocks_of,

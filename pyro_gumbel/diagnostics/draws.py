@@ -10,7 +10,7 @@ import xarray as xr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_gumbel.diagnostics._arguments import (
+from pyro_gumbel._validate import (
     check_coords,
     check_estimators,
     check_programs,

@@ -12,7 +12,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_gumbel.diagnostics._arguments import check_coords, check_programs, integer
+from pyro_gumbel._validate import check_coords, check_programs, integer
 from pyro_gumbel.diagnostics._minibatches import Minibatches, find_minibatches
 from pyro_gumbel.diagnostics._parameters import (
     Params,

@@ -15,7 +15,7 @@ from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyro_gumbel._arviz import tail_khat
-from pyro_gumbel.diagnostics._arguments import check_programs, integer
+from pyro_gumbel._validate import check_programs, integer
 from pyro_gumbel.diagnostics._programs import Evaluation, evaluate, plates_of
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
 from pyro_gumbel.estimators import Call

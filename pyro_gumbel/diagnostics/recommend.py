@@ -14,15 +14,22 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
-from pyro_gumbel.diagnostics._arguments import check_programs, integer, positive
-from pyro_gumbel.diagnostics._candidates import Trial, candidates_for
+from pyro_gumbel._validate import check_programs, integer, positive
 from pyro_gumbel.diagnostics._parameters import Params, find_parameters
 from pyro_gumbel.diagnostics._replica import EvaluationCounter
-from pyro_gumbel.diagnostics._search import FAILURES, Budget, Search
+from pyro_gumbel.diagnostics._search import FAILURES, Budget, Search, Trial
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
 from pyro_gumbel.diagnostics.exact import sum_states
 from pyro_gumbel.distributions.families import unwrap
-from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.estimators import (
+    Call,
+    Estimator,
+    LeaveOneOut,
+    MovingAverage,
+    Pathwise,
+    Score,
+)
+from pyro_gumbel.estimators.registry import CLASSES
 from pyro_gumbel.infer import Estimator_ELBO
 
 __all__ = ["Recommendation", "recommend"]
@@ -177,7 +184,7 @@ def recommend(
         sites = _latent_distributions(call)
         search = Search(call, names, vectorize_particles, budget, horizon, seed)
         search.reference = _exact(call, names, max_states, seed, budget, counter)
-        rounds = search.run(candidates_for(sites, candidates, num_particles))
+        rounds = search.run(_candidates(sites, candidates, num_particles))
         for name in (bar := tqdm(rounds, disable=not progress, unit="round")):
             bar.set_description(name)
     return _conclude(search)
@@ -201,6 +208,61 @@ def _check_budget(
         )
     step = steps[unit]
     return unit, amount, None if step is None else positive(f"recommend: step_{unit}", step)
+
+
+def _candidates(
+    sites: Mapping[str, Any], estimators: Mapping[str, Any] | None, num_particles: int | None
+) -> list[Trial]:
+    """Make a candidate of each estimator: it serves the sites that it can, a default the others.
+
+    Raises:
+        TypeError: If ``estimators`` is not a dict of estimators.
+        ValueError: If none of them can serve any site.
+    """
+    named = _known_estimators() if estimators is None else _check_candidates(estimators)
+    found: dict[str, Trial] = {}
+    for label, (estimator, particles) in named.items():
+        if not any(estimator.supports(fn) for fn in sites.values()):
+            continue
+        config = {
+            name: estimator if estimator.supports(fn) else _default(fn)
+            for name, fn in sites.items()
+        }
+        needed = max(choice.min_particles for choice in config.values())
+        if num_particles is None or num_particles >= needed:
+            trial = Trial(label, config, num_particles or max(particles, needed))
+            found.setdefault(trial.key, trial)
+    if not found:
+        raise ValueError(f"recommend: no candidate of {list(named)} can serve a site.")
+    return list(found.values())
+
+
+def _known_estimators() -> dict[str, tuple[Estimator, int]]:
+    named: dict[str, tuple[Estimator, int]] = {name: (kind(), 1) for name, kind in CLASSES.items()}
+    named["sticking_the_landing"] = (Pathwise(sticking_the_landing=True), 1)
+    named["moving_average"] = (Score(MovingAverage()), 1)
+    named["leave_one_out_2"] = (Score(LeaveOneOut()), 2)
+    named["leave_one_out_4"] = (Score(LeaveOneOut()), 4)
+    return named
+
+
+def _check_candidates(estimators: Any) -> dict[str, tuple[Estimator, int]]:
+    if not isinstance(estimators, Mapping):
+        raise TypeError(
+            "recommend: candidates must be a dict of labels, such as candidates={'reinmax': "
+            f"ReinMax()}}; got {estimators!r}."
+        )
+    for label, estimator in estimators.items():
+        if not isinstance(estimator, Estimator):
+            raise TypeError(
+                f"recommend: candidates[{label!r}] must be an estimator such as ReinMax(); got "
+                f"{estimator!r}."
+            )
+    return {label: (own, own.min_particles) for label, own in estimators.items()}
+
+
+def _default(fn: Any) -> Estimator:
+    return Pathwise() if fn.has_rsample else Score(MovingAverage())
 
 
 @torch.no_grad()

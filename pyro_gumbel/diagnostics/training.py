@@ -17,7 +17,7 @@ from pyro.infer import SVI
 from pyro.optim import PyroOptim
 from tqdm.auto import tqdm
 
-from pyro_gumbel.diagnostics._arguments import (
+from pyro_gumbel._validate import (
     check_estimators,
     check_programs,
     integer,

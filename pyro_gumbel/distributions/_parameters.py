@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_gumbel._integers import is_number
+from pyro_gumbel._validate import is_number
 from pyro_gumbel.distributions._base import as_floating, broadcast_shapes, checkable, may_cache
 from pyro_gumbel.distributions._noise import noise_dtype
 from pyro_gumbel.distributions._softmax import log_softmax

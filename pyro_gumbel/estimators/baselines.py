@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pyro_gumbel.estimators._arguments import check_number
+from pyro_gumbel._validate import check_number
 from pyro_gumbel.estimators._module import StatefulModule
 from pyro_gumbel.estimators.base import Call, Site
 

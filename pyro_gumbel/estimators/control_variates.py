@@ -6,6 +6,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor, nn
 
+from pyro_gumbel._validate import check_num_samples
 from pyro_gumbel.distributions._noise import noise_dtype
 from pyro_gumbel.distributions.families import (
     exact_draw,
@@ -15,7 +16,6 @@ from pyro_gumbel.distributions.families import (
     one_hot_logits,
     value_dtype,
 )
-from pyro_gumbel.estimators._arguments import check_num_samples
 from pyro_gumbel.estimators.base import Estimator, Site
 
 __all__ = ["DoubleControlVariate", "MuProp", "Rodeo", "lower"]

@@ -7,6 +7,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pyro_gumbel._validate import check_num_samples
 from pyro_gumbel.distributions.families import (
     bit_probs,
     from_index,
@@ -18,7 +19,6 @@ from pyro_gumbel.distributions.families import (
     uniform,
     value_dtype,
 )
-from pyro_gumbel.estimators._arguments import check_num_samples
 from pyro_gumbel.estimators.base import Estimator, Site
 
 __all__ = ["ARMS", "DisARM", "DisARMTree"]

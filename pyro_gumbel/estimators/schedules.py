@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_gumbel._integers import is_number, without_dimensions
-from pyro_gumbel.estimators._arguments import check_num_samples, check_number
+from pyro_gumbel._validate import check_num_samples, check_number, is_number, without_dimensions
 from pyro_gumbel.estimators._module import StatefulModule
 
 __all__ = ["Exponential", "Linear", "Schedule"]

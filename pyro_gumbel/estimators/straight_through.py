@@ -6,6 +6,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
+from pyro_gumbel._validate import check_number
 from pyro_gumbel.distributions._softmax import softmax
 from pyro_gumbel.distributions.families import (
     is_bit,
@@ -18,7 +19,6 @@ from pyro_gumbel.distributions.families import (
 from pyro_gumbel.distributions.gumbel import gumbel_noise
 from pyro_gumbel.distributions.one_hot import draw_one_hot, one_at
 from pyro_gumbel.distributions.relaxed import straight_through
-from pyro_gumbel.estimators._arguments import check_number
 from pyro_gumbel.estimators.base import Estimator
 from pyro_gumbel.estimators.schedules import Schedule, check_temperature
 

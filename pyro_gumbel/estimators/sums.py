@@ -6,6 +6,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
+from pyro_gumbel._validate import check_num_samples
 from pyro_gumbel.distributions.families import (
     exact_draw,
     from_index,
@@ -14,7 +15,6 @@ from pyro_gumbel.distributions.families import (
     support_values,
     to_index,
 )
-from pyro_gumbel.estimators._arguments import check_num_samples
 from pyro_gumbel.estimators.base import Estimator, Site
 
 __all__ = ["Enumerate", "LocalExpectation"]

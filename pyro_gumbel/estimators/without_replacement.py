@@ -8,6 +8,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
+from pyro_gumbel._validate import check_num_samples
 from pyro_gumbel.distributions.families import (
     from_index,
     is_categorical,
@@ -16,7 +17,6 @@ from pyro_gumbel.distributions.families import (
     to_index,
 )
 from pyro_gumbel.distributions.gumbel import gumbel_noise
-from pyro_gumbel.estimators._arguments import check_num_samples
 from pyro_gumbel.estimators.base import Estimator, Site
 from pyro_gumbel.estimators.sums import joins_variables
 

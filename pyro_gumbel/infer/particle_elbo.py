@@ -14,7 +14,7 @@ from pyro.poutine.runtime import Message
 from pyro.util import warn_if_nan
 from torch import Tensor, nn
 
-from pyro_gumbel._integers import is_integer
+from pyro_gumbel._validate import is_integer
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.estimators.registry import CLASSES, Choice, DefaultEstimators, check_choice
 from pyro_gumbel.infer._cost_checks import check_costs

@@ -1,0 +1,139 @@
+"""Checks of arguments: errors name the argument, what it got, and what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
+
+__all__ = [
+    "check_coords",
+    "check_estimators",
+    "check_num_samples",
+    "check_number",
+    "check_programs",
+    "integer",
+    "is_integer",
+    "is_number",
+    "positive",
+    "without_dimensions",
+]
+
+
+def is_integer(value: Any) -> bool:
+    """Return whether a value is an integer of any library; ``True`` is not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a real number of any library; ``True`` and tensors are not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def without_dimensions(value: Any) -> Any:
+    """Read the number off a tensor or array without dimensions, unless it requires gradients."""
+    single = getattr(value, "ndim", None) == 0 and not getattr(value, "requires_grad", False)
+    return value.item() if single else value
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """Convert an integer of any library to Python's own.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it is below ``least``.
+    """
+    if is_integer(value) and value >= least:
+        return int(value)
+    error = ValueError if is_integer(value) else TypeError
+    raise error(f"{name} must be an integer of at least {least}; got {value!r}.")
+
+
+def positive(name: str, value: Any) -> float:
+    """Convert a positive number to a float.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is not above zero.
+    """
+    if is_number(value) and value > 0:
+        return float(value)
+    error = ValueError if is_number(value) else TypeError
+    raise error(f"{name} must be positive, a number such as 2.0; got {value!r}.")
+
+
+def check_num_samples(
+    owner: str, num_samples: Any, least: int, *, argument: str = "num_samples"
+) -> int:
+    """Convert a number of samples, or of steps, to Python's own.
+
+    Raises:
+        ValueError: If it is not an integer, or too small.
+    """
+    if not is_integer(num_samples) or num_samples < least:
+        raise ValueError(
+            f"{owner}: {argument} must be an integer of at least {least}; got {num_samples!r}."
+        )
+    return int(num_samples)
+
+
+def check_number(owner: str, argument: str, value: Any, *, example: float) -> float:
+    """Convert a number of any library to Python's own.
+
+    Raises:
+        TypeError: If it is not a number.
+    """
+    value = without_dimensions(value)
+    if not is_number(value):
+        raise TypeError(
+            f"{owner}: {argument} must be a number, such as {argument}={example!r}; got {value!r}."
+        )
+    return float(value)
+
+
+def check_programs(model: Any, guide: Any) -> None:
+    """Refuse what cannot be called, such as the result of a program.
+
+    Raises:
+        TypeError: If one of them is not callable.
+    """
+    for name, program in (("model", model), ("guide", guide)):
+        if not callable(program):
+            raise TypeError(
+                f"{name} must be a function or a module that makes Pyro's statements, itself and "
+                f"not what it returns; got {program!r}."
+            )
+
+
+def check_estimators(estimators: Any) -> None:
+    """Refuse anything but a dict of estimators by label.
+
+    Raises:
+        TypeError: If it is not a dict, or a label is not a string.
+        ValueError: If it is empty.
+    """
+    if not isinstance(estimators, Mapping):
+        raise TypeError(
+            "estimators must be a dict of labels, such as estimators={'reinmax': ReinMax()}; got "
+            f"{estimators!r}."
+        )
+    if not estimators:
+        raise ValueError("estimators is empty; write estimators={'reinmax': ReinMax()}.")
+    for label in estimators:
+        if not isinstance(label, str):
+            raise TypeError(
+                "estimators must have strings for labels, such as estimators={'reinmax': "
+                f"ReinMax()}}; got {label!r}."
+            )
+
+
+def check_coords(coords: Any) -> None:
+    """Refuse anything but a dict of coordinates.
+
+    Raises:
+        TypeError: If it is not a dict.
+    """
+    if coords is not None and not isinstance(coords, Mapping):
+        raise TypeError(
+            f"coords must be a dict, such as coords={{'category': ['x', 'y']}}; got {coords!r}."
+        )
