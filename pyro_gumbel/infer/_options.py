@@ -9,14 +9,9 @@ from pyro_gumbel.estimators.registry import did_you_mean
 
 __all__ = ["check_options"]
 
-_RECORD = "to record a step, write CapturedSVI(model, guide, optim, loss)"
 _WITHOUT_EFFECT = {
-    "ignore_jit_warnings": _RECORD,
-    "jit_options": _RECORD,
+    "jit_options": "to record a step, write CapturedSVI(model, guide, optim, loss)",
     "max_iarange_nesting": "write max_plate_nesting",
-    "strict_enumeration_warning": (
-        "a site is enumerated where its estimator says so, infer={'gradient': Enumerate()}"
-    ),
     "tail_adaptive_beta": "it belongs to Pyro's TraceTailAdaptive_ELBO",
 }
 
