@@ -9,15 +9,15 @@ from typing import Any
 
 import pyro
 from pyro import poutine
-from pyro.distributions import MaskedDistribution
+from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Independent
 
+from pyro_gumbel.distributions.families import event_dims, log_mass, unwrap, wrap_score
 from pyro_gumbel.estimators import Call
 
 __all__ = ["Evaluation", "Given", "Term", "evaluate", "plates_of"]
@@ -128,17 +128,14 @@ def _samples(trace: Trace) -> dict[str, Any]:
 
 
 def _term(name: str, site: Any, sign: int) -> Term:
-    return Term(name, sign * site["log_prob"], plates_of(site))
+    value = site["log_prob"]
+    if not site["is_observed"]:  # torch has clamped the logits that it derives from probabilities
+        score = wrap_score(site["fn"], log_mass(unwrap(site["fn"]), site["value"]))
+        value = scale_and_mask(score, site["scale"], site["mask"])
+    return Term(name, sign * value, plates_of(site))
 
 
 def _law(site: Any) -> Tensor:
     """Score a value by the distribution without its masks: a mask changes the score alone."""
-    return _unmasked(site["fn"]).log_prob(site["value"])
-
-
-def _unmasked(fn: Any) -> Any:
-    if isinstance(fn, MaskedDistribution):
-        return _unmasked(fn.base_dist)
-    if isinstance(fn, Independent):
-        return _unmasked(fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
-    return fn
+    fn = site["fn"]
+    return sum_rightmost(log_mass(unwrap(fn), site["value"]), event_dims(fn))

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from pyro.distributions import Delta
 from torch import Tensor
-from torch.distributions import Independent
 
 from pyro_gumbel.diagnostics._programs import plates_of
-from pyro_gumbel.distributions.families import unwrap
+from pyro_gumbel.distributions.families import event_dims, has_law_of, support_values, unwrap
 
 __all__ = ["DiscreteSite", "States", "discrete_sites"]
 
@@ -62,7 +61,7 @@ def discrete_sites(sites: dict[str, Any]) -> list[DiscreteSite]:
     found = []
     for name, site in sites.items():
         fn = unwrap(site["fn"])
-        if isinstance(fn, Delta):
+        if has_law_of(fn, Delta):
             continue  # one state
         if not fn.has_enumerate_support:
             raise ValueError(
@@ -71,7 +70,7 @@ def discrete_sites(sites: dict[str, Any]) -> list[DiscreteSite]:
                 "gradient_draws(..., estimators={'reference': 'auto'}, num_draws=100_000, "
                 "project=8, seed=1)['reference']."
             )
-        support = fn.enumerate_support(expand=False)
+        support = support_values(fn)
         plates = {frame.name: frame.dim for frame in plates_of(site)}
         found.append(
             DiscreteSite(
@@ -86,13 +85,8 @@ def discrete_sites(sites: dict[str, Any]) -> list[DiscreteSite]:
 
 
 def _inner_shape(fn: Any) -> tuple[int, ...]:
-    shape: tuple[int, ...] = ()
-    while fn is not unwrap(fn):
-        if isinstance(fn, Independent):
-            cut = len(fn.base_dist.batch_shape) - fn.reinterpreted_batch_ndims
-            shape = (*tuple(fn.base_dist.batch_shape[cut:]), *shape)
-        fn = fn.base_dist
-    return shape
+    base = unwrap(fn)
+    return tuple(base.batch_shape[len(base.batch_shape) - event_dims(fn) :])
 
 
 @dataclass(frozen=True)

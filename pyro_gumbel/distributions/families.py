@@ -67,12 +67,12 @@ __all__ = [
     "masks",
     "on_own_logits",
     "one_hot_logits",
-    "shared_noise_draw",
     "support_values",
     "to_index",
     "uniform",
     "unwrap",
     "value_dtype",
+    "wrap_like",
     "wrap_score",
     "wrappers",
 ]
@@ -125,6 +125,16 @@ def wrap_score(fn: Distribution, score: Tensor) -> Tensor:
         else:
             score = sum_rightmost(score, wrapper.reinterpreted_batch_ndims)
     return score
+
+
+def wrap_like(fn: Distribution, base: Distribution) -> Distribution:
+    """Do to another distribution what ``to_event`` and ``mask`` do in ``fn``."""
+    for wrapper in reversed(list(wrappers(fn))):
+        if wraps_like(wrapper, MaskedDistribution):
+            base = base.mask(wrapper._mask)
+        else:
+            base = base.to_event(wrapper.reinterpreted_batch_ndims)
+    return base
 
 
 def expand(fn: Distribution, batch_shape: tuple[int, ...]) -> Distribution:
@@ -315,18 +325,14 @@ def base_noise(fn: Distribution) -> Tensor | None:
         Gumbels, ``batch_shape + (C,)``, for one-hot vectors and categories; uniforms for bits and
         normals for a Normal, ``batch_shape``; ``None`` for other families.
     """
-    return _base_noise(fn, tuple(fn.batch_shape))
-
-
-def _base_noise(fn: Distribution, batch_shape: tuple[int, ...]) -> Tensor | None:
     # In float64, lest improbable categories lie beyond the largest Gumbel.
     if is_one_hot(fn) or is_categorical(fn):
         logits = log_probs(fn)
-        return gumbel_noise((*batch_shape, logits.shape[-1]), torch.float64, logits.device)
+        return gumbel_noise(logits.shape, torch.float64, logits.device)
     if is_bit(fn):
-        return torch.rand(batch_shape, dtype=torch.float64, device=log_odds(fn).device)
+        return torch.rand_like(log_odds(fn), dtype=torch.float64)
     if is_normal(fn):
-        return torch.randn(batch_shape, dtype=noise_dtype(fn.loc.dtype), device=fn.loc.device)
+        return torch.randn_like(fn.loc, dtype=noise_dtype(fn.loc.dtype))
     return None
 
 
@@ -339,22 +345,3 @@ def from_noise(fn: Distribution, noise: Tensor) -> Tensor:
         if is_bit(fn):
             return (noise < bit_probs(fn)).to(value_dtype(fn))
         return from_index(fn, (log_probs(fn) + noise).max(-1).indices)
-
-
-def shared_noise_draw(fn: Distribution, dim: int, copies: int) -> Tensor | None:
-    """Draw rows whose noise repeats, so that branches of one path differ by their laws alone.
-
-    Args:
-        fn: A distribution whose batch dimension ``dim`` has ``copies`` equal blocks of rows.
-        dim: That dimension, counted from the right of the batch shape.
-        copies: How often the noise of the first block is used.
-
-    Returns:
-        The draw, with gradient where ``fn`` is a Normal, or ``None`` for other families.
-    """
-    block = list(fn.batch_shape)
-    block[dim] //= copies
-    noise = _base_noise(fn, tuple(block))
-    if noise is None:
-        return None
-    return from_noise(fn, torch.cat([noise] * copies, dim - (noise.dim() - len(block))))

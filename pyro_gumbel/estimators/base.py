@@ -215,12 +215,13 @@ class Estimator(StatefulModule):
     Example:
         A complete estimator for bits: pairs of draws from the same noise, turned round.
 
+        >>> from pyro_gumbel.distributions.families import is_bit
         >>> class AntitheticPair(Estimator):
         ...     unbiased = True
         ...     sites = "Bernoulli"
         ...     num_values = 2
         ...     def supports(self, fn):
-        ...         return isinstance(fn, torch.distributions.Bernoulli)
+        ...         return is_bit(fn)
         ...     def draw(self, fn):
         ...         noise, probs = torch.rand_like(fn.probs), fn.probs.detach()
         ...         return torch.stack([noise < probs, 1 - noise < probs]).to(noise.dtype)

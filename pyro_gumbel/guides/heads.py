@@ -15,7 +15,7 @@ from torch.distributions.constraints import Constraint
 from pyro_gumbel.distributions import OneHot
 from pyro_gumbel.distributions._law import overridden
 from pyro_gumbel.distributions._numbers import log_odds, log_probs, value_dtype
-from pyro_gumbel.distributions.families import has_logits, is_bit, support_values
+from pyro_gumbel.distributions.families import has_law_of, has_logits, is_bit, support_values
 
 __all__ = ["Head", "find_head"]
 
@@ -163,7 +163,7 @@ def find_head(name: str, prior: Any) -> Head:
     for family, parameters in _PARAMETERS.items():
         if _has_values_of(prior, family):
             return FamilyHead(family, parameters, prior)
-    if isinstance(prior, dist.Delta):
+    if has_law_of(prior, dist.Delta):
         raise ValueError(
             f"Site {name!r} is a Delta, which has one value and needs no guide: write "
             f"pyro.deterministic({name!r}, value) in the model."

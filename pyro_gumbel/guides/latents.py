@@ -8,12 +8,13 @@ from typing import Any
 
 import pyro.poutine as poutine
 import torch
+from pyro.distributions import Delta
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_gumbel.distributions.families import expand, masks, unwrap
+from pyro_gumbel.distributions.families import expand, has_law_of, masks, unwrap
 from pyro_gumbel.guides.heads import Head, find_head
 
 __all__ = ["Latent", "observed_sites", "prototype", "read_latent"]
@@ -82,7 +83,7 @@ def observed_sites(trace: Trace) -> list[str]:
         if site["type"] == "sample"
         and site["is_observed"]
         and not site_is_subsample(site)
-        and type(unwrap(site["fn"])).__name__ != "Delta"
+        and not has_law_of(unwrap(site["fn"]), Delta)
     ]
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from pyro_gumbel.distributions.families import (
     event_dims,
     explain_stranger,
+    has_law_of,
     is_relaxed,
     unwrap,
 )
@@ -225,7 +226,7 @@ def resolve(
     check_choice(choice, f"at site {msg['name']!r}, infer['gradient'] is")
     fn = unwrap(msg["fn"])
     estimator = auto.resolve(choice, fn, num_particles)
-    if isinstance(fn, Delta) and isinstance(estimator, Score):
+    if has_law_of(fn, Delta) and isinstance(estimator, Score):
         # A point mass is a function of its parameters: its score does not see them.
         estimator = auto.resolve("pathwise", fn, num_particles)
     if not estimator.supports(fn):

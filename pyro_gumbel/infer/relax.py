@@ -7,12 +7,11 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import MaskedDistribution
 from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine.reparam_messenger import ReparamMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
-from torch.distributions import Independent, Transform, constraints, transform_to
+from torch.distributions import Transform, constraints, transform_to
 
 from pyro_gumbel.distributions import ExpRelaxedOneHot
 from pyro_gumbel.distributions import straight_through as pass_straight_through
@@ -22,6 +21,7 @@ from pyro_gumbel.distributions.families import (
     is_one_hot,
     is_relaxed,
     unwrap,
+    wrap_like,
 )
 from pyro_gumbel.distributions.one_hot import one_hot_argmax
 from pyro_gumbel.estimators.schedules import Schedule, check_temperature
@@ -118,7 +118,7 @@ class RelaxReparam(Reparam):
     def _relax_one_hot(self, name: str, fn: Any, value: Tensor | None) -> Tensor:
         concrete = ExpRelaxedOneHot(self.temperature, logits=unwrap(fn).logits)
         start = None if value is None else _log_coordinates(value)
-        log_value = _sample(f"{name}_log", _wrap_like(fn, concrete), start)
+        log_value = _sample(f"{name}_log", wrap_like(fn, concrete), start)
         soft = log_value.exp()
         if not self.straight_through:
             return soft
@@ -130,7 +130,7 @@ class RelaxReparam(Reparam):
             logits / self.temperature, torch.ones_like(logits) / self.temperature
         )
         start = None if value is None else _log_odds(value)
-        log_odds = _sample(f"{name}_logit", _wrap_like(fn, logistic), start)
+        log_odds = _sample(f"{name}_logit", wrap_like(fn, logistic), start)
         soft = log_odds.sigmoid()
         if not self.straight_through:
             return soft
@@ -140,15 +140,6 @@ class RelaxReparam(Reparam):
 def _sample(name: str, fn: Any, start: Tensor | None) -> Tensor:
     # A value that is not observed: an initial one.
     return pyro.sample(name, fn, obs=start, infer={"is_observed": False})
-
-
-def _wrap_like(fn: Any, base: Any) -> Any:
-    """Do to ``base`` what ``to_event`` and ``mask`` did to the distribution inside ``fn``."""
-    if isinstance(fn, Independent):
-        return _wrap_like(fn.base_dist, base).to_event(fn.reinterpreted_batch_ndims)
-    if isinstance(fn, MaskedDistribution):
-        return _wrap_like(fn.base_dist, base).mask(fn._mask)
-    return base
 
 
 def _log_coordinates(value: Tensor) -> Tensor:

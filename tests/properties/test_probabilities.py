@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -17,7 +15,6 @@ from pyro_gumbel.distributions.families import (
     exact_draw,
     from_noise,
     log_mass,
-    shared_noise_draw,
     to_index,
 )
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
@@ -230,25 +227,16 @@ def test_gradients_are_finite_beside_impossible_categories(family, read_before, 
     torch.testing.assert_close(gradient[1:4].double(), expected[1:4], rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("family", [*INDEX, *BITS, "normal"])
-def test_shared_noise_keeps_the_law_of_each_block(family):
-    """Two blocks of rows draw by the same noise, each from its own law."""
+@pytest.mark.parametrize("family", [*INDEX, *BITS])
+def test_the_same_noise_draws_alike_from_laws_that_are_alike(family):
     probs = torch.tensor([[0.2, 0.5, 0.3], [0.25, 0.4, 0.35]], dtype=torch.float64)
-    rows = probs.repeat_interleave(DRAWS, 0)
-    if family == "normal":
-        fn = dist.Normal(rows[:, 0], rows[:, 1])
-        value = shared_noise_draw(fn, -1, 2)
-        noise = (value - fn.loc) / fn.scale
-        torch.testing.assert_close(noise[:DRAWS], noise[DRAWS:])
-        assert noise[:DRAWS].mean().abs() < 5 / math.sqrt(DRAWS)
-        return
-    rows = rows[:, 0] if family in BITS else rows
-    fn = {**INDEX, **BITS}[family](probs=rows)
-    index = to_index(fn, shared_noise_draw(fn, -1, 2)).view(2, DRAWS)
-    for block, law in zip(index, probs, strict=True):
-        exact = torch.stack([law[0], 1 - law[0]]) if family in BITS else law
-        assert worst_z(block, exact) < 5
-    assert (index[0] == index[1]).double().mean() > 0.8
+    laws = [row[0].expand(DRAWS) if family in BITS else row.expand(DRAWS, 3) for row in probs]
+    fns = [{**INDEX, **BITS}[family](probs=law) for law in laws]
+    noise = base_noise(fns[0])
+    drawn = [to_index(fn, from_noise(fn, noise)) for fn in fns]
+    for index, row in zip(drawn, probs, strict=True):
+        assert worst_z(index, torch.stack([row[0], 1 - row[0]]) if family in BITS else row) < 5
+    assert (drawn[0] == drawn[1]).double().mean() > 0.8
 
 
 def test_normal_draw_of_noise_carries_its_gradient():
@@ -264,7 +252,6 @@ def test_normal_draw_of_noise_carries_its_gradient():
 @pytest.mark.parametrize("fn", [dist.Poisson(1.0), dist.Gamma(1.0, 1.0), dist.LogNormal(0.0, 1.0)])
 def test_other_families_have_no_noise_of_ours(fn):
     assert base_noise(fn) is None
-    assert shared_noise_draw(fn.expand([4]), -1, 2) is None
 
 
 @pytest.mark.parametrize("analytic_kl", [False, True])
