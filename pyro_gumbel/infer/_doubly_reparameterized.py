@@ -29,6 +29,7 @@ from, earlier values included.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -41,14 +42,19 @@ from pyro_gumbel.distributions._score_parts import has_score_parts
 from pyro_gumbel.distributions.families import event_dims, unwrap, wrappers
 from pyro_gumbel.estimators import Pathwise
 from pyro_gumbel.estimators.pathwise import has_score_of_mean_zero, path_of_score
+from pyro_gumbel.infer._dependence import Dependence, Mark
 from pyro_gumbel.infer._log_weights import LogWeights
 from pyro_gumbel.infer._run import Run
 
-__all__ = ["doubly_reparameterize"]
+__all__ = ["doubly_reparameterize", "feeding_through_jumps"]
 
 
-def doubly_reparameterize(weights: LogWeights) -> LogWeights:
+def doubly_reparameterize(weights: LogWeights, feeding: Set[str]) -> LogWeights:
     """Weigh the paths of the sites that allow it anew, and drop their scores.
+
+    Args:
+        weights: The log weights.
+        feeding: Sites whose value reaches a later site of the guide without a gradient.
 
     Raises:
         ValueError: With the site's name, if its distribution cannot score a given value.
@@ -56,7 +62,7 @@ def doubly_reparameterize(weights: LogWeights) -> LogWeights:
     terms = []
     for run, shares in zip(weights.runs, weights.by_run(weights.normalised()), strict=True):
         lines = {}
-        for name in filter(lambda name: _applies(run, name), run.estimators):
+        for name in [name for name in run.estimators if _applies(run, name, feeding)]:
             coefficient = _coefficient(run.guide[name])
             lines[name] = _path_of_log_q(run, name, coefficient)
             _weigh_gradient(run, name, shares, coefficient / weights.scale)
@@ -71,10 +77,22 @@ def doubly_reparameterize(weights: LogWeights) -> LogWeights:
     return LogWeights(weights.runs, terms)
 
 
-def _applies(run: Run, name: str) -> bool:
+def feeding_through_jumps(run: Run, dependence: Dependence) -> set[str]:
+    """Find the sites that a later site of the guide reads without a gradient, as by an index."""
+    return {
+        name
+        for later in run.estimators
+        if not _is_given(run, later)
+        for name, mark in dependence.marks(run.log_prob(later)).items()
+        if name != later and mark is Mark.JUMP
+    }
+
+
+def _applies(run: Run, name: str, feeding: Set[str]) -> bool:
     scale = run.guide[name]["scale"]
     return (
-        isinstance(run.estimators[name], Pathwise)
+        name not in feeding
+        and isinstance(run.estimators[name], Pathwise)
         and run.value(name).requires_grad
         and not (isinstance(scale, Tensor) and scale.requires_grad)  # its gradient needs log q
         and _is_reparameterised(unwrap(run.guide[name]["fn"]))
@@ -97,20 +115,20 @@ def _is_reparameterised(fn: Any) -> bool:
 
 
 def _feeds_later_site(run: Run, name: str) -> bool:
-    """Return whether the distribution of a later site of the guide depends on this one's value.
-
-    The given value of a later Delta may depend on it: that is part of the path.
-    """
+    """Return whether the distribution of a later site of the guide depends on this one's value."""
     value, names = run.value(name), list(run.estimators)
     for later in names[names.index(name) + 1 :]:
-        if has_law_of(unwrap(run.guide[later]["fn"]), Delta):
-            continue
         score = run.log_prob(later).sum()
-        if score.requires_grad:
+        if score.requires_grad and not _is_given(run, later):
             (grad,) = torch.autograd.grad(score, value, retain_graph=True, allow_unused=True)
             if grad is not None:
                 return True
     return False
+
+
+def _is_given(run: Run, name: str) -> bool:
+    """Return whether a value is computed, not drawn: it may depend on others as part of a path."""
+    return has_law_of(unwrap(run.guide[name]["fn"]), Delta)
 
 
 def _coefficient(site: Any) -> Tensor:

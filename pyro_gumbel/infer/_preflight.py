@@ -35,12 +35,14 @@ class Plan:
             answer.
         follow: Whether to follow what the next run's costs depend on.
         checked: The sites whose costs have been found to be as their estimators need them.
+        feeding: The sites whose value reaches a later site of the guide through a jump.
     """
 
     plate_nesting: int | None
     branches: tuple[Path, ...] = ()
     follow: bool = True
     checked: set[tuple[str, type[Estimator]]] = field(default_factory=set)
+    feeding: set[str] = field(default_factory=set)
 
     def layout(self, *, repetitions: int, vectorized: bool, exact: bool) -> Layout:
         """Lay out the first pass of a step."""

@@ -9,8 +9,13 @@ from torch import Tensor
 from pyro_gumbel.distributions._score_parts import has_score_parts
 from pyro_gumbel.distributions.families import unwrap
 from pyro_gumbel.estimators import Call, Pathwise, Score
-from pyro_gumbel.infer._doubly_reparameterized import doubly_reparameterize
+from pyro_gumbel.infer._dependence import Dependence
+from pyro_gumbel.infer._doubly_reparameterized import (
+    doubly_reparameterize,
+    feeding_through_jumps,
+)
 from pyro_gumbel.infer._log_weights import LogWeights, filled, vimco_signal
+from pyro_gumbel.infer._preflight import Plan
 from pyro_gumbel.infer._run import Run
 from pyro_gumbel.infer._site_view import Passes
 from pyro_gumbel.infer.particle_elbo import ParticleELBO
@@ -91,9 +96,16 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
         self._check(paths)
         weights = LogWeights(_mains(paths))
         if self.doubly_reparameterized:
-            weights = doubly_reparameterize(weights)
+            weights = doubly_reparameterize(weights, self.plan(call).feeding)
         bound = weights.bound().sum()
         return bound, bound + _scores(weights)
+
+    def _check_costs(
+        self, call: Call, plan: Plan, main: Run, dependence: Dependence | None
+    ) -> None:
+        super()._check_costs(call, plan, main, dependence)
+        if dependence is not None:
+            plan.feeding |= feeding_through_jumps(main, dependence)
 
     def _check(self, paths: Passes) -> None:
         for name, estimator in paths.estimators.items():

@@ -248,3 +248,28 @@ def learnt_scale() -> Programs:
             pyro.sample("z", q_z)
 
     return model, guide
+
+
+def downstream_of(read: Callable[[Tensor], Tensor]) -> Programs:
+    """A second site whose distribution depends on the first's value without a gradient."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        observe(z + pyro.sample("y", dist.Normal(0.0, 1.0)))
+
+    def guide() -> None:
+        z = pyro.sample("z", dist.Normal(param("a", 0.6), param("c", -0.5).exp()))
+        pyro.sample("y", dist.Normal(param("b", 0.4) + read(z), 0.8))
+
+    return model, guide
+
+
+@program
+def read_detached() -> Programs:
+    return downstream_of(lambda z: z.detach())
+
+
+@program
+def read_by_index() -> Programs:
+    table = torch.tensor([-0.5, 0.5])
+    return downstream_of(lambda z: table[(z > 0).long()])

@@ -138,6 +138,26 @@ def test_sites_that_cannot_have_it_keep_the_plain_gradient(name: str) -> None:
     torch.testing.assert_close(gap, torch.zeros_like(gap), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("name", ["read_detached", "read_by_index"])
+def test_a_site_that_is_read_without_a_gradient_keeps_the_plain_one(
+    name: str, vectorize: bool
+) -> None:
+    model, guide = PROGRAMS[name]()
+    steps = []
+    for doubly in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        loss = elbo(3, doubly=doubly, vectorize=vectorize)
+        gradients(loss, model, guide)
+        found = gradients(loss, model, guide).tolist()
+        steps.append(dict(zip(pyro.get_param_store()._params, found, strict=True)))
+    plain, doubled = steps
+    assert doubled["a"] == pytest.approx(plain["a"], rel=1e-9)
+    assert doubled["c"] == pytest.approx(plain["c"], rel=1e-9)
+    assert doubled["b"] != pytest.approx(plain["b"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "kind", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoDelta]
 )
