@@ -123,8 +123,8 @@ def _are_clamped(logits: Tensor, probs: Tensor, is_binary: bool) -> Tensor:
     there are no such probabilities, it does not matter.
     """
     eps = torch.finfo(probs.dtype).eps
-    bounds = probs_to_logits(torch.tensor([0.0, 1.0], dtype=probs.dtype), is_binary).tolist()
-    clamped = (probs.amin() < 0.999 * eps) & (logits.amin() > bounds[0] - 5e-4)
+    low, high = probs_to_logits(torch.tensor([0.0, 1.0], dtype=probs.dtype), is_binary).unbind()
+    clamped = (probs.amin() < 0.999 * eps) & (logits.amin() > low - 5e-4)
     if not is_binary:
         return clamped
-    return clamped | ((probs.amax() > 1 - eps) & (logits.amax() < bounds[1] + 1e-2))
+    return clamped | ((probs.amax() > 1 - eps) & (logits.amax() < high + 1e-2))

@@ -2,7 +2,7 @@
 
 from pyro_gumbel.estimators.registry import estimator_names
 from pyro_gumbel.infer._cost_checks import GradientWarning
-from pyro_gumbel.infer.capture import CapturedSVI
+from pyro_gumbel.infer.captured_svi import CapturedSVI
 from pyro_gumbel.infer.config import config_gradient
 from pyro_gumbel.infer.elbo import Estimator_ELBO
 from pyro_gumbel.infer.importance import ImportanceWeighted_ELBO

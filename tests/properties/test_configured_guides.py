@@ -34,7 +34,6 @@ from pyro_gumbel.estimators import (
 )
 from pyro_gumbel.guides import AutoAmortized, AutoDiscrete
 from pyro_gumbel.infer import Estimator_ELBO, ImportanceWeighted_ELBO, config_gradient
-from pyro_gumbel.infer.capture.modules import modules_of
 
 X = torch.tensor([[1.0, 0.2], [-0.3, 0.8], [0.5, -1.0], [0.1, 0.1]])
 LOGITS = torch.tensor([0.3, -0.2, 0.1])
@@ -559,14 +558,6 @@ def test_a_loss_module_has_parameters_and_state_of_guide_and_estimators():
     twin.load_state_dict(net.state_dict())
     assert chosen(twin.loss.guide).scale.item() == 3.0
     assert chosen(net.loss.guide).scale.item() == 3.0
-
-
-@pytest.mark.parametrize("kind", ["bound method", "partial of a method", "object"])
-def test_the_modules_that_a_configured_guide_uses_are_found(kind):
-    guide = GUIDES[kind]()
-    assert modules_of(guide)
-    assert modules_of(config_gradient(guide, "reinmax")) == modules_of(guide)
-    assert modules_of(Net().decorated)
 
 
 def test_two_guides_may_share_an_estimator():

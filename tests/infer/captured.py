@@ -1,4 +1,4 @@
-"""What tests of captured steps share: programs, and steps by both classes from the same seed."""
+"""Programs, and steps by ``SVI`` and ``CapturedSVI`` from the same seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from pyro.infer import SVI
 
 from pyro_gumbel.infer import CapturedSVI, Estimator_ELBO
-from pyro_gumbel.infer.capture.step import CapturedStep
+from pyro_gumbel.infer._captured_step import CapturedStep
 
 DATA = 6
 X = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
@@ -20,7 +20,7 @@ X = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
 
 @contextmanager
 def replayed():
-    """Ask that a recording is replayed, for Pyro's own steps would pass as captured ones."""
+    """Check that a recording is replayed: eager steps would pass as captured ones."""
     replay, number = CapturedStep.replay, 0
 
     def counted(*args):
@@ -79,6 +79,11 @@ def same(scenario):
         outcomes.append((outcome, store))
     torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-4, atol=1e-5)
     return outcomes[1][0]
+
+
+def steps_of(svi):
+    """The steps that an SVI has recorded or is about to record, oldest first."""
+    return [step for kind in svi._kinds.values() for step in kind.steps.values()]
 
 
 def refused(scenario, match):

@@ -1,4 +1,4 @@
-"""What a recording goes on with: changed between two steps, it is noticed at once."""
+"""Changes between two steps of what a recording reads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from captured import steps_of
 from pyro.infer import SVI
 from torch import nn
 
@@ -83,7 +84,7 @@ def test_a_parameter_of_the_first_step_only():
     same(scenario)
 
 
-def test_a_parameter_that_goes_later_is_told():
+def test_a_parameter_that_goes_later_is_noticed():
     early = [True]
 
     def model():
@@ -108,7 +109,7 @@ def test_parameters_of_estimators_are_not_missed():
     svi = make(CapturedSVI, guide=config_gradient(guide, Relax(nn.Linear(1, 1))))
     for _ in range(5):
         svi.step()
-    assert all(step.replays == 3 for step in svi._steps.values())
+    assert all(step.replays == 3 for step in steps_of(svi))
 
 
 def test_another_default_estimator():
@@ -150,7 +151,7 @@ def test_another_autocast_type():
 
 
 class Interrupted(pyro.optim.PyroOptim):
-    """Is interrupted when told to."""
+    """Is interrupted when ``now`` is set."""
 
     now = False
 

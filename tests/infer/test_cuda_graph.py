@@ -1,4 +1,4 @@
-"""Graphs of steps on a stand-in for CUDA's that runs on a CPU: what is frozen, and what is not."""
+"""Steps as graphs, on a stand-in for CUDA graphs that runs on a CPU."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import contextlib
 import pyro
 import pytest
 import torch
-from captured import batches, one_hot_programs
+from captured import batches, one_hot_programs, steps_of
 from pyro.infer import SVI
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_gumbel.estimators import Exponential, GumbelStraightThrough, ReinMax
-from pyro_gumbel.infer import CapturedSVI, Estimator_ELBO, config_gradient
-from pyro_gumbel.infer.capture import cuda_graph
-from pyro_gumbel.infer.capture.cuda_graph import GraphedStep, NotGraphable
-from pyro_gumbel.infer.capture.recording import record
+from pyro_gumbel.infer import CapturedSVI, Estimator_ELBO, _cuda_graph, config_gradient
+from pyro_gumbel.infer._cuda_graph import GraphedFunction, NotGraphable
+from pyro_gumbel.infer._recording import record
 
 CPU = torch.device("cpu")
 
@@ -88,15 +87,15 @@ def watched(monkeypatch):
 def noisy_step(weight):
     def step(x, scale):
         loss = (x @ weight * scale + torch.randn(3, dtype=weight.dtype)).square().sum()
-        return loss.detach(), [torch.autograd.grad(loss, weight)[0]], []
+        return [loss.detach(), torch.autograd.grad(loss, weight)[0]]
 
     return step
 
 
 def descend(weight):
-    def apply(gradients):
-        with torch.no_grad():
-            weight.sub_(gradients[0], alpha=0.1)
+    @torch.no_grad()
+    def apply(gradient):
+        weight.sub_(gradient, alpha=0.1)
 
     return apply
 
@@ -107,23 +106,26 @@ def inputs(seed):
     return [x, torch.tensor(0.5 + seed, dtype=torch.float64)]
 
 
-def test_a_graph_takes_the_steps_of_its_recording(watched):
+def test_a_graph_computes_what_its_recording_does(watched):
     weight = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
     twin = weight.detach().clone().requires_grad_()
     watched.append(weight)
     _, recording = record(noisy_step(weight), inputs(0))
-    before = weight.detach().clone()
-    generator = torch.get_rng_state()
-    graphed = GraphedStep(recording, inputs(0), CPU, descend(weight), [weight])
+    before, generator = weight.detach().clone(), torch.get_rng_state()
+    step = GraphedFunction(recording, inputs(0), CPU)
+    (_, gradient), _ = step(inputs(0))
+    torch.set_rng_state(generator)
+    update = GraphedFunction(lambda _: descend(weight)(gradient), [], CPU)
     assert torch.equal(weight, before)
     assert torch.equal(torch.get_rng_state(), generator)
     for seed in (1, 2, 3):
         torch.manual_seed(seed)
-        loss, gradients, _ = graphed(inputs(seed))
+        (loss, _), _ = step(inputs(seed))
+        update([])
         torch.manual_seed(seed)
-        should, slopes, _ = noisy_step(twin)(*inputs(seed))
-        torch.testing.assert_close((loss, gradients), (should, slopes))
-        descend(twin)(slopes)
+        expected_loss, expected_gradient = noisy_step(twin)(*inputs(seed))
+        descend(twin)(expected_gradient)
+        torch.testing.assert_close((loss, gradient), (expected_loss, expected_gradient))
         torch.testing.assert_close(weight, twin)
 
 
@@ -137,12 +139,12 @@ def test_the_first_run_is_undone_where_an_operation_is_elsewhere(watched):
 
     _, recording = record(step, inputs(0))
     with pytest.raises(NotGraphable, match=r"aten\..* gives a tensor on cpu"):
-        GraphedStep(recording, inputs(0), torch.device("cpu:0"), None, [])
+        GraphedFunction(recording, inputs(0), torch.device("cpu:0"))
     assert count == 1  # by the recording
 
 
-def test_numbers_on_another_device_are_looked_after(watched, monkeypatch):
-    monkeypatch.setattr(cuda_graph, "_AllOn", contextlib.nullcontext)
+def test_numbers_on_another_device_are_watched(watched, monkeypatch):
+    monkeypatch.setattr(_cuda_graph, "_AllOn", contextlib.nullcontext)
     weight = torch.ones(3, 3, dtype=torch.float64, requires_grad=True)
     beta = torch.tensor(0.5, dtype=torch.float64)
 
@@ -152,49 +154,84 @@ def test_numbers_on_another_device_are_looked_after(watched, monkeypatch):
     _, recording = record(step, inputs(0))
     assert any(tensor is beta for tensor in recording.held)
     elsewhere = torch.device("cpu:0")  # to torch that is not the CPU
-    graphed = GraphedStep(recording, inputs(0), elsewhere, None, [])
+    graphed = GraphedFunction(recording, inputs(0), elsewhere, recording.held)
     assert graphed.is_current()
     beta.fill_(0.25)
     assert not graphed.is_current()
 
 
-def train(svi_class, estimator, steps=12):
+class Capturable(torch.optim.SGD):
+    """An optimiser that says that it can be captured, as Adam does on a GPU alone."""
+
+    def __init__(self, params, lr, momentum):
+        super().__init__(params, lr=lr, momentum=momentum)
+        for group in self.param_groups:
+            group["capturable"] = True
+
+
+def capturable():
+    return pyro.optim.PyroOptim(Capturable, {"lr": 0.01, "momentum": 0.9})
+
+
+def scheduled():
+    settings = {"lr": 0.01, "momentum": 0.9}
+    schedule = {"optimizer": Capturable, "optim_args": settings, "gamma": 0.8}
+    return pyro.optim.ExponentialLR(schedule)
+
+
+def ordinary():
+    return pyro.optim.SGD({"lr": 0.01, "momentum": 0.9})
+
+
+def train(svi_class, estimator, make_optim, watched, steps=12):
     """Losses and parameters after some steps, as if the device could capture graphs."""
     pyro.clear_param_store()
+    watched.clear()
     model, guide, parameters = one_hot_programs()
-    svi = svi_class(
-        model,
-        config_gradient(guide, estimator),
-        pyro.optim.SGD({"lr": 0.01, "momentum": 0.9}),
-        Estimator_ELBO(max_plate_nesting=1),
-    )
+    watched += parameters
+    optim = make_optim()
+    elbo = Estimator_ELBO(max_plate_nesting=1)
+    svi = svi_class(model, config_gradient(guide, estimator), optim, elbo)
     pyro.set_rng_seed(11)
     losses = []
-    for batch in batches(steps):
+    for number, batch in enumerate(batches(steps)):
         losses.append(svi.step(batch))
-        for step in getattr(svi, "_steps", {}).values():
-            step._graphable = step.replays == 0 or step._graphable
+        watched += [
+            value
+            for one in optim.optim_objs.values()
+            for state in getattr(one, "optimizer", one).state.values()
+            for value in state.values()
+            if all(value is not other for other in watched)
+        ]
+        if number % 4 == 3 and make_optim is scheduled:
+            optim.step()
+        if svi_class is CapturedSVI:
+            for step in steps_of(svi):
+                step._is_graphable = step.replays == 0 or step._is_graphable
     return svi, losses, [p.detach().clone() for p in parameters]
 
 
-@pytest.mark.usefixtures("watched")
+@pytest.mark.parametrize("make_optim", [capturable, scheduled, ordinary])
 @pytest.mark.parametrize(
     "make", [ReinMax, lambda: GumbelStraightThrough(Exponential(1.0, 0.1, 0.05))]
 )
-def test_training_by_graphs_is_training(make):
-    captured, *outcome = train(CapturedSVI, make())
-    assert all(step._graphed is not None for step in captured._steps.values())
-    torch.testing.assert_close(outcome, list(train(SVI, make())[1:]), rtol=1e-9, atol=1e-12)
+def test_training_by_graphs_is_training(make, make_optim, watched):
+    svi, *outcome = train(CapturedSVI, make(), make_optim, watched)
+    (step,) = steps_of(svi)
+    assert step.graph is not None
+    assert (step.update is not None) == (make_optim is not ordinary)
+    expected = list(train(SVI, make(), make_optim, [])[1:])
+    torch.testing.assert_close(outcome, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.usefixtures("watched")
-def test_what_cannot_be_a_graph_is_told_once_and_played(monkeypatch):
+def test_what_cannot_be_a_graph_is_replayed_with_a_warning(watched, monkeypatch):
     def refuse(*args):
         raise NotGraphable("aten.rand.default gives a tensor on cpu")
 
-    monkeypatch.setattr("pyro_gumbel.infer.capture.step.GraphedStep", refuse)
-    with pytest.warns(UserWarning, match="one CUDA graph, for aten.rand.default gives") as told:
-        captured, *outcome = train(CapturedSVI, ReinMax())
-    assert len(told) == 1
-    assert all(step.recording is not None for step in captured._steps.values())
-    torch.testing.assert_close(outcome, list(train(SVI, ReinMax())[1:]), rtol=1e-9, atol=1e-12)
+    monkeypatch.setattr("pyro_gumbel.infer._captured_step.GraphedFunction", refuse)
+    with pytest.warns(UserWarning, match="one CUDA graph, for aten.rand.default gives") as warned:
+        svi, *outcome = train(CapturedSVI, ReinMax(), ordinary, watched)
+    assert len(warned) == 1
+    assert all(step.recording is not None for step in steps_of(svi))
+    expected = list(train(SVI, ReinMax(), ordinary, [])[1:])
+    torch.testing.assert_close(outcome, expected, rtol=1e-9, atol=1e-12)

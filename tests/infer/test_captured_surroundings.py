@@ -1,4 +1,4 @@
-"""What a captured step depends on beside its arguments: modes, handlers, states of estimators."""
+"""Modes of modules, handlers around steps, and states of estimators."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from captured import Plain, X, make, observe, replayed, same
+from captured import Plain, X, make, observe, replayed, same, steps_of
 from pyro import poutine
 
 from pyro_gumbel.estimators import (
@@ -100,7 +100,7 @@ def test_handlers_and_methods_made_at_each_step():
         svi.model = plain.model
         with poutine.scale(scale=0.5):
             svi.step(x)
-    (step,) = svi._steps.values()
+    (step,) = steps_of(svi)
     assert step.replays == 38
 
 
@@ -115,8 +115,8 @@ def test_recordings_that_are_never_used_again_are_forgotten():
 
     with pytest.warns(UserWarning, match="handlers so far.*make handlers around steps once"):
         scaled_steps()
-    assert len(svi._steps) <= 32
-    assert next(iter(svi._steps.values())).replays == 98  # what comes again is kept
+    assert len(steps_of(svi)) <= 32
+    assert max(step.replays for step in steps_of(svi)) == 98  # what comes again is kept
 
 
 def test_parts_that_are_replaced():

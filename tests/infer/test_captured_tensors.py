@@ -1,4 +1,4 @@
-"""Tensors that captured programs write to, hold, read as numbers or put in others' places."""
+"""Tensors that captured programs write to, hold, read and replace."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from captured import X, make, observe, refused, same
+from captured import X, make, observe, refused, same, steps_of
 
 from pyro_gumbel.infer import CapturedSVI
 
@@ -89,16 +89,57 @@ def test_an_argument_that_the_program_holds_too():
     same(scenario)
 
 
-def test_sparse_arguments():
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+def test_sparse_arguments(convert):
     def scenario(svi_class):
         def model(x):
-            observe(torch.sparse.mm(x, pyro.param("a", torch.ones(5, 1)))[:, 0], X[0])
+            observe((x @ pyro.param("a", torch.ones(5, 1)))[:, 0], X[0])
 
         svi = make(svi_class, model)
-        weights = [torch.diag(x).to_sparse() for x in X[:3]]
-        return [svi.step(weight) for weight in weights]
+        return [svi.step(convert(torch.diag(x))) for x in X[:6]]
 
     same(scenario)
+
+
+class Recurrent(torch.nn.Module):
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.net = kind(1, 5, **options)
+
+    def model(self, x):
+        pyro.module("net", self.net)
+        observe(self.net(x.reshape(-1, 1, 1))[0][-1, 0, :5], x)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}])
+def test_recurrent_networks(kind, options):
+    def scenario(svi_class):
+        pyro.set_rng_seed(1)
+        svi = make(svi_class, Recurrent(kind, **options).model, check_every=3)
+        return [svi.step(x) for x in X[:8]]
+
+    same(scenario)
+
+
+# Compiling turns torch's validation off.
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_modules():
+    def scenario(svi_class):
+        pyro.set_rng_seed(1)
+        net = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.Tanh())
+        compiled = torch.compile(net, backend="aot_eager")
+
+        def model(x):
+            pyro.module("net", net)
+            observe(compiled(x), x)
+
+        svi = make(svi_class, model, check_every=3)
+        return [svi.step(x) for x in X[:8]]
+
+    with pyro.validation_enabled(False):
+        same(scenario)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +151,7 @@ def test_sparse_arguments():
     ],
     ids=["tolist", "numpy", "tensor"],
 )
-def test_numbers_read_without_an_operation_are_told(read):
+def test_numbers_read_without_an_operation_are_refused(read):
     def scenario(svi_class):
         def model(x):
             observe(pyro.param("a", torch.zeros(5)) * read(x), x)
@@ -121,7 +162,7 @@ def test_numbers_read_without_an_operation_are_told(read):
     refused(scenario, "turns a tensor into numbers")
 
 
-def test_buffers_that_are_replaced_are_told_and_put_back():
+def test_buffers_that_are_replaced_are_refused_and_restored():
     class Mean(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -175,5 +216,5 @@ def test_validation_of_the_step_that_is_recorded():
         svi.step(X[1] * float("nan"))
     assert torch.equal(pyro.param("a"), before)
     svi.step(X[1])
-    (step,) = svi._steps.values()
+    (step,) = steps_of(svi)
     assert step.recording is not None

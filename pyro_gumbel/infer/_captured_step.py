@@ -1,0 +1,312 @@
+"""One step of the programs on arguments of one kind: recorded, replayed, compared."""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pyro import poutine
+from pyro.infer.util import is_validation_enabled
+from pyro.util import warn_if_nan
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.infer._captured_state import EstimatorStates, Surroundings, restorer
+from pyro_gumbel.infer._cuda_graph import GraphedFunction, NotGraphable
+from pyro_gumbel.infer._recording import Recording, record
+from pyro_gumbel.infer._state import generator_states, set_generator_states
+from pyro_gumbel.infer._undo import Undo
+from pyro_gumbel.infer._update import GraphedUpdate
+from pyro_gumbel.infer.not_recordable import NotRecordable
+from pyro_gumbel.infer.particle_elbo import ParticleELBO
+
+__all__ = ["CapturedStep", "OtherParameters", "Outcome"]
+
+_ROUNDING = 1e-4  # relative, of the loss and of each gradient
+_CANCELLED = 1e-6  # what rounding leaves of a gradient that should be zero, relative to them all
+_OTHER_DRAW = 0.1  # another compiler's rounding makes another draw of a few
+
+
+class OtherParameters(Exception):
+    """The step meets other parameters than the first one did."""
+
+
+class Outcome(NamedTuple):
+    """What a step computes, before it changes parameters or estimators.
+
+    Attributes:
+        loss: The detached loss.
+        gradients: Those of the parameters, of the step's ``others``, then of the arguments that
+            require one.
+        states: The estimators' new states.
+    """
+
+    loss: Tensor
+    gradients: Sequence[Tensor | None]
+    states: Sequence[Tensor]
+
+
+class CapturedStep:
+    """A step on arguments of one kind, that is of given shapes and settings.
+
+    Args:
+        elbo: The objective.
+        params: The parameters that the first step met, by name, unconstrained.
+        estimators: The estimators of its sites.
+        leaves: The tensors that got gradients in it.
+        modules: The modules that the programs use.
+        compile: Whether to compile the recording.
+
+    Attributes:
+        leaves: The parameters that are trained.
+        others: Other tensors that get gradients.
+        recording: What was recorded, once it was.
+        replays: How often it was replayed.
+        graph: The recording as a CUDA graph, where it is one.
+        update: The optimiser's step as one, likewise.
+    """
+
+    def __init__(
+        self,
+        elbo: ParticleELBO,
+        params: Mapping[str, Tensor],
+        estimators: Iterable[Estimator],
+        leaves: Iterable[Tensor],
+        modules: Iterable[nn.Module],
+        *,
+        compile: bool,
+    ) -> None:
+        self._elbo, self._compile, self._params = elbo, compile, params
+        self._names = {p: name for name, p in params.items() if p.requires_grad}
+        self.leaves = list(self._names)
+        self.others = [leaf for leaf in leaves if leaf not in self._names]
+        self.device = self.leaves[0].device if self.leaves else torch.device("cpu")
+        self.states = EstimatorStates(estimators, self.device)
+        self._surroundings = Surroundings(params, [*modules, *self.states.modules])
+        self.recording: Recording | None = None
+        self.replays = 0
+        self.graph: GraphedFunction | None = None
+        self.update: GraphedUpdate | None = None
+        self._is_graphable = self.device.type == "cuda"
+
+    def is_current(self) -> bool:
+        """Whether parameters, modules and estimators are those that were recorded."""
+        return self._surroundings.are_current() and self.states.are_current()
+
+    def record(self, call: Call, tensors: Sequence[Tensor]) -> Outcome:
+        """Compute a step and record it; on an error nothing has changed.
+
+        Raises:
+            NotRecordable: If a replay could not do what the step does.
+            OtherParameters: If it meets other parameters than the first step did.
+        """
+
+        def function(*inputs: Tensor) -> tuple[Any, ...]:
+            before = _python_generators()
+            with self.states.replaced_by(inputs[len(tensors) :]):
+                outcome = self._compute(call, inputs[: len(tensors)])
+            if _python_generators() != before:
+                raise NotRecordable(
+                    "the program draws from Python's or NumPy's generator; draw with torch."
+                )
+            self._surroundings.accept()
+            return tuple(outcome)
+
+        if any(getattr(leaf, "_post_accumulate_grad_hooks", None) for leaf in self.leaves):
+            raise NotRecordable(
+                "a parameter has a hook that runs after its gradient was added, and gradients of "
+                "a recording are not added; use register_hook."
+            )
+        self._elbo.plan(call)  # may run the programs, which is not the step's
+        inputs = [_apart(tensor) for tensor in (*tensors, *self.states.inputs())]
+        with self._restored(on_error=True):
+            outcome, self.recording = record(function, inputs, compile=self._compile)
+        return Outcome(*outcome)
+
+    def replay(self, inputs: Sequence[Tensor]) -> tuple[Outcome, Sequence[Tensor]]:
+        """Compute a step by the recording; the second result is that of :class:`Recording`."""
+        assert self.recording is not None
+        self._make_graph(inputs)
+        outcome, broken = (self.graph or self.recording)(inputs)
+        return Outcome(*outcome), broken
+
+    def eager(self, call: Call, tensors: Sequence[Tensor]) -> Outcome:
+        """Compute what an eager step would from here on, changing nothing.
+
+        To the states are added the values that it leaves in the tensors that it writes to.
+        """
+        written = self.written([*tensors, *self.states.inputs()])
+        # Of a step that was recorded it is known what it writes to.
+        writes = Undo() if self.recording is None else nullcontext()
+        with self._restored([*written, *self._surroundings.buffers]), writes:
+            outcome = self._compute(call, [_apart(tensor) for tensor in tensors])
+            left = [tensor.detach().clone() for tensor in written]
+        return outcome._replace(states=[*outcome.states, *left])
+
+    def written(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """List the tensors that a replay writes to, some of the inputs included."""
+        if self.recording is None:
+            return []
+        return self.recording.written + [inputs[i] for i in self.recording.written_inputs]
+
+    def _compute(self, call: Call, tensors: Sequence[Tensor]) -> Outcome:
+        """Run the programs and differentiate, with ``tensors`` in place of the arguments'."""
+        leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+        new = iter(tensors)
+        leaves = [next(new) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        with poutine.trace(param_only=True) as traced:
+            loss, surrogate, _ = self._elbo.estimate(Call(call.model, call.guide, args, kwargs))
+        self._check_parameters(traced.trace.nodes)
+        if is_validation_enabled():
+            warn_if_nan(loss, "loss")
+        if self.recording is None:  # some were of the first step alone
+            met = set(leaves_of(surrogate))
+            self.others = [leaf for leaf in self.others if leaf in met]
+        wanted = [*self.leaves, *self.others, *(x for x in tensors if x.requires_grad)]
+        gradients: Sequence[Tensor | None] = [None] * len(wanted)
+        if surrogate.requires_grad:
+            one = torch.ones((), dtype=surrogate.dtype, device=surrogate.device)
+            gradients = torch.autograd.grad(surrogate, wanted, one, allow_unused=True)
+        states = [state.detach() for state in self.states.tensors()]
+        return Outcome(loss, _laid_out(wanted, gradients), states)
+
+    def _check_parameters(self, met: Collection[str]) -> None:
+        new = [name for name in met if name not in self._params]
+        # Those of estimators are shown at the end of an eager step, not met in the programs.
+        gone = [n for n in self._params if n not in met and not n.startswith("gradient$")]
+        if new:
+            raise OtherParameters(
+                f"the parameters {new} were not there in the first step, and a recorded step does "
+                "not train them"
+            )
+        if gone:
+            raise OtherParameters(
+                f"the parameters {gone} were there in the first step only, and a recorded step "
+                "goes on training them"
+            )
+
+    @contextmanager
+    def _restored(
+        self, tensors: Sequence[Tensor] = (), *, on_error: bool = False
+    ) -> Iterator[None]:
+        """Restore generators, tensors, estimators and modules on leaving, or on an error."""
+        with ExitStack() as stack:
+            stack.callback(set_generator_states, generator_states())
+            stack.callback(restorer(tensors))
+            stack.callback(self.states.restorer())
+            stack.callback(self._surroundings.restore)
+            yield
+            if on_error:
+                stack.pop_all()
+
+    def _make_graph(self, inputs: Sequence[Tensor]) -> None:
+        assert self.recording is not None
+        if not self._is_graphable or (self.graph is not None and self.graph.is_current()):
+            return
+        try:
+            held = self.recording.held
+            self.graph = GraphedFunction(self.recording, inputs, self.device, held)
+        except NotGraphable as error:
+            self._is_graphable, self.graph = False, None
+            warnings.warn(
+                f"CapturedSVI: the recorded step cannot become one CUDA graph, for {error}. Its "
+                "operations are launched one by one, which takes longer; make such tensors on "
+                f"{self.device}.",
+                stacklevel=6,
+            )
+
+    def explain_difference(self, found: Outcome, expected: Outcome) -> str | None:
+        """Say which part of an outcome differs most from what is expected, beyond rounding."""
+        names = ["the loss", *(f"the gradient of {self._names[leaf]!r}" for leaf in self.leaves)]
+        beside = len(found.gradients) - len(self.leaves)
+        names += ["the gradient of a tensor that is not a parameter"] * beside
+        names += ["what is left in an estimator or a buffer"] * len(found.states)
+        pairs = zip(
+            [found.loss, *found.gradients, *found.states],
+            [expected.loss, *expected.gradients, *expected.states],
+            strict=True,
+        )
+        norms = torch.stack([_norms(*pair).to(found.loss.device) for pair in pairs]).tolist()
+        rounding = _OTHER_DRAW if self._compile else _ROUNDING
+        cancelled = _OTHER_DRAW if self._compile else _CANCELLED
+        total = math.hypot(*(size for _, size in norms[1:]))
+        allowed = [rounding * (1 + norms[0][1])]
+        allowed += [rounding * size + cancelled * total + rounding**2 for _, size in norms[1:]]
+        excess = [error / most for (error, _), most in zip(norms, allowed, strict=True)]
+        worst = max(range(len(norms)), key=excess.__getitem__)
+        if excess[worst] <= 1:
+            return None
+        error, size = norms[worst]
+        return (
+            f"{names[worst]} differs by {error:.3g} between the recorded step and an eager one "
+            f"with the same random numbers, where it has the size {size:.3g}; the losses are "
+            f"{found.loss.item():g} and {expected.loss.item():g}"
+        )
+
+
+def leaves_of(surrogate: Tensor) -> list[Tensor]:
+    """List the tensors that a backward pass would give gradients to."""
+    found: list[Tensor] = []
+    waiting: list[Any] = [surrogate.grad_fn]
+    seen: set[Any] = {None}
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            if hasattr(node, "variable"):  # where a gradient is added to a leaf
+                found.append(node.variable)
+            waiting.extend(following for following, _ in node.next_functions)
+    return found
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """The same memory as another object, not taken for one that is held or given twice.
+
+    Gradients end here.
+    """
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _norms(found: Tensor | None, expected: Tensor | None) -> Tensor:
+    """The norm of the difference of two tensors, where ``None`` is zero, and of the second."""
+    present = found if found is not None else expected
+    present = torch.zeros(()) if present is None else present.detach().double()
+    a, b = (
+        torch.zeros_like(present) if x is None else x.detach().double() for x in (found, expected)
+    )
+    same = (a == b) | (a.isnan() & b.isnan())
+    error = torch.where(same, 0.0, a - b).nan_to_num(torch.inf)  # a NaN in one alone
+    return torch.stack([error.norm(), b.nan_to_num(0.0, 0.0, 0.0).norm()])
+
+
+def _laid_out(
+    tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Lay gradients out as their tensors, as optimisers expect, and each in its own memory."""
+    taken: set[int] = set()
+    found: list[Tensor | None] = []
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        if gradient is not None:
+            if gradient.layout != torch.strided:
+                raise NotRecordable(
+                    "a gradient is sparse; write sparse=False, nn.Embedding(..., sparse=False)."
+                )
+            memory = gradient.untyped_storage().data_ptr()
+            if memory in taken or gradient.stride() != tensor.stride():
+                gradient = torch.empty_like(tensor).copy_(gradient)
+            taken.add(memory)
+        found.append(gradient)
+    return found
+
+
+def _python_generators() -> tuple[Any, ...]:
+    name, words, *rest = np.random.get_state()
+    return random.getstate(), (name, bytes(words), *rest)  # type: ignore[arg-type]

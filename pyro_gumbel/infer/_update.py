@@ -1,0 +1,121 @@
+"""The optimiser's part of a recorded step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+
+from pyro_gumbel.infer._cuda_graph import GraphedFunction
+
+__all__ = ["GraphedUpdate", "Updater"]
+
+
+class Updater:
+    """Hands gradients to a Pyro optimiser and leaves zeros in ``.grad``, as ``SVI`` does.
+
+    ``SVI`` makes zeros anew at each step and adds the gradients to them. Here the gradients take
+    the place of zeros that nobody has written to. What somebody has, the user or another ``SVI``,
+    counts as it does there.
+    """
+
+    def __init__(self) -> None:
+        self._zeros: dict[Tensor, tuple[Tensor, int]] = {}
+
+    def clear(self) -> None:
+        """Let go of the parameters."""
+        self._zeros.clear()
+
+    def __call__(
+        self,
+        optim: PyroOptim,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        """Take a step of the optimiser; gradients beyond the parameters' are left alone."""
+        for parameter, gradient in zip(parameters, gradients, strict=False):
+            left = parameter.grad
+            if gradient is None and left is not None:
+                # A copy, for optimisers write to gradients by .data, which no version counts.
+                parameter.grad = left.clone()
+            elif left is None or gradient is None or self.is_resting(parameter):
+                parameter.grad = gradient
+            else:
+                parameter.grad = left + gradient
+        optim(parameters)
+        self.lay_down(parameters)
+
+    def is_resting(self, parameter: Tensor) -> bool:
+        """Whether ``.grad`` is as it was left."""
+        zeros, version = self._zeros.get(parameter, (None, 0))
+        gradient = parameter.grad
+        return gradient is None or (gradient is zeros and gradient._version == version)
+
+    def lay_down(self, parameters: Iterable[Tensor]) -> None:
+        """Leave zeros where there is a gradient."""
+        for parameter in parameters:
+            gradient = parameter.grad
+            if gradient is not None:
+                zeros, version = self._zeros.get(parameter, (gradient, -1))
+                same = zeros.shape == gradient.shape and zeros.dtype == gradient.dtype
+                if zeros._version != version or not same or zeros.device != gradient.device:
+                    zeros = torch.zeros_like(gradient)
+                    self._zeros[parameter] = (zeros, zeros._version)
+                parameter.grad = zeros
+
+
+class GraphedUpdate:
+    """A step of an optimiser, with the gradients of a CUDA graph, as another one.
+
+    Args:
+        updater: Takes the step.
+        optim: The optimiser.
+        parameters: The parameters.
+        gradients: Their gradients.
+    """
+
+    def __init__(
+        self,
+        updater: Updater,
+        optim: PyroOptim,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        self._optim, self._gradients = optim, gradients
+        self._replay = GraphedFunction(
+            lambda _: updater(optim, parameters, gradients), [], parameters[0].device
+        )
+        self._settings = _settings(optim)
+
+    @staticmethod
+    def fits(updater: Updater, optim: PyroOptim, parameters: Sequence[Tensor]) -> bool:
+        """Whether the user has made the optimiser for CUDA graphs, and no gradient is added."""
+        groups = [group for o in _optimizers(optim) for group in o.param_groups]
+        resting = all(map(updater.is_resting, parameters))
+        return resting and all(group.get("capturable") for group in groups)
+
+    def is_current(self, optim: PyroOptim, gradients: Sequence[Tensor | None]) -> bool:
+        """Whether the optimiser has the numbers and tensors that the graph goes on with."""
+        same = optim is self._optim and gradients is self._gradients
+        return same and _settings(optim) == self._settings
+
+    def __call__(self) -> None:
+        self._replay([])
+
+
+def _settings(optim: PyroOptim) -> list[Any]:
+    values: list[Any] = []
+    for optimizer in _optimizers(optim):
+        for group in optimizer.param_groups:
+            values += [value for name, value in group.items() if name != "params"]
+        for state in optimizer.state.values():
+            values += state.values()
+    return [id(value) if isinstance(value, Tensor) else value for value in values]
+
+
+def _optimizers(optim: PyroOptim) -> list[Any]:
+    """Torch's optimisers, out of their learning rate schedulers."""
+    return [getattr(o, "optimizer", o) for o in optim.optim_objs.values()]

@@ -1,0 +1,372 @@
+"""SVI whose step is recorded once and replayed."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import traceback
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer import SVI
+from pyro.infer.util import is_validation_enabled
+from pyro.optim import PyroOptim
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.util import warn_if_nan
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pyro_gumbel.estimators import Call
+from pyro_gumbel.infer._captured_state import ModulesAtWork, restorer
+from pyro_gumbel.infer._captured_step import (
+    CapturedStep,
+    OtherParameters,
+    Outcome,
+    leaves_of,
+)
+from pyro_gumbel.infer._recording import is_library
+from pyro_gumbel.infer._state import finish_step
+from pyro_gumbel.infer._update import GraphedUpdate, Updater
+from pyro_gumbel.infer.not_recordable import NotRecordable
+from pyro_gumbel.infer.particle_elbo import ParticleELBO
+
+__all__ = ["CapturedSVI"]
+
+_MANY_KINDS = 32
+_PLAIN = (bool, int, float, str, type(None))
+_ADVICE = (
+    "Something that the program reads has changed since it was recorded. Pass what changes as an "
+    "argument, as a tensor: svi.step(x, torch.tensor(beta)); or call svi.reset() when you change "
+    "it; or use pyro.infer.SVI."
+)
+
+
+class CapturedSVI(SVI):
+    r"""Pyro's ``SVI`` with a step that runs without Pyro, once it is recorded.
+
+    The first step with arguments of given shapes is an eager one, the second is recorded; from the
+    third on the recorded operations (forward and backward) and the optimiser run alone, on a GPU
+    as one CUDA graph. Losses, gradients and random numbers are those of eager steps.
+
+    * **Inputs**, read anew at every step: tensors among the arguments; parameters; parameters and
+      buffers of modules; schedules, baselines and other states of estimators.
+    * **Frozen**: every other value that Python computes or reads while the step is recorded, such
+      as a number in a global, a closure or an attribute, and the branches taken. Another shape,
+      another argument that is not a tensor, another mode (``train`` or ``eval``) of a module,
+      another option of the loss, other handlers around the step, or another plain attribute of a
+      module or an estimator is another recording.
+    * **Refused** when recorded, with the line of the program: reading a tensor's value into
+      Python, shapes that depend on values, draws from Python's, NumPy's or other generators, new
+      tensors in place of buffers, sparse gradients.
+    * **Verified**: the first replay, and one of every ``check_every``, is compared with an eager
+      step of the same random numbers. A difference raises an error that names the parameter, and
+      nothing is changed by that step.
+
+    Where Pyro's validation is on, every replay computes the checks of all distributions, too. If
+    one fails, or the loss is NaN, the step is taken eagerly from the same random numbers, so that
+    it ends in the error or warning that ``SVI`` gives.
+
+    To record takes as long as about ten eager steps. The optimiser runs as in ``SVI``; on a GPU it
+    is a graph of its own if it was made with ``capturable=True``.
+
+    Args:
+        model: The model.
+        guide: The guide, :func:`~pyro_gumbel.infer.config_gradient` included.
+        optim: A Pyro optimiser.
+        loss: :class:`~pyro_gumbel.infer.Estimator_ELBO` or
+            :class:`~pyro_gumbel.infer.ImportanceWeighted_ELBO`.
+        compile: Also have ``torch.compile`` fuse the recorded operations: minutes once, less time
+            a step. Needs a C++ compiler.
+        check_every: Number of replays from one comparison with an eager step to the next.
+
+    Raises:
+        TypeError: If ``loss`` is another ELBO, the optimiser needs a closure (``LBFGS``), or an
+            argument of a step can be neither a tensor nor part of a key.
+        ValueError: If ``check_every`` is below 1.
+        RuntimeError: At a step, if it cannot be recorded, or the recorded step differs from an
+            eager one.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_gumbel.infer import Estimator_ELBO
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Bernoulli(0.3))
+        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.0))))
+        >>> pyro.clear_param_store()
+        >>> svi = CapturedSVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Estimator_ELBO())
+        >>> losses = [svi.step(torch.tensor(1.0)) for _ in range(10)]
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optim: PyroOptim,
+        loss: ParticleELBO,
+        *,
+        compile: bool = False,
+        check_every: int = 100,
+    ) -> None:
+        if not isinstance(loss, ParticleELBO):
+            raise TypeError(
+                "CapturedSVI: loss must be an Estimator_ELBO or ImportanceWeighted_ELBO; got "
+                f"{type(loss).__name__}. For another loss write pyro.infer.SVI(...)."
+            )
+        if check_every < 1:
+            raise ValueError(f"CapturedSVI: check_every must be at least 1; got {check_every!r}.")
+        _check_optimizer(optim)
+        super().__init__(model, guide, optim, loss=loss)
+        self.elbo = loss
+        self.compile = compile
+        self.check_every = check_every
+        self._kinds: OrderedDict[Any, _Kind] = OrderedDict()
+        self._updater = Updater()
+        self._warned = False
+
+    def reset(self) -> None:
+        """Forget every recording; the next step of each kind is an eager one."""
+        self._kinds.clear()
+        self._updater.clear()
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """Take a gradient step and return the loss."""
+        if not torch.is_grad_enabled():
+            return super().step(*args, **kwargs)
+        leaves, spec = _flatten(args, kwargs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        call = Call(self.model, self.guide, args, kwargs)
+        kind = self._kind(leaves, spec)
+        step = kind.steps.get(kind.modes())
+        if step is not None and not step.is_current():
+            self._updater.clear()  # the parameters may be other ones
+            step = None
+        if step is None:
+            return self._first_step(kind, call)
+        if step.recording is None:
+            return self._record(kind, step, call, tensors)
+        return self._replay(step, call, tensors)
+
+    def _first_step(self, kind: _Kind, call: Call) -> float:
+        with ModulesAtWork() as at_work:
+            loss, params, estimators, leaves = self._eager_step(call)
+        kind.modules = list(dict.fromkeys([*kind.modules, *at_work.modules()]))
+        kind.steps[kind.modes()] = CapturedStep(
+            self.elbo, params, estimators, leaves, kind.modules, compile=self.compile
+        )
+        return loss
+
+    def _eager_step(self, call: Call) -> tuple[float, Any, Any, Any]:
+        """Take the step that ``SVI`` takes.
+
+        Returns:
+            The loss, the parameters by name, the estimators, and the tensors that got gradients.
+        """
+        with poutine.trace(param_only=True) as traced:
+            loss, surrogate, estimators = self.elbo.estimate(call)
+            finish_step(estimators)
+        if is_validation_enabled():
+            warn_if_nan(loss, "loss")
+        nodes = traced.trace.nodes
+        params = {name: nodes[name]["value"].unconstrained() for name in traced.trace.param_nodes}
+        if not params:
+            raise ValueError(
+                "CapturedSVI: neither model nor guide has a parameter; write pyro.param(...) or "
+                "pyro.module(...)."
+            )
+        leaves = leaves_of(surrogate)
+        if surrogate.requires_grad:
+            surrogate.backward(retain_graph=self.elbo.retain_graph)
+        unique = list(dict.fromkeys(params.values()))
+        self.optim(unique)
+        self._updater.lay_down(unique)
+        return loss.item(), params, estimators.values(), leaves
+
+    def _record(
+        self, kind: _Kind, step: CapturedStep, call: Call, tensors: Sequence[Tensor]
+    ) -> float:
+        try:
+            outcome = step.record(call, tensors)
+        except OtherParameters:
+            return self._first_step(kind, call)
+        except Exception as error:
+            step.eager(call, tensors)  # an error of the user's comes up here, as it does in SVI
+            raise _refusal(error) from error
+        self._finish(step, outcome, tensors)
+        return outcome.loss.item()
+
+    def _replay(self, step: CapturedStep, call: Call, tensors: Sequence[Tensor]) -> float:
+        assert step.recording is not None
+        step.replays += 1
+        compares = step.replays % self.check_every == 1 % self.check_every
+        expected = self._expected(step, call, tensors) if compares else None
+        inputs = [*tensors, *step.states.inputs()]
+        if not (compares or step.recording.has_checks):
+            outcome, _ = step.replay(inputs)
+            self._finish(step, outcome, tensors)
+            return outcome.loss.item()
+        restore = restorer(step.written(inputs))
+        try:
+            outcome, broken = step.replay(inputs)
+        except Exception:
+            restore()
+            step.eager(call, tensors)  # torch's checks may name the cause
+            raise
+        loss, *failed = torch.stack([outcome.loss, *(b.to(outcome.loss) for b in broken)]).tolist()
+        if any(failed):
+            restore()
+            return self._eager_step(call)[0]
+        if expected is not None:
+            left = [tensor.detach() for tensor in step.written(inputs)]
+            found = outcome._replace(states=[*outcome.states, *left])
+            difference = step.explain_difference(found, expected)
+            if difference is not None:
+                restore()
+                self.reset()
+                raise RuntimeError(f"CapturedSVI: {difference}. {_ADVICE}")
+        self._finish(step, outcome, tensors)
+        return loss
+
+    def _expected(self, step: CapturedStep, call: Call, tensors: Sequence[Tensor]) -> Outcome:
+        try:
+            return step.eager(call, tensors)
+        except OtherParameters as error:
+            self.reset()
+            raise RuntimeError(
+                f"CapturedSVI: {error}. Call svi.reset() when parameters come or go; it is done "
+                "for this time."
+            ) from error
+
+    def _finish(self, step: CapturedStep, outcome: Outcome, tensors: Sequence[Tensor]) -> None:
+        """Change estimators and parameters as the outcome of a step demands."""
+        step.states.put(outcome.states)
+        step.states.advance()
+        gradients = outcome.gradients
+        others = [*step.others, *(tensor for tensor in tensors if tensor.requires_grad)]
+        for tensor, gradient in zip(others, gradients[len(step.leaves) :], strict=True):
+            if gradient is not None:
+                tensor.backward(gradient, retain_graph=True)
+        if step.graph is None or not GraphedUpdate.fits(self._updater, self.optim, step.leaves):
+            self._updater(self.optim, step.leaves, gradients)
+            return
+        if step.update is None or not step.update.is_current(self.optim, gradients):
+            step.update = GraphedUpdate(self._updater, self.optim, step.leaves, gradients)
+        step.update()
+
+    def _kind(self, leaves: list[Any], spec: Any) -> _Kind:
+        """Find the steps on arguments and in surroundings like these."""
+        elbo = self.elbo
+        parts = [self.model, self.guide, self.optim, elbo, elbo.default]
+        for handler in _PYRO_STACK:
+            parts += [type(handler), *getattr(handler, "__dict__", {}).values()]
+        options = [v for k, v in vars(elbo).items() if isinstance(v, _PLAIN) and k[0] != "_"]
+        key = (
+            spec,
+            tuple(map(_leaf_key, leaves)),
+            tuple(map(_identity, parts)),
+            tuple(options),
+            torch.get_default_dtype(),
+            *_autocast(),
+            is_validation_enabled(),
+            dist.is_validation_enabled(),
+        )
+        try:
+            kind = self._kinds.get(key)
+        except TypeError as error:
+            raise TypeError(
+                f"CapturedSVI.step: every argument must be a tensor or hashable; {error}. Pass "
+                "tensors, or use pyro.infer.SVI."
+            ) from error
+        if kind is None:
+            kind = self._kinds[key] = _Kind(parts)
+            self._forget_oldest()
+        self._kinds.move_to_end(key)
+        return kind
+
+    def _forget_oldest(self) -> None:
+        if len(self._kinds) <= _MANY_KINDS:
+            return
+        self._kinds.popitem(last=False)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"CapturedSVI: more than {_MANY_KINDS} kinds of arguments and handlers so far, "
+                "each to be recorded; from now on the oldest are forgotten. Pass numbers that "
+                "change as tensors, batches of one size, and make handlers around steps once.",
+                stacklevel=5,
+            )
+
+
+class _Kind:
+    """Steps that differ in the modes of modules alone.
+
+    Args:
+        parts: What is part of the key by its identity, held so that nothing else gets it.
+    """
+
+    def __init__(self, parts: list[Any]) -> None:
+        self._parts = parts
+        self.modules: list[nn.Module] = []
+        self.steps: dict[tuple[bool, ...], CapturedStep] = {}
+
+    def modes(self) -> tuple[bool, ...]:
+        return tuple([module.training for module in self.modules])
+
+
+def _identity(part: Any) -> Any:
+    """Numbers, such as a scale, and methods by value, for they are made anew; all else by id."""
+    return part if isinstance(part, (*_PLAIN, MethodType)) else id(part)
+
+
+def _check_optimizer(optim: PyroOptim) -> None:
+    constructor: Any = getattr(optim, "pt_optim_constructor", None)
+    step = getattr(constructor, "step", None)
+    closure = inspect.signature(step).parameters.get("closure") if step is not None else None
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"CapturedSVI: {constructor.__name__} evaluates the loss by a closure, which Pyro's "
+            "SVI does not give; use an optimiser such as pyro.optim.Adam."
+        )
+
+
+def _refusal(error: Exception) -> RuntimeError:
+    """Say why a step cannot be recorded, and where in the user's program."""
+    reason = re.split(r"\s+Trace Shapes:", str(error))[0]  # Pyro adds them to any error
+    if not isinstance(error, NotRecordable):
+        reason = f"{type(error).__name__}: {reason.partition(chr(10))[0].rstrip('.')}."
+    line = ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        if not is_library(frame):
+            (place,) = traceback.StackSummary.extract([(frame, number)])
+            line = f" (Line {number} of {place.filename}: {place.line})"
+    return RuntimeError(
+        f"CapturedSVI cannot record this step: {reason} Use pyro.infer.SVI instead.{line}"
+    )
+
+
+def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """Flatten arguments; tensors alone at once, for pytree takes as long as some operations."""
+    if not kwargs and all(isinstance(arg, Tensor) for arg in args):
+        return list(args), len(args)
+    return pytree.tree_flatten((args, kwargs))
+
+
+def _leaf_key(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return type(leaf), leaf
+    strides = leaf.stride() if leaf.layout == torch.strided else None
+    return leaf.shape, leaf.layout, strides, leaf.dtype, leaf.device, leaf.requires_grad
+
+
+def _autocast() -> list[torch.dtype | None]:
+    return [
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        for kind in ("cpu", "cuda")
+    ]
