@@ -241,17 +241,15 @@ class ParticleELBO(ELBO):
         plans = self._plans.of(call)
         key = (self.max_plate_nesting, structure_of(call))
         if key not in plans:
-            plans[key] = self._make_plan(call)
+            given = self.max_plate_nesting != float("inf")
+            plans[key] = Plan(int(self.max_plate_nesting) if given else None)
+        if self.vectorize_particles and plans[key].plate_nesting is None:
+            self._find_nesting(call, plans[key])
         return plans[key]
 
-    def _make_plan(self, call: Call) -> Plan:
-        if self.max_plate_nesting != float("inf"):
-            return Plan(int(self.max_plate_nesting))
-        return self._preflight(call) if self.vectorize_particles else Plan(None)
-
-    def _preflight(self, call: Call) -> Plan:
-        run, nesting = preflight(call, self._choose, Layout())
-        return Plan(nesting, main_branches(run))
+    def _find_nesting(self, call: Call, plan: Plan) -> None:
+        run, plan.plate_nesting = preflight(call, self._choose, Layout())
+        plan.branches = main_branches(run)
 
     def _allow_nesting(self, deeper: DeeperPlates) -> None:
         if self.max_plate_nesting != float("inf"):
@@ -281,7 +279,7 @@ class ParticleELBO(ELBO):
                     ]
                 )
             except NestingNeeded:
-                plan.plate_nesting = self._preflight(call).plate_nesting
+                self._find_nesting(call, plan)
             except DeeperPlates as deeper:
                 self._allow_nesting(deeper)
                 plan.plate_nesting = deeper.nesting

@@ -312,7 +312,8 @@ def test_structure_that_changes_from_step_to_step(vectorize: bool) -> None:
         assert abs(found.mean() - exact[key]) < 5 * error + 1e-9
 
 
-def test_options_may_change_between_steps() -> None:
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_options_may_change_between_steps(vectorize: bool) -> None:
     count = 400
 
     def plated(logits: torch.Tensor) -> None:
@@ -325,14 +326,14 @@ def test_options_may_change_between_steps() -> None:
     def its_guide() -> None:
         plated(pyro.param("l", torch.tensor(0.0)))
 
-    elbo = Estimator_ELBO(4, vectorize_particles=True)
+    elbo = Estimator_ELBO(4, vectorize_particles=vectorize)
     elbo.loss(its_model, its_guide)
     for options in (
         {"num_particles": 16},
         {"num_particles": 3},
-        {"vectorize_particles": False},
+        {"vectorize_particles": not vectorize},
         {"default": "disarm"},
-        {"vectorize_particles": True},
+        {"vectorize_particles": vectorize},
         {"default": "enumerate"},
         {"num_particles": 1},
         {"default": "reinmax"},
