@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from captured import steps_of
 from pyro.infer import SVI
 from pyro.nn import PyroModule
 from torch import nn
@@ -215,7 +216,7 @@ def test_a_program_that_keeps_a_book_is_recorded(write):
     svi = CapturedSVI(program.model, bit_guide, pyro.optim.Adam({"lr": 0.1}), Estimator_ELBO())
     for _ in range(8):
         svi.step()
-    (step,) = svi._steps.values()
+    (step,) = steps_of(svi)
     assert step.replays == 6
 
 
@@ -238,5 +239,5 @@ def test_a_baseline_that_counts_is_recorded():
     svi = CapturedSVI(bit_model, guide, pyro.optim.Adam({"lr": 0.1}), Estimator_ELBO())
     for _ in range(8):
         svi.step()
-    (step,) = svi._steps.values()
+    (step,) = steps_of(svi)
     assert step.replays == 6
