@@ -233,8 +233,8 @@ class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draw one-hot values, ``sample_shape + batch_shape + (C,)``."""
-        with torch.no_grad():
-            return one_hot_argmax(self._perturbed_scores(sample_shape), self.dtype)
+        scores = self._parameters.scores.expand(self.batch_shape + self.event_shape)
+        return draw_one_hot(scores, sample_shape).to(self.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-mass, ``(value * log p).sum(-1)``."""
