@@ -8,6 +8,7 @@ Everything here is float32 or better.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -123,7 +124,7 @@ def _are_clamped(logits: Tensor, probs: Tensor, is_binary: bool) -> Tensor:
     there are no such probabilities, it does not matter.
     """
     eps = torch.finfo(probs.dtype).eps
-    low, high = probs_to_logits(torch.tensor([0.0, 1.0], dtype=probs.dtype), is_binary).unbind()
+    low, high = math.log(eps), -math.log(eps)  # torch clamps to eps and, for bits, to 1 - eps
     clamped = (probs.amin() < 0.999 * eps) & (logits.amin() > low - 5e-4)
     if not is_binary:
         return clamped
