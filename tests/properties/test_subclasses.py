@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 
@@ -112,10 +113,17 @@ def build(family, shape=()):
 
 def override(family, name):
     """A subclass that overrides one of the things that make a law, if only by its parent's."""
-    inherited = getattr(family, name)
-    if name in ("support", "probs", "logits", "param_shape"):
-        return type("Odd", (family,), {name: property(lambda self: inherited.__get__(self))})
-    return type("Odd", (family,), {name: lambda self, *args, **kw: inherited(self, *args, **kw)})
+
+    class Odd(family):
+        pass
+
+    def inherited(self):
+        return getattr(super(Odd, self), name)
+
+    is_property = name in ("support", "probs", "logits", "param_shape")
+    member = inherited if is_property else lambda self, *args, **kw: inherited(self)(*args, **kw)
+    setattr(Odd, name, property(member) if is_property else member)
+    return Odd
 
 
 LAW = ["sample", "rsample", "log_prob", "enumerate_support", "support", "score_parts", "__call__"]
@@ -344,6 +352,35 @@ def test_every_estimator_scores_another_law_in_the_model(kind, estimator, vector
             check(found, expected)
         else:
             check((found[0], expected[1]), expected)
+
+
+KIND = {
+    dist.Categorical: "index",
+    dist.OneHotCategorical: "one_hot",
+    OneHot: "one_hot",
+    RelaxedOneHot: "one_hot",
+    dist.Bernoulli: "bit",
+    RelaxedBernoulli: "bit",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", KIND, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", LAW)
+@pytest.mark.parametrize("side", ["guide", "model", "both"])
+@pytest.mark.parametrize("choice", ["score", "enumerate"])
+def test_every_override_is_called_and_changes_nothing(family, name, side, choice):
+    """Each is the parent's own: who trusts the class or calls its methods gets the same law."""
+    kind = KIND[family]
+    odd = override(family, name)
+    if family in (RelaxedOneHot, RelaxedBernoulli):
+        odd = functools.partial(odd, 0.5, straight_through=True)
+    model, guide = programs(
+        kind, PLAIN[kind] if side == "model" else odd, PLAIN[kind] if side == "guide" else odd
+    )
+    expected = exact(kind, PLAIN[kind], PLAIN[kind])
+    for options in ({}, {"analytic_kl": True}, {"vectorize": False}):
+        check(gradient(model, guide, choice, **options), expected)
 
 
 @kinds
