@@ -1,4 +1,4 @@
-"""What is drawn: Gumbel and one-hot distributions, and their relaxations.
+"""Gumbel and one-hot distributions, and their relaxations.
 
 * :class:`Gumbel`, :class:`TruncatedGumbel`: the noise behind the Gumbel-max trick.
 * :class:`OneHot`: a categorical whose log-mass is differentiable in its one-hot value.

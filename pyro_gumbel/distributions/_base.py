@@ -1,4 +1,4 @@
-"""What every distribution here shares: shapes, expansion and checks."""
+"""Shapes, expansion and checks that all distributions of this package share."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 
 def plain_eager() -> bool:
-    """Whether plain PyTorch runs, not a compiler or a ``torch.func`` transform."""
+    """Return whether plain PyTorch runs, not a compiler or a ``torch.func`` transform."""
     return (
         not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
 def checkable(*tensors: Tensor) -> bool:
-    """Whether a Python ``if`` may look at these values.
+    """Return whether a Python ``if`` may look at these values.
 
     It may not inside ``torch.func`` transforms, while a program is being compiled or captured in a
     CUDA graph, and for tensors without data. Checks of values are skipped there, checks of shapes
@@ -35,7 +35,7 @@ def checkable(*tensors: Tensor) -> bool:
 
 
 def at_hand(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be looked at, now and for good, without waiting."""
+    """Return whether a tensor's values can be looked at, now and for good, without waiting."""
     return (
         plain_eager()
         and tensor.is_cpu
@@ -45,7 +45,7 @@ def at_hand(tensor: Tensor) -> bool:
 
 
 def may_cache() -> bool:
-    """Whether a derived tensor may be kept for later calls.
+    """Return whether a derived tensor may be kept for later calls.
 
     Not if it belongs to a ``torch.func`` transform, a compiled program or inference mode, which
     later calls may be outside of.
@@ -111,8 +111,8 @@ class BaseDistribution(TorchDistribution):
     def _validate_sample(self, value: Any) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"The value scored by {type(self).__name__} must be a tensor, but "
-                f"{type(value).__name__} came; write torch.tensor(value)."
+                f"The value scored by {type(self).__name__} must be a tensor; got "
+                f"{type(value).__name__}. Write torch.tensor(value)."
             )
         expected = self.batch_shape + self.event_shape
         split = value.dim() - len(self.event_shape)

@@ -2,7 +2,8 @@
 
 Torch keeps the given one of ``probs`` and ``logits``, derives the other when it is asked for, and
 clamps the logits that it derives: there zeros get a share, and small probabilities too large a
-one. It checks both where Pyro's validation is on, and cannot tell them apart after ``expand``.
+one. Where Pyro's validation is on it derives both, and after ``expand`` it does not know which
+was given.
 Everything here is float32 or better.
 """
 
@@ -110,7 +111,7 @@ def _read(
 
 @torch.no_grad()
 def _are_derived(logits: Tensor, probs: Tensor, is_binary: bool) -> Tensor:
-    """Find which was derived from which: in half precision there is no way back."""
+    """Return whether the logits were derived: in half precision no rounding can be undone."""
     forth = logits == probs_to_logits(probs, is_binary)
     back = probs == logits_to_probs(logits, is_binary)
     return forth.sum() > back.sum()
@@ -118,7 +119,7 @@ def _are_derived(logits: Tensor, probs: Tensor, is_binary: bool) -> Tensor:
 
 @torch.no_grad()
 def _are_clamped(logits: Tensor, probs: Tensor, is_binary: bool) -> Tensor:
-    """Find whether torch derived the logits from probabilities too close to zero or to one.
+    """Return whether torch derived the logits from probabilities too close to zero or to one.
 
     Then the furthest logit is that of torch's bound, and not of the furthest probability. Where
     there are no such probabilities, it does not matter.

@@ -90,9 +90,9 @@ class CategoricalParameters:
 def check_one_given(probs: Any, logits: Any) -> None:
     """Raise ``ValueError`` unless exactly one of the two is given."""
     if (probs is None) == (logits is None):
-        came = "neither" if probs is None else "both"
+        given = "neither" if probs is None else "both"
         raise ValueError(
-            f"Exactly one of probs and logits must be given, but {came} came; write probs=... or "
+            f"Exactly one of probs and logits must be given; got {given}. Write probs=... or "
             "logits=... ."
         )
 
@@ -127,7 +127,7 @@ def resolve_temperature(
         return temperature
     if not is_number(temperature):
         raise TypeError(
-            f"temperature must be a positive number or tensor, but {temperature!r} came; write "
+            f"temperature must be a positive number or tensor; got {temperature!r}. Write "
             "0.5 or torch.tensor(0.5)."
         )
     _check_positive(temperature > 0, temperature)
@@ -176,7 +176,7 @@ def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size | None:
 def _check_positive(positive: bool, temperature: Any) -> None:
     if not positive:
         raise ValueError(
-            f"temperature must be positive, but {temperature!r} came; write 0.5, for example."
+            f"temperature must be positive; got {temperature!r}. Write 0.5, for example."
         )
 
 
@@ -184,4 +184,4 @@ def _culprit(given: Tensor) -> str:
     if given.isnan().any():
         return f"found NaN in a tensor of shape {tuple(given.shape)}"
     low, high = given.min().item(), given.max().item()
-    return f"came values from {low:g} to {high:g} in a tensor of shape {tuple(given.shape)}"
+    return f"got values from {low:g} to {high:g} in a tensor of shape {tuple(given.shape)}"

@@ -1,4 +1,4 @@
-"""What a reparameterised draw leaves to the score function, as Pyro's ``Rejector`` does."""
+"""The part of a reparameterised gradient that is left to the score function."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def has_score_parts(fn: Any) -> bool:
 def score_function(fn: Any, value: Tensor) -> Tensor:
     r"""The logarithm of the density that the noise behind ``value`` was drawn from.
 
-    The gradient of an expectation is that of the cost along the value, and the cost times that of
-    this term, as a function of the parameters and of the value that moves with them. Pyro's own
-    wrappers forget it where they join dimensions or transform.
+    The gradient of an expected cost is the cost's own along the value, plus the cost times the
+    gradient of this term, in which the value moves with the parameters. Pyro's own wrappers omit
+    the term where they join dimensions or transform.
 
     Args:
         fn: A distribution that :func:`has_score_parts`.

@@ -1,4 +1,4 @@
-"""What an estimator may know of a distribution: its family, its numbers, an exact draw."""
+"""The family of a distribution, its wrappers, its numbers, and exact draws from it."""
 
 from __future__ import annotations
 
@@ -153,9 +153,9 @@ def support_values(fn: Distribution) -> Tensor:
 
 
 def explain_stranger(fn: Distribution) -> str:
-    """Say why a descendant of a known family is not taken for one, and how it would be.
+    """Explain why a descendant of a known family is not one, and how it would become one.
 
-    There is nothing to say of other distributions, and no full stop at the end.
+    The explanation is empty for other distributions, and ends without a full stop.
     """
     family = nearest_library(type(fn))
     if not issubclass(family, _KNOWN) or law_of(fn) is not None:
@@ -172,19 +172,19 @@ def explain_stranger(fn: Distribution) -> str:
 
 
 def is_one_hot(fn: Distribution) -> bool:
-    """Tell whether the values of ``fn`` are one-hot vectors scored by their mass."""
+    """Return whether the values of ``fn`` are one-hot vectors scored by their mass."""
     return has_law_of(fn, OneHotCategorical) or (
         has_law_of(fn, RelaxedOneHot) and fn.straight_through
     )
 
 
 def is_bit(fn: Distribution) -> bool:
-    """Tell whether the values of ``fn`` are 0 or 1."""
+    """Return whether the values of ``fn`` are 0 or 1."""
     return has_law_of(fn, Bernoulli) or (has_law_of(fn, RelaxedBernoulli) and fn.straight_through)
 
 
 def is_relaxed(fn: Distribution) -> bool:
-    """Tell whether ``fn`` is the density of values between one-hot vectors, or between 0 and 1."""
+    """Return whether ``fn`` is the density of a relaxed one-hot vector or bit."""
     families = (
         RelaxedOneHot,
         RelaxedBernoulli,
@@ -195,17 +195,17 @@ def is_relaxed(fn: Distribution) -> bool:
 
 
 def is_categorical(fn: Distribution) -> bool:
-    """Tell whether the values of ``fn`` are category indices."""
+    """Return whether the values of ``fn`` are category indices."""
     return has_law_of(fn, Categorical)
 
 
 def is_normal(fn: Distribution) -> bool:
-    """Tell whether ``fn`` is a normal distribution of single numbers."""
+    """Return whether ``fn`` is a normal distribution of single numbers."""
     return has_law_of(fn, Normal)
 
 
 def has_logits(fn: Distribution) -> bool:
-    """Tell whether :func:`one_hot_logits` knows the distribution."""
+    """Return whether :func:`one_hot_logits` knows the distribution."""
     return is_one_hot(fn) or is_bit(fn) or is_categorical(fn)
 
 

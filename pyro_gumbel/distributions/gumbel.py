@@ -39,8 +39,7 @@ def _as_tensor(name: str, value: Any, dtype: torch.dtype, device: torch.device |
         return torch.as_tensor(value, dtype=dtype, device=device)
     except TypeError:
         raise TypeError(
-            f"{name} must be a number or a tensor, but {value!r} came; write 1.0 or "
-            "torch.tensor(1.0)."
+            f"{name} must be a number or a tensor; got {value!r}. Write 1.0 or torch.tensor(1.0)."
         ) from None
 
 
@@ -48,7 +47,7 @@ def check_parameter(name: str, value: Tensor, valid: Tensor, expected: str) -> N
     """Raise ``ValueError`` that names the parameter where it is not ``valid``."""
     if not valid.all():
         raise ValueError(
-            f"{name} must be {expected}, but came with values from {value.min().item():g} to "
+            f"{name} must be {expected}; got values from {value.min().item():g} to "
             f"{value.max().item():g} in a tensor of shape {tuple(value.shape)}."
         )
 

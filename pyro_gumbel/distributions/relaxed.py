@@ -56,7 +56,7 @@ class RelaxedOneHot(TemperedCategorical):
     Raises:
         ValueError: If ``temperature`` is not positive or does not fit the batch, if not exactly
             one of ``probs`` and ``logits`` is given, or it holds NaN.
-        TypeError: If ``temperature`` is no number.
+        TypeError: If ``temperature`` is not a number.
 
     References:
         The Concrete Distribution (Maddison, Mnih, Teh, 2017), https://arxiv.org/abs/1611.00712

@@ -57,7 +57,7 @@ class RelaxedBernoulli(TemperedDistribution):
     Raises:
         ValueError: If ``temperature`` is not positive or does not broadcast, if not exactly one
             of ``probs`` and ``logits`` is given, ``probs`` leaves [0, 1] or ``logits`` is NaN.
-        TypeError: If ``temperature`` is no number.
+        TypeError: If ``temperature`` is not a number.
 
     References:
         The Concrete Distribution (Maddison, Mnih, Teh, 2017), https://arxiv.org/abs/1611.00712
@@ -105,7 +105,7 @@ class RelaxedBernoulli(TemperedDistribution):
             raise ValueError(f"logits must be numbers; found NaN in shape {tuple(given.shape)}.")
         if self._name == "probs" and not ((given >= 0) & (given <= 1)).all():
             raise ValueError(
-                "probs must lie in [0, 1]; write logits=... for log-odds. Came a tensor of shape "
+                "probs must lie in [0, 1]; write logits=... for log-odds. Got a tensor of shape "
                 f"{tuple(given.shape)} with values from {given.min().item():g} to "
                 f"{given.max().item():g}."
             )

@@ -43,7 +43,7 @@ class MuProp(DifferentiatingEstimator):
         + \nabla_\phi\, \mu^\top \nabla f(\mu)
 
     *Unbiased*: yes. *Requires*: one-hot or Bernoulli sites and a cost differentiable at the mean,
-    which is no value of the site. *Costs*: two evaluations and one more backward pass.
+    which is not a value of the site. *Costs*: two evaluations and one more backward pass.
 
     References:
         MuProp: Unbiased Backpropagation for Stochastic Neural Networks (Gu, Levine, Sutskever,

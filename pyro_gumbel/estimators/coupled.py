@@ -1,4 +1,4 @@
-"""Score-function gradients from coupled draws that face away from each other: unbiased."""
+"""Score-function gradients from antithetic draws: unbiased."""
 
 from __future__ import annotations
 

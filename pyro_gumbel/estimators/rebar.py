@@ -40,7 +40,7 @@ class Rebar(DifferentiatingEstimator):
             the user's optimiser.
 
     Raises:
-        TypeError: If the temperature is no number.
+        TypeError: If the temperature is not a number.
         ValueError: If the temperature is not positive; at a site, if the model reads relaxed
             values in a way that has no gradient, such as an index.
 
@@ -97,7 +97,7 @@ class Rebar(DifferentiatingEstimator):
         return surrogate + lower((estimate**2).sum(), list(self.parameters()))
 
     def _extra(self, site: Site) -> Tensor | None:
-        """What is added to ``c(z)`` and ``c(z~)``, ``(2, R) + batch_shape``."""
+        """The term added to ``c(z)`` and ``c(z~)``, ``(2, R) + batch_shape``."""
         return None
 
 
@@ -117,7 +117,7 @@ class Relax(Rebar):
             optimiser.
 
     Raises:
-        TypeError: If ``critic`` is no module, or the temperature no number.
+        TypeError: If ``critic`` is not a module, or the temperature not a number.
         ValueError: If the temperature is not positive; at a site, if the critic's output does not
             fit.
 

@@ -1,4 +1,4 @@
-"""Values that are one-hot on the way forward and soft on the way back: biased, cheap, quiet."""
+"""Estimators that run on one-hot values and differentiate soft ones: biased, of low variance."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def current_temperature(
 
 
 def _misfit(temperature: float | Tensor | Schedule | None, batch: torch.Size) -> str | None:
-    """Say why a temperature does not fit a batch shape, if it does not."""
+    """Explain why a temperature does not fit a batch shape, if it does not."""
     if not isinstance(temperature, Tensor):
         return None
     shape = temperature.shape

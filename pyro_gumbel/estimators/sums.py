@@ -75,8 +75,8 @@ class LocalExpectation(Estimator):
             ``None`` for all.
 
     Raises:
-        ValueError: If ``chunk_size`` is no integer or below 1; at a site, if a site outside its
-            plates depends on it.
+        ValueError: If ``chunk_size`` is not an integer or is below 1; at a site, if a site outside
+            its plates depends on it.
 
     References:
         Local Expectation Gradients for Black Box Variational Inference (Titsias, Lazaro-Gredilla,
@@ -145,5 +145,5 @@ def _joined(fn: Distribution, event_dims: int) -> torch.Size:
 
 
 def joins_variables(fn: Distribution, event_dims: int) -> bool:
-    """Tell whether ``to_event`` made one event of several variables."""
+    """Return whether ``to_event`` made one event of several variables."""
     return _joined(fn, event_dims).numel() > 1

@@ -1,4 +1,4 @@
-"""Draws without replacement: no value is evaluated twice."""
+"""Draws without replacement, so that no value is evaluated twice."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ def adopt_stored(prefix: str, module: nn.Module) -> None:
     """Let a module go on with the parameters that the store has under its names.
 
     An optimiser steps what the store has; a module that kept parameters of its own beside it would
-    not be trained, and nobody told.
+    not be trained, without a warning.
 
     Args:
         prefix: What ``pyro.module`` calls the module.

@@ -82,7 +82,7 @@ def _bare_divergence(q: Any, p: Any) -> Tensor:
 
 
 def _weighed_alike(one: Any, other: Any) -> bool:
-    """Tell whether two sites' scores are scaled and masked by what is known to be the same."""
+    """Return whether two sites' scores are scaled and masked by what is known to be the same."""
     weights = [[site["scale"], site["mask"], *masks(site["fn"])] for site in (one, other)]
     # Tensors are compared by identity: looking into them would wait for the device.
     return len(weights[0]) == len(weights[1]) and all(

@@ -141,7 +141,7 @@ def _check_measure(name: str, model_fn: Any, guide_fn: Any) -> None:
     raise ValueError(
         f"At site {name!r}, the guide's {_name(guide_fn)} has {kinds[bool(guide_mass)]} and the "
         f"model's {_name(model_fn)} has "
-        f"{kinds[bool(model_mass)]}: their ratio is no ELBO. Leave both discrete, "
+        f"{kinds[bool(model_mass)]}: their ratio is not an ELBO. Leave both discrete, "
         f"{_name(discrete)}(...), and choose how the "
         f"gradient passes: config_gradient(guide, {{{name!r}: ReinMax()}}) or another estimator."
     )
@@ -157,7 +157,8 @@ def _check_values(name: str, site: Any, guide_fn: Any) -> None:
         return
     raise ValueError(
         f"At site {name!r}, the guide's {_name(guide)} draws values that have no mass under the "
-        f"model's {_name(model)}: their ratio is no ELBO. Write {_name(model)} in the guide, too."
+        f"model's {_name(model)}: their ratio is not an ELBO. Write {_name(model)} in the guide, "
+        "too."
     )
 
 
@@ -214,7 +215,7 @@ def _refuse_pyro_straight_through(name: str, fn: Any, program: str) -> None:
         raise ValueError(
             f"At site {name!r}, the {program}'s {_name(fn)} draws hard values and scores them by "
             "the density of soft ones: that is "
-            f"no ELBO. Write {plain}(logits=...) in the model and in the guide, and "
+            f"not an ELBO. Write {plain}(logits=...) in the model and in the guide, and "
             f"config_gradient(guide, {{{name!r}: GumbelStraightThrough(temperature)}})."
         )
 

@@ -142,7 +142,7 @@ ROWS = {
         step(ONE_HOT, RELAXED),
         ValueError,
         r"At site 'z', the guide's RelaxedOneHot has a density and the model's OneHotCategorical "
-        r"has a mass: their ratio is no ELBO.*OneHotCategorical\(...\).*"
+        r"has a mass: their ratio is not an ELBO.*OneHotCategorical\(...\).*"
         r"config_gradient\(guide, \{'z': ReinMax\(\)\}\)",
     ),
     "a mass facing a density": (
@@ -165,7 +165,7 @@ ROWS = {
         step(ONE_HOT, site(lambda: dist.Bernoulli(P).to_event(1))),
         ValueError,
         r"At site 'z', the guide's Bernoulli draws values that have no mass under the model's "
-        r"OneHotCategorical: their ratio is no ELBO. Write OneHotCategorical in the guide, too",
+        r"OneHotCategorical: their ratio is not an ELBO. Write OneHotCategorical in the guide",
     ),
     "counts for a bit": (
         step(BIT, site(lambda: dist.Poisson(1.0))),
