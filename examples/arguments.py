@@ -1,4 +1,4 @@
-"""Command lines: kinds of numbers, help that tells defaults, a folder to write to."""
+"""Command-line arguments: types of numbers, help with defaults, and the output folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Tell the default of each option that has one; a switch is off."""
+    """Show the default of every option but switches."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
@@ -18,13 +18,13 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def new_parser(description: str) -> argparse.ArgumentParser:
-    """Make a parser that is described by the first line, and whose help tells defaults."""
+    """Make a parser with the first line as its description and defaults in its help."""
     first = description.partition("\n")[0]
     return argparse.ArgumentParser(description=first, formatter_class=_Help)
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Make the type of whole numbers from ``least`` on."""
+    """Return an argument type for whole numbers of at least ``least``."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -40,14 +40,14 @@ count = at_least(1)
 
 
 def natural(text: str) -> int:
-    """A whole number that every generator takes as a seed."""
+    """Parse a whole number that is a valid seed for every random number generator."""
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^32, got {text!r}")
     return int(text)
 
 
 def positive(text: str) -> float:
-    """A number above zero."""
+    """Parse a number above zero."""
     try:
         number = float(text)
     except ValueError:
@@ -58,10 +58,10 @@ def positive(text: str) -> float:
 
 
 def make_folder(parser: argparse.ArgumentParser, path: Path, option: str = "--out") -> None:
-    """Make the folder to write to: if it cannot be used, a long run should not find that out."""
+    """Create the output folder, and fail before a long run if it is not writable."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        parser.error(f"{option}: nothing can be written to the folder {path} ({error})")
+        parser.error(f"{option}: cannot write to the folder {path} ({error})")

@@ -1,4 +1,4 @@
-"""Save a run of SVI after an epoch, and take it up again as if it had never stopped."""
+"""Save a run of SVI after an epoch, and resume it with the same results."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ FORMAT = "pyro_gumbel examples, checkpoint 1"
 
 
 class CheckpointError(ValueError):
-    """The file is no checkpoint, or not of this run."""
+    """The file is not a checkpoint of this run."""
 
 
 def save(path: Path, svi: SVI, module: nn.Module, settings: dict[str, Any], epochs: list) -> None:
-    """Write all that the next step depends on: parameters, optimiser, estimator, generators.
+    """Save everything that the next step depends on.
 
-    ``module`` holds everything with a state of its own, the estimator included.
-
-    The file is written beside its place and then moved there, so that a run that is cut off while
-    saving leaves the previous checkpoint whole.
+    This is the state of ``module`` (networks and estimator), of the optimiser and of the random
+    number generators. The file is first written under another name and then moved, so that an
+    interrupted save leaves the previous checkpoint intact.
     """
     state = {
         "format": FORMAT,
@@ -41,19 +40,19 @@ def save(path: Path, svi: SVI, module: nn.Module, settings: dict[str, Any], epoc
 
 
 def load(path: Path, svi: SVI, module: nn.Module, settings: dict[str, Any]) -> list:
-    """Put a saved run back in place and return the epochs that it has behind it.
+    """Restore a saved run and return the records of its epochs.
 
     Raises:
-        CheckpointError: The file is no whole checkpoint, or that of a run with other settings.
+        CheckpointError: The file is not a complete checkpoint, or its run has other settings.
     """
     state = read(path)
     ours, theirs = settings, state["settings"]
     differing = [key for key in ours if theirs.get(key) != ours[key]]
     if differing:
-        listed = ", ".join(f"{k} {theirs.get(k)!r} there, {ours[k]!r} here" for k in differing)
+        listed = ", ".join(f"{k} {theirs.get(k)!r} saved, {ours[k]!r} now" for k in differing)
         raise CheckpointError(
-            f"the checkpoint {path} is of another run ({listed}): repeat its settings, or name "
-            f"another file"
+            f"the checkpoint {path} has other settings ({listed}); use the saved settings, or "
+            "write to another file"
         )
     module.load_state_dict(state["module"])
     svi.optim.set_state(state["optimizer"])
@@ -67,24 +66,24 @@ def read(path: Path) -> dict[str, Any]:
     """Read a file that :func:`save` wrote.
 
     Raises:
-        CheckpointError: The file is no whole checkpoint of these examples.
+        CheckpointError: The file is not a complete checkpoint of these examples.
     """
     if not path.exists():
-        raise CheckpointError(f"there is no checkpoint {path}")
+        raise CheckpointError(f"the checkpoint {path} does not exist")
     if path.is_dir():
         raise CheckpointError(
-            f"the checkpoint {path} is a folder: name a file, such as {path / 'run.pt'}"
+            f"the checkpoint {path} is a folder; give a file, such as {path / 'run.pt'}"
         )
     try:
-        # weights_only: a file from elsewhere must not be able to run code.
+        # weights_only: an untrusted file must not execute code.
         state = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise CheckpointError(f"the checkpoint {path} cannot be read ({error})") from error
     except DAMAGED as error:
         raise CheckpointError(
-            f"{path} is no whole checkpoint ({type(error).__name__}): remove it, or name another "
-            f"file"
+            f"{path} is not a complete checkpoint ({type(error).__name__}); remove it, or give "
+            "another file"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} was not written by this example: name another file")
+        raise CheckpointError(f"{path} was not written by this example; give another file")
     return state

@@ -1,12 +1,12 @@
-"""Bias, noise and price of gradient estimators, on an auto-encoder that can be summed exactly.
+"""Bias, noise and cost of gradient estimators on an auto-encoder with an exact gradient.
 
     python examples/compare_estimators.py
     python examples/compare_estimators.py --estimators reinmax,straight_through,score:4
     python examples/compare_estimators.py --checkpoint FILE --num-draws 500
 
-Four latents of eight categories have 4,096 states: few enough for the exact gradient. The model
-is trained by ReinMax; at some epochs every estimator draws the gradient of the encoder, many times
-at the same parameters. With --checkpoint the model is one that vae.py trained. See
+Four latents of eight categories have 4,096 states, few enough for the exact gradient. ReinMax
+trains the model. At some epochs every estimator draws the gradient of the encoder many times, at
+the same parameters. With --checkpoint the model is one that vae.py trained. See
 examples/README.md.
 """
 
@@ -34,28 +34,28 @@ from vae import VAE, find_device
 from vae_options import make_parser
 
 _FEWEST = 16
-ESTIMATORS = {  # those that serve the latents, where none are named
+ESTIMATORS = {  # the default for each kind of latent
     "onehot": "straight_through,gumbel_straight_through,gumbel_rao@0.5,reinmax,reinmax_rao@1.0,"
     "disarm_tree,score:4",
     "bernoulli": "straight_through,gumbel_straight_through,gumbel_rao@0.5,reinmax,disarm,score:4",
     "normal": "pathwise,score:4",
 }
-# What a model is trained with, where there is no --checkpoint.
+# Training options, which --checkpoint excludes.
 TRAINING = {"epochs": [1, 5, 10, 20], "latents": 4, "categories": 8, "hidden": 128}
 
 
 def make_vae(args: argparse.Namespace, images: Images) -> VAE:
-    """Make an untrained model from this example's few settings, or from a checkpoint's."""
+    """Make an untrained model from this example's options."""
     command = ["--latents", str(args.latents), "--categories", str(args.categories)]
     settings = make_parser("").parse_args([*command, "--hidden", str(args.hidden)])
     return VAE(settings, images.num_pixels).to(images.train.device)
 
 
 def load_vae(path: Path, images: Images) -> VAE:
-    """Read a model that ``vae.py --checkpoint`` left.
+    """Read a model that ``vae.py --checkpoint`` saved.
 
     Raises:
-        CheckpointError: If the file is none of these, or of images of another size.
+        CheckpointError: If the file is not such a checkpoint, or its images have another size.
     """
     state = checkpoint.read(path)
     vae = VAE(argparse.Namespace(**state["settings"]), images.num_pixels)
@@ -64,14 +64,14 @@ def load_vae(path: Path, images: Images) -> VAE:
         vae.load_state_dict(weights)  # the estimator's state, under "1.", is not needed
     except RuntimeError as error:
         raise checkpoint.CheckpointError(
-            f"{path} is of {state['settings']['images']}, not of images of {images.num_pixels}: "
-            "name the --data that it was trained on"
+            f"{path} was trained on {state['settings']['images']}, not on images of "
+            f"{images.num_pixels}; give its --data"
         ) from error
     return vae.to(images.train.device)
 
 
 def choices(names: list[str]) -> dict[str, Any]:
-    """Read the estimators: each with an ELBO of as many particles as it is given."""
+    """Parse estimators; pair each with an ELBO of its number of particles."""
     parsed = {name: gradients.parse(name) for name in names}
     return {
         name: ({"z": estimator}, elbo(particles))
@@ -80,10 +80,10 @@ def choices(names: list[str]) -> dict[str, Any]:
 
 
 def attempt(vae: VAE, images: Images, name: str) -> None:
-    """Take a loss with one of the estimators.
+    """Evaluate the loss once with an estimator.
 
     Raises:
-        ValueError: If it cannot serve the latents.
+        ValueError: If the estimator does not support the latents.
     """
     config, objective = choices([name])[name]
     objective.loss(vae.model, config_gradient(vae.guide, config), images.train[:2])
@@ -96,7 +96,7 @@ def elbo(num_particles: int) -> Estimator_ELBO:
 def measure(
     vae: VAE, x: torch.Tensor, args: argparse.Namespace
 ) -> tuple[pd.DataFrame, xr.Dataset | None]:
-    """Compare the estimators' gradients of the encoder; without an exact one, with a long run."""
+    """Compare the encoder's gradients with the exact one, or with many draws of ``score:8``."""
     try:
         exact = exact_gradient(vae.model, vae.guide, x, params="encoder*", max_states=20_000)
     except ValueError as error:
@@ -130,7 +130,7 @@ def measure(
 def train(
     vae: VAE, images: Images, args: argparse.Namespace
 ) -> tuple[dict[int, pd.DataFrame], xr.Dataset | None]:
-    """Train by ReinMax, and measure at each of the epochs asked for."""
+    """Train by ReinMax, and measure after each of ``args.epochs``."""
     svi = SVI(
         vae.model,
         config_gradient(vae.guide, {"z": "reinmax"}),
@@ -154,10 +154,10 @@ def write(
     exact: xr.Dataset | None,
     args: argparse.Namespace,
 ) -> list[Path]:
-    """Write tables, pictures and a file of draws; return their paths."""
+    """Write tables, figures and a file of draws; return their paths."""
     written = write_tables(tables, args.out)
     biases = [name for name, _ in vae.encoder.named_parameters() if name.endswith("bias")]
-    name = f"encoder$$${biases[-1]}"  # the last layer's: the gradient by all images' logits
+    name = f"encoder$$${biases[-1]}"  # its gradient sums those of all images' logits
     draws = gradient_draws(
         vae.model,
         vae.guide,
@@ -179,34 +179,34 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     add("--data", metavar="DIR", help="IDX files such as MNIST's (default: scikit-learn's digits)")
     add("--checkpoint", type=Path, metavar="FILE", help="a model that vae.py trained")
     form = f"{gradients.FORM},..."
-    names = f"{gradients.HELP} (default: some that serve the latents)"
+    names = f"{gradients.HELP} (default: a choice for the kind of latent)"
     add("--estimators", type=gradients.several, metavar=form, help=names)
     add("--num-draws", type=at_least(_FEWEST), default=1000, help="draws of each estimator")
-    add("--images", type=count, default=100, help="images that a gradient is of")
-    unless_given: dict[str, Any] = {"default": argparse.SUPPRESS}  # TRAINING comes later
+    add("--images", type=count, default=100, help="number of images in the gradient")
+    unless_given: dict[str, Any] = {"default": argparse.SUPPRESS}  # TRAINING has the defaults
     add(
         "--epochs",
         type=epochs,
         metavar="A,B,C",
-        help="when to measure (default: 1,5,10,20)",
+        help="epochs after which to measure (default: 1,5,10,20)",
         **unless_given,
     )
     add("--latents", type=count, help="number of latents (default: 4)", **unless_given)
-    add("--categories", type=count, help="of each latent (default: 8)", **unless_given)
+    add("--categories", type=count, help="categories per latent (default: 8)", **unless_given)
     add(
         "--hidden",
         type=count,
-        help="width of the layer on either side (default: 128)",
+        help="width of encoder's and decoder's hidden layer (default: 128)",
         **unless_given,
     )
-    add("--seed", type=natural, default=0, help="of training and of all draws")
+    add("--seed", type=natural, default=0, help="seed of training and of all draws")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU, if any")
-    add("--out", type=Path, default=Path("out/estimators"), metavar="DIR", help="what is written")
-    add("--smoke", action="store_true", help="few draws of few images: does it run at all?")
+    add("--out", type=Path, default=Path("out/estimators"), metavar="DIR", help="output folder")
+    add("--smoke", action="store_true", help="a quick run with few draws and images")
     args = parser.parse_args(argv)
     given = [f"--{name}" for name in TRAINING if name in args]
     if args.checkpoint and given:
-        parser.error(f"--checkpoint: its model is trained already; leave out {', '.join(given)}")
+        parser.error(f"--checkpoint: the model is already trained; leave out {', '.join(given)}")
     return parser, argparse.Namespace(**TRAINING | vars(args))
 
 
@@ -215,7 +215,7 @@ def epochs(text: str) -> list[int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print the tables, write pictures and draws."""
+    """Measure, print the tables, write figures and draws."""
     parser, args = parse(argv)
     make_folder(parser, args.out)
     torch.set_num_threads(1)

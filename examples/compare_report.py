@@ -1,4 +1,4 @@
-"""What a comparison of estimators has to show: tables, pictures, and the draws in a file."""
+"""Tables, figures and a file of draws from a comparison of estimators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import style
 from pyro_gumbel.diagnostics import plot_efficiency, plot_gradients, to_arviz
 
 SHOWN = ["relative_bias", "bias_z", "relative_std", "snr", "cosine", "seconds", "evaluations"]
-CLEAR = 5  # standard errors from which on a bias is more than noise explains
+CLEAR = 5  # a bias of fewer standard errors is within noise
 
 
 def show(table: pd.DataFrame, title: str) -> None:
@@ -25,7 +25,7 @@ def show(table: pd.DataFrame, title: str) -> None:
 
 
 def write_tables(tables: Mapping[Any, pd.DataFrame], folder: Path) -> list[Path]:
-    """Write all figures, and draw them: over epochs, and at the last noise against price."""
+    """Write the table and plots: figures over epochs, and the last noise against cost."""
     last = list(tables.values())[-1]
     written = [folder / "table.csv", folder / "efficiency.png"]
     pd.concat(dict(tables), names=["epoch"]).to_csv(written[0])
@@ -38,7 +38,7 @@ def write_tables(tables: Mapping[Any, pd.DataFrame], folder: Path) -> list[Path]
 
 
 def plot_epochs(tables: Mapping[Any, pd.DataFrame]) -> mpl.figure.Figure:
-    """Draw relative bias and relative standard deviation of every estimator over epochs."""
+    """Plot relative bias and relative standard deviation of every estimator over epochs."""
     figure, axes = style.panels(1, 2, (5, 3.8))
     names = sorted(next(iter(tables.values())).index)
     for number, (name, color) in enumerate(style.colors(names).items()):
@@ -46,7 +46,7 @@ def plot_epochs(tables: Mapping[Any, pd.DataFrame]) -> mpl.figure.Figure:
         look: dict[str, Any] = {
             "color": color,
             "marker": style.MARKERS[number % len(style.MARKERS)],
-            "linewidth": max(3 - 0.4 * number, 1),  # curves that coincide stay visible
+            "linewidth": max(3 - 0.4 * number, 1),  # so that coinciding curves stay visible
             "markersize": max(10 - number, 7),
         }
         axes[0, 0].plot(rows.relative_bias, **look)
@@ -54,7 +54,7 @@ def plot_epochs(tables: Mapping[Any, pd.DataFrame]) -> mpl.figure.Figure:
         axes[0, 0].plot(noise, **look | {"linestyle": "", "markerfacecolor": "white"})
         axes[0, 1].plot(rows.relative_std, **look, label=name)
     hollow = {"marker": "o", "linestyle": "", "color": "black", "markerfacecolor": "white"}
-    axes[0, 0].plot([], **hollow, label=f"no more than noise explains, z < {CLEAR}")
+    axes[0, 0].plot([], **hollow, label=f"within noise, z < {CLEAR}")
     for axis, label in zip(axes[0], ("relative bias", "relative std"), strict=True):
         axis.set(xlabel="epoch", ylabel=label, yscale="log", xticks=list(tables))
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -67,12 +67,12 @@ def plot_epochs(tables: Mapping[Any, pd.DataFrame]) -> mpl.figure.Figure:
 def write_draws(
     draws: Mapping[str, xr.Dataset], exact: xr.Dataset | None, folder: Path
 ) -> list[Path]:
-    """Write draws for ArviZ, and draw those of the first four logits over one another."""
+    """Write draws for ArviZ, and plot those of the first four logits."""
     written = [folder / "gradients.nc", folder / "forest.png"]
     to_arviz(draws, exact).to_netcdf(str(written[0]))
     (name,) = next(iter(draws.values())).data_vars
     short = {name: "gradient by the bias of logit"}
-    few = {  # in the order that gives each estimator its colour in the other pictures
+    few = {  # sorted, so that each estimator has its colour of the other figures
         label: draws[label][[name]].isel(logit=slice(4)).rename(short) for label in sorted(draws)
     }
     if exact is not None:

@@ -1,7 +1,7 @@
-"""Two tasks of control, each a guide that draws actions and a model that pays rewards.
+"""Two control tasks, each with a guide that draws actions and a model that adds rewards.
 
-In both programs a value is scored by the same law, the model's being held fixed, so that nothing
-but the rewards is left of the ELBO: its gradient is that of the expected sum of rewards.
+Guide and model score each value by the same distribution, and the model's copy is detached. The
+scores cancel in the ELBO, whose gradient is that of the expected sum of rewards.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pyro_gumbel.distributions import OneHot
 
 
 class Decisions:
-    """A random Markov decision process with a table of logits as policy."""
+    """A random Markov decision process whose policy is a table of logits."""
 
     def __init__(self, states: int = 4, actions: int = 3, horizon: int = 5) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -29,7 +29,7 @@ class Decisions:
         return OneHot(self.start).sample((episodes,))
 
     def trajectory(self, state: Tensor, logits: Tensor) -> Tensor:
-        """s_1 is given; a_t ~ pi(. | s_t), s_t+1 ~ p(. | s_t, a_t). Return the sum of rewards."""
+        """Draw a_t ~ pi(. | s_t) and s_t+1 ~ p(. | s_t, a_t); return the sum of rewards."""
         total = torch.zeros(len(state))
         for t in range(self.horizon):
             action = pyro.sample(f"a_{t}", OneHot(logits=state @ logits))
@@ -45,12 +45,12 @@ class Decisions:
             self.trajectory(state, self.logits)
 
     def model(self, state: Tensor) -> None:
-        """Pay the rewards; actions and states have the guide's law, held fixed, and cancel."""
+        """Add the rewards; actions and states have the guide's distribution, detached."""
         with pyro.plate("episodes", len(state)):
             pyro.factor("reward", self.trajectory(state, self.logits.detach()))
 
     def value(self, logits: Tensor) -> Tensor:
-        """The expected sum of rewards, by the sum over all states and actions of each step."""
+        """Compute the expected sum of rewards by summing over states and actions."""
         policy, state, total = logits.softmax(-1), self.start, torch.zeros(())
         for _ in range(self.horizon):
             joint = state[:, None] * policy
@@ -59,7 +59,7 @@ class Decisions:
         return total
 
     def best_value(self) -> float:
-        """What the best policy of all, by backward induction, expects."""
+        """Compute the optimal policy's expected sum of rewards by backward induction."""
         to_go = torch.zeros(len(self.start))
         for _ in range(self.horizon):
             to_go = (self.reward + self.move @ to_go).amax(-1)
@@ -67,7 +67,7 @@ class Decisions:
 
 
 class CartPole:
-    """A pole on a cart pushed left or right; an episode pays one for each step upright."""
+    """A cart with a pole, pushed left or right; the reward is one for each upright step."""
 
     def __init__(self, horizon: int = 60) -> None:
         self.policy = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 1))
@@ -78,7 +78,7 @@ class CartPole:
 
     @staticmethod
     def push(state: Tensor, action: Tensor) -> Tensor:
-        """Euler's step of 0.02 s: cart of 1 kg, pole of 0.1 kg and 1 m, force of 10 N."""
+        """Take an Euler step of 0.02 s: cart of 1 kg, pole of 0.1 kg and 1 m, force of 10 N."""
         x, v, angle, spin = state.unbind(-1)
         sin, cos = angle.sin(), angle.cos()
         thrust = (10.0 * (2 * action - 1) + 0.05 * spin**2 * sin) / 1.1

@@ -1,4 +1,4 @@
-"""One yardstick for every program: what the fitted guide is worth on held-out data."""
+"""Held-out bounds on the log evidence, computed in the same way for every program."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyro.poutine.util import site_is_subsample
 
 
 class Bounds(NamedTuple):
-    """Lower bounds on the log evidence in nats an image, with the ELBO's standard error."""
+    """Lower bounds on the log evidence in nats per image, and the ELBO's standard error."""
 
     elbo: float
     elbo_se: float
@@ -31,11 +31,11 @@ def held_out_bounds(
 ) -> Bounds:
     r"""Estimate the ELBO and the importance-weighted bound (Burda et al. 2016, 1509.00519).
 
-    With :math:`\log w = \log p(x, z) - \log q(z \mid x)` and hard draws :math:`z \sim q`, the
-    mean of :math:`\log w` and the log of the mean of :math:`w` over ``num_samples`` draws. No
-    gradient estimator is involved: ``model`` and ``guide`` hold the discrete distributions
-    themselves, and each has one plate, over the images, at dim -1. The draws have their own
-    ``seed``; the global generator is left as it was.
+    For hard draws :math:`z \sim q` and :math:`\log w = \log p(x, z) - \log q(z \mid x)`, the ELBO
+    is the mean of :math:`\log w`, and the importance-weighted bound is the log of the mean of
+    :math:`w` over ``num_samples`` draws. The estimates use no gradient estimator: ``model`` and
+    ``guide`` must hold the discrete distributions, and each must have one plate, over the images,
+    at dim -1. The draws have their own ``seed`` and leave the global generator unchanged.
     """
     elbos, importance_weighted = [], []
     with torch.random.fork_rng([images.device] if images.is_cuda else []):
@@ -58,7 +58,7 @@ def log_importance_weights(
     images: torch.Tensor,
     num_samples: int,
 ) -> torch.Tensor:
-    """Draw from the guide and weigh, with shape ``(num_samples, len(images))``."""
+    """Draw log importance weights of shape ``(num_samples, len(images))``."""
     samples = pyro.plate("samples", num_samples, dim=-2)
     with samples:
         guide_trace = poutine.trace(guide).get_trace(images)

@@ -1,4 +1,4 @@
-"""Estimators on a command line: NAME, NAME@TEMPERATURE, NAME:K for K particles, or all three."""
+"""Parse estimators on a command line: NAME[@TEMPERATURE][:K], with K particles."""
 
 from __future__ import annotations
 
@@ -26,29 +26,32 @@ def parse(
     *,
     reparameterized: bool = False,
 ) -> tuple[Estimator, int]:
-    """Read an estimator and its number of particles.
+    """Parse an estimator and its number of particles.
 
-    The estimator is an object even where a name would do, so that a checkpoint can hold its state.
+    This returns an object, not a name, so that a checkpoint can hold the estimator's state.
 
     Args:
         text: For example ``"score:4"`` or ``"reinmax@1.3"``.
-        num_particles: What holds where ``text`` has no ``:K``.
-        temperature: What holds where ``text`` has no ``@TEMPERATURE`` and the estimator has a
-            temperature; without either it has its own default.
-        reparameterized: Whether the site is, which decides what ``"auto"`` stands for.
+        num_particles: Default for a ``text`` without ``:K``.
+        temperature: Default for a ``text`` without ``@TEMPERATURE``. If it is None, the
+            estimator's own default applies.
+        reparameterized: Whether the site is reparameterised, which decides the meaning of
+            ``"auto"``.
 
     Raises:
-        ValueError: The text has another form, or names no estimator, or gives a temperature to one
-            that has none.
+        ValueError: If the text has another form, the name is unknown, or an estimator without a
+            temperature is given one.
     """
     match = CHOICE.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is no estimator: write NAME, NAME@TEMPERATURE or NAME:K")
+        raise ValueError(
+            f"expected an estimator, got {text!r}; write NAME, NAME@TEMPERATURE or NAME:K"
+        )
     name = match["name"]
-    config_gradient(_no_guide, name)  # refuses unknown names, and lists the known ones
+    config_gradient(_no_guide, name)  # raises for unknown names, and lists the known ones
     num_particles = int(match["particles"] or num_particles)
     if num_particles < 1:
-        raise ValueError(f"{text!r}: the number of particles is at least 1; got {num_particles}")
+        raise ValueError(f"{text!r}: the number of particles must be at least 1")
     kind = _class(name)
     has_temperature = _has_temperature(kind)
     if match["temperature"] and not has_temperature:
@@ -63,13 +66,13 @@ def parse(
 
 
 def takes_temperature(text: str) -> bool:
-    """Whether the estimator has a temperature that ``text`` leaves open."""
+    """Return whether the estimator has a temperature that ``text`` does not set."""
     match = CHOICE.fullmatch(text)
     return not match["temperature"] and _has_temperature(_class(match["name"]))
 
 
 def one(text: str) -> str:
-    """Check an estimator, as the type of a command line's argument."""
+    """Check an estimator; an argument type."""
     try:
         parse(text)
     except ValueError as error:
@@ -78,17 +81,17 @@ def one(text: str) -> str:
 
 
 def several(text: str) -> list[str]:
-    """Read estimators that are separated by commas, as the type of a command line's argument."""
+    """Parse estimators separated by commas; an argument type."""
     names = [one(name) for name in text.split(",")]
     if len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text!r} has an estimator twice")
+        raise argparse.ArgumentTypeError(f"{text!r} lists an estimator twice")
     return names
 
 
 def try_all(
     parser: argparse.ArgumentParser, names: Iterable[str], attempt: Callable[[str], object]
 ) -> None:
-    """Attempt each estimator: what cannot work says so before the first run, not after it."""
+    """Attempt each estimator, so that one that cannot work fails before the first run."""
     try:
         for name in names:
             attempt(name)

@@ -1,8 +1,8 @@
-"""Arithmetic strings x, x+x, x*x-x, ...: a language whose probabilities are known exactly.
+"""A language of arithmetic strings, such as x, x+x and x*x-x, with known probabilities.
 
 The grammar S -> x | S+S | S-S | S*S | S/S (Kusner and Hernandez-Lobato 2016, 1611.04051) stops
-with probability ``STOP`` at each S and takes its operators at random. A string with k operators
-has Catalan(k) trees. Strings are at most ``MAX_OPERATORS`` operators long: 1,365 in all.
+with probability ``STOP`` at each S and chooses operators uniformly. A string with k operators has
+Catalan(k) trees. Strings have at most ``MAX_OPERATORS`` operators; there are 1,365 of them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 STOP = 0.55
 MAX_OPERATORS = 5
 OPERATORS = "+-*/"
-ALPHABET = "x" + OPERATORS + "."  # the last one says that the string is over
+ALPHABET = "x" + OPERATORS + "."  # the last symbol ends a string
 END = len(ALPHABET) - 1
 LENGTH = 2 * MAX_OPERATORS + 2
 
 
 def all_strings() -> tuple[list[str], torch.Tensor]:
-    """List every string of the language with its probability."""
+    """Return every string of the language and their probabilities."""
     strings, weights = [], []
     for k in range(MAX_OPERATORS + 1):
         catalan = math.comb(2 * k, k) / (k + 1)
@@ -34,11 +34,11 @@ def all_strings() -> tuple[list[str], torch.Tensor]:
 
 
 def encode(strings: list[str]) -> torch.Tensor:
-    """One-hot tokens ``(N, LENGTH, len(ALPHABET))``, filled up with END."""
+    """Encode strings as one-hot tokens ``(N, LENGTH, len(ALPHABET))``, padded with END."""
     indices = torch.tensor([[ALPHABET.index(c) for c in s.ljust(LENGTH, ".")] for s in strings])
     return torch.nn.functional.one_hot(indices, len(ALPHABET)).float()
 
 
 def decode(tokens: torch.Tensor) -> list[str]:
-    """The strings of one-hot tokens ``(N, LENGTH, len(ALPHABET))``."""
+    """Decode one-hot tokens ``(N, LENGTH, len(ALPHABET))`` to strings."""
     return ["".join(ALPHABET[i] for i in row).rstrip(".") for row in tokens.argmax(-1).tolist()]

@@ -1,10 +1,11 @@
-"""The Gumbel-max trick, drawn and counted: arg max of logits plus Gumbel noise is a softmax draw.
+"""Check the Gumbel-max trick: the arg max of logits plus Gumbel noise is a softmax draw.
 
     python examples/gumbel_max.py
     python examples/gumbel_max.py --draws 100000 --words 50000
 
-Three softmaxes: six logits; a linear classifier's x'theta for three inputs; a vocabulary of word
-vectors u'v. Then the Concrete density, the law of the relaxed draw, on the triangle.
+There are three softmaxes: six logits, a linear classifier's x'theta for three inputs, and a
+vocabulary of word vectors u'v. A second figure shows the Concrete density, the density of the
+relaxed draw, on the triangle.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TRIANGLE = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(3) / 2]])  # co
 
 
 def count_draws(logits: Tensor, draws: int, label: str) -> Tensor:
-    """Count arg max (logits + G) over independent noise: ``(..., C)``, like ``logits``."""
+    """Count values of arg max (logits + G) over independent noise; shape as ``logits``."""
     counts = torch.zeros_like(logits)
     chunk = max(1, 20_000_000 // logits.numel())
     for start in tqdm(range(0, draws, chunk), desc=label, mininterval=0.5):
@@ -42,7 +43,7 @@ def count_draws(logits: Tensor, draws: int, label: str) -> Tensor:
 
 
 def chi_square(counts: Tensor, probs: Tensor, num_bins: int = 40) -> tuple[float, int]:
-    """Pearson's statistic and its degrees of freedom, rare categories pooled into bins."""
+    """Return Pearson's statistic and its degrees of freedom; rare categories share bins."""
     order = probs.argsort(descending=True)
     total = counts.sum()
     if len(probs) > num_bins:
@@ -69,7 +70,7 @@ def report(label: str, counts: Tensor, logits: Tensor) -> None:
 
 
 def draw_frequencies(args: argparse.Namespace) -> Path:
-    """Count draws of the three softmaxes beside their probabilities."""
+    """Plot frequencies of draws from the three softmaxes with their probabilities."""
     six = torch.tensor([1.0, 0.0, -1.0, 0.5, 2.0, -2.0])
     inputs, theta = torch.randn(3, 4), torch.randn(4, 5)
     classes = inputs @ theta
@@ -98,7 +99,7 @@ def draw_frequencies(args: argparse.Namespace) -> Path:
     axes[0, 3].set(
         title=f"{args.words:,} words, u'v",
         xlabel="expected draws of a word",
-        ylabel="mean draws of such words",
+        ylabel="mean count of such words",
     )
     for title, (logits, counts) in counted.items():
         for row, (one, found) in enumerate(
@@ -130,7 +131,7 @@ def _bars(axis: Any, frequencies: Tensor, probs: Tensor) -> None:
 
 
 def _rank_plot(axis: Any, counts: Tensor, probs: Tensor, groups: int = 60) -> None:
-    """Plot the mean count of words of like probability, the most probable ones on their own."""
+    """Plot mean counts of words of similar probability; the most probable are single."""
     order = probs.argsort(descending=True)
     edges = np.unique(np.geomspace(1, len(probs), groups).astype(int))
     sizes = np.diff(np.append(0, edges)).tolist()
@@ -146,14 +147,14 @@ def _rank_plot(axis: Any, counts: Tensor, probs: Tensor, groups: int = 60) -> No
 
 
 def draw_triangles(args: argparse.Namespace) -> Path:
-    """Draw the Concrete density and draws of it on the triangle, at several temperatures."""
+    """Plot the Concrete density and samples on the triangle, at several temperatures."""
     logits = torch.tensor([2.0, 0.5, 1.0]).log()
     figure, axes = style.panels(1, len(TEMPERATURES), (2.3, 2.3))
     grid = triangle_grid(args.grid)
     print()
     for axis, temperature in zip(axes[0], TEMPERATURES, strict=True):
-        law = RelaxedOneHot(temperature, logits=logits, validate_args=False)
-        log_density = law.log_prob(grid)
+        concrete = RelaxedOneHot(temperature, logits=logits, validate_args=False)
+        log_density = concrete.log_prob(grid)
         cells = grid @ TRIANGLE
         axis.tripcolor(
             cells[:, 0],
@@ -164,7 +165,7 @@ def draw_triangles(args: argparse.Namespace) -> Path:
             vmin=-4,
             vmax=4,
         )
-        points = law.sample((300,)) @ TRIANGLE
+        points = concrete.sample((300,)) @ TRIANGLE
         axis.plot(points[:, 0], points[:, 1], ".", markersize=2, color=style.COLORS[1])
         for corner, prob, up in zip(TRIANGLE.tolist(), logits.softmax(-1), (0, 0, 1), strict=True):
             where = "bottom" if up else "top"
@@ -172,7 +173,7 @@ def draw_triangles(args: argparse.Namespace) -> Path:
         axis.set_title(f"temperature {temperature:g}", pad=14)
         axis.set_aspect("equal")
         axis.set_axis_off()
-        mean = law.sample((20_000,)).amax(-1).mean()
+        mean = concrete.sample((20_000,)).amax(-1).mean()
         print(
             f"temperature {temperature:5g}: density integrates to "
             f"{integrate(temperature, logits):.5f}, mean largest coordinate {mean:.3f}"
@@ -183,7 +184,7 @@ def draw_triangles(args: argparse.Namespace) -> Path:
 
 
 def triangle_grid(size: int) -> Tensor:
-    """Points inside the triangle: the centres of a grid of barycentric coordinates."""
+    """Return points inside the triangle: cell centres of a grid of barycentric coordinates."""
     first, second = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     inside = first + second < size
     a, b = (first[inside] + 1 / 3) / size, (second[inside] + 1 / 3) / size
@@ -191,26 +192,26 @@ def triangle_grid(size: int) -> Tensor:
 
 
 def integrate(temperature: float, logits: Tensor, cells: int = 800) -> float:
-    """Integrate the density in the coordinates in which it has light tails: log ratios."""
-    law = ExpRelaxedOneHot(temperature, logits=logits.double(), validate_args=False)
+    """Integrate the density in log ratios, in which its tails are light."""
+    concrete = ExpRelaxedOneHot(temperature, logits=logits.double(), validate_args=False)
     half = 25 / min(temperature, 1.0) if temperature < 1 else 25 / temperature + 3
     line = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells * 2 * half - half
     first, second = torch.meshgrid(line, line, indexing="ij")
     ratios = torch.stack([first, second, torch.zeros_like(first)], -1)
     area = (2 * half / cells) ** 2
-    return (law.log_prob(ratios.log_softmax(-1)).exp().sum() * area).item()
+    return (concrete.log_prob(ratios.log_softmax(-1)).exp().sum() * area).item()
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--draws", type=count, default=200_000, help="of the two small softmaxes")
+    add("--draws", type=count, default=200_000, help="draws of the two small softmaxes")
     add("--words", type=at_least(2), default=50_000, help="size of the vocabulary")
-    add("--word-draws", type=count, default=20_000, help="of the vocabulary")
+    add("--word-draws", type=count, default=20_000, help="draws from the vocabulary")
     add("--grid", type=at_least(2), default=90, help="cells along a side of the triangles")
-    add("--seed", type=natural, default=0, help="of all draws")
-    add("--out", type=Path, default=Path("out/gumbel_max"), metavar="DIR", help="pictures")
-    add("--smoke", action="store_true", help="a few draws: does it run at all?")
+    add("--seed", type=natural, default=0, help="seed of all draws")
+    add("--out", type=Path, default=Path("out/gumbel_max"), metavar="DIR", help="output folder")
+    add("--smoke", action="store_true", help="a quick run with few draws")
     args = parser.parse_args(argv)
     make_folder(parser, args.out)
     torch.set_num_threads(1)

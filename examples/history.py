@@ -1,4 +1,4 @@
-"""Training histories with labels, in the shape that ArviZ reads: chain = seed, draw = epoch."""
+"""Labelled training histories for ArviZ: a chain is a seed, a draw is an epoch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Epochs = Sequence[Mapping[str, float]]
 def to_dataset(runs: Mapping[str, Mapping[int, Epochs]], **attrs: object) -> xr.Dataset:
     """Stack ``runs[gradient][seed][epoch]`` into variables of dims ``(chain, draw, gradient)``.
 
-    The coordinate ``seed`` goes along ``chain``; ``draw`` counts epochs from one. ``attrs`` say
-    how the runs were made.
+    The dimension ``chain`` also has the coordinate ``seed``. ``draw`` counts epochs from one.
+    ``attrs`` describe the runs.
     """
     first = next(iter(runs.values()))
     seeds = list(first)

@@ -1,9 +1,9 @@
-"""A Gaussian mixture with an assignment for each datum, fitted by guides that write themselves.
+"""Fit a Gaussian mixture with latent assignments by automatic guides.
 
     python examples/mixture.py
 
-Enumeration sums the assignments out and is exact. Guides with a discrete site for each datum have
-to find the same fit: AutoAmortized from an encoder, AutoDiscrete with parameters for each datum.
+Enumeration sums the assignments out and is exact. Guides with a discrete site for each datum
+should find the same fit: AutoAmortized by an encoder, AutoDiscrete by parameters for each datum.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def simulate(size: int) -> tuple[Tensor, Tensor]:
 
 
 def parameters(start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The model's parameters: locations, weights, and a common scale."""
+    """Return the model's parameters: locations, weights and a common scale."""
     locs = pyro.param("locs", start)
     weights = pyro.param("weights", torch.full((3,), 1 / 3), constraint=constraints.simplex)
     return locs, weights, pyro.param("scale", torch.tensor(1.5), constraint=constraints.positive)
@@ -60,7 +60,7 @@ def make_encoder() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 32), nn.Tanh())
 
 
-# Name: guide, estimator, particles.
+# Name: (guide, estimator, number of particles).
 FITS: dict[str, tuple[str, Any, int]] = {
     "enumeration": ("amortized", Enumerate(), 1),
     "AutoAmortized, ReinMax": ("amortized", ReinMax(), 1),
@@ -72,7 +72,7 @@ FITS: dict[str, tuple[str, Any, int]] = {
 
 
 def fit(name: str, x: Tensor, component: Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    """Fit by SVI; return what is held against the exact fit."""
+    """Fit by SVI; return accuracies, log evidence, locations and assignments."""
     kind, estimator, particles = FITS[name]
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
@@ -84,7 +84,7 @@ def fit(name: str, x: Tensor, component: Tensor, args: argparse.Namespace) -> di
     elbo = Estimator_ELBO(particles, vectorize_particles=True, max_plate_nesting=1)
 
     def options(parameter: str) -> dict[str, float]:
-        # A datum's own parameters see one datum a step, an encoder's see all of them.
+        # Parameters of one datum get the gradient of one datum, the encoder's that of all.
         own = kind == "discrete" and "heads" in parameter
         return {"lr": 10 * args.lr if own else args.lr, "lrd": 0.05 ** (1 / args.steps)}
 
@@ -104,7 +104,7 @@ def fit(name: str, x: Tensor, component: Tensor, args: argparse.Namespace) -> di
 
 
 def accuracy(assigned: Tensor, component: Tensor) -> float:
-    """The share assigned to the true component, under the best naming of components."""
+    """Return the share assigned to the true component, maximised over permutations."""
     return max(
         (torch.tensor(names)[assigned] == component).float().mean().item()
         for names in itertools.permutations(range(3))
@@ -112,20 +112,20 @@ def accuracy(assigned: Tensor, component: Tensor) -> float:
 
 
 def best_accuracy(x: Tensor, component: Tensor) -> float:
-    """What the true parameters reach: components overlap."""
+    """Return the accuracy of the true parameters, below one as components overlap."""
     log_prob = dist.Normal(TRUE_LOCS, SCALE).to_event(1).log_prob(x[:, None])
     return accuracy((TRUE_WEIGHTS.log() + log_prob).argmax(-1), component)
 
 
 def look(name: str) -> dict[str, Any]:
-    """Draw a line in the colour of its estimator, dotted for the guide without an encoder."""
+    """Return a line style: the estimator's colour, dotted for the guide without an encoder."""
     kind, estimator, _ = FITS[name]
     colors = style.colors(["reinmax", "gumbel_straight_through", "score"]).values()
     own = dict(zip((ReinMax, GumbelStraightThrough, Score), colors, strict=True))
     return {
         "color": own.get(type(estimator), "black"),
         "linestyle": ":" if kind == "discrete" else "-",
-        "linewidth": 1.5 if type(estimator) in own else 4,  # what coincides with it stays visible
+        "linewidth": 1.5 if type(estimator) in own else 4,  # wide, as other lines cover it
     }
 
 
@@ -134,7 +134,7 @@ def picture(x: Tensor, results: dict[str, dict[str, Any]], best: float, path: Pa
     shown = ("enumeration", "AutoAmortized, ReinMax")
     for axis, name in zip(axes[0], shown, strict=False):
         result = results[name]
-        order = result["locs"][:, 0].argsort().argsort()  # the same colour for the same component
+        order = result["locs"][:, 0].argsort().argsort()  # one colour for each component
         for k in range(3):
             own = x[order[result["assigned"]] == k]
             axis.plot(
@@ -142,7 +142,7 @@ def picture(x: Tensor, results: dict[str, dict[str, Any]], best: float, path: Pa
                 own[:, 1],
                 style.MARKERS[k],
                 markersize=3,
-                color=style.COLORS[(2, 4, 5)[k]],  # no estimator's
+                color=style.COLORS[(2, 4, 5)[k]],  # colours that no estimator has
                 alpha=0.5,
                 label=f"assigned to component {k + 1}",
             )
@@ -172,11 +172,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--size", type=at_least(3), default=600, help="number of data")
-    add("--steps", type=count, default=600, help="of each fit")
-    add("--lr", type=positive, default=0.03, help="step size at the start")
-    add("--seed", type=natural, default=0, help="of the data, and of each fit")
-    add("--out", type=Path, default=Path("out/mixture"), metavar="DIR", help="pictures")
-    add("--smoke", action="store_true", help="a few steps: does it run at all?")
+    add("--steps", type=count, default=600, help="steps of each fit")
+    add("--lr", type=positive, default=0.03, help="initial learning rate")
+    add("--seed", type=natural, default=0, help="seed of the data and of each fit")
+    add("--out", type=Path, default=Path("out/mixture"), metavar="DIR", help="output folder")
+    add("--smoke", action="store_true", help="a quick run with few steps")
     args = parser.parse_args(argv)
     make_folder(parser, args.out)
     torch.set_num_threads(1)
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     x, component = simulate(args.size)
     best = best_accuracy(x, component)
     results = {name: fit(name, x, component, args) for name in FITS}
-    print(f"\n{'guide and estimator':42}{'accuracy':>10}{'log evidence a datum':>22}")
+    print(f"\n{'guide and estimator':42}{'accuracy':>10}{'log evidence/datum':>22}")
     for name, result in results.items():
         print(f"{name:42}{result['accuracy'][-1]:>10.3f}{result['evidence']:>22.4f}")
     print(f"{'true parameters':42}{best:>10.3f}")

@@ -1,8 +1,8 @@
-"""Several processes, one training run: torchrun starts them, each takes a share of every batch.
+"""Train in several processes that torchrun starts; each takes a share of every batch.
 
     torchrun --nproc-per-node 2 examples/vae.py --gradient reinmax
 
-Without torchrun every function here leaves things as they are.
+Without torchrun the functions here have no effect.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def rank() -> int:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process, where GPUs are used."""
+    """Return this process's GPU, or ``device`` itself if it is not a GPU."""
     if device.type != "cuda":
         return device
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -42,7 +42,7 @@ def local_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[None]:
-    """Let the processes that torchrun started find one another."""
+    """Connect the processes that torchrun started."""
     if world_size() == 1:
         yield
         return
@@ -54,39 +54,39 @@ def processes(device: torch.device) -> Iterator[None]:
 
 
 def check_batches(num_images: int, batch_size: int) -> None:
-    """Refuse batches, the last one included, that leave a process without an image."""
+    """Raise if a batch, such as the last one, has fewer images than there are processes."""
     smallest = min(batch_size, num_images % batch_size or batch_size)
     if smallest < world_size():
         raise ValueError(
-            f"--batch-size {batch_size}: {num_images} images make a batch of {smallest}, and "
-            f"{world_size()} processes share each; choose another batch size"
+            f"--batch-size {batch_size}: the smallest batch of {num_images} images has {smallest} "
+            f"for {world_size()} processes; choose another batch size"
         )
 
 
 def share(batch: torch.Tensor) -> torch.Tensor:
-    """Take this process's images of a batch."""
+    """Return this process's images of a batch."""
     return batch[rank() :: world_size()] if world_size() > 1 else batch
 
 
 @contextmanager
 def same_everywhere(seed: int, epoch: int) -> Iterator[None]:
-    """Draw the same numbers in every process (the order of the images), in a stream apart."""
+    """Draw the same random numbers in every process, from a separate stream."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1_000_003 * seed + epoch)
         yield
 
 
 def seed_share(seed: int, epoch: int) -> None:
-    """Give each process a stream of its own for the latents of its share."""
+    """Seed each process differently, for the latents of its share."""
     if world_size() > 1:
         pyro.set_rng_seed((1_000_003 * seed + epoch) * world_size() + rank())
 
 
 def same_averages(everything: nn.Module, num_images: int) -> None:
-    """Make moving averages of costs those of all processes' images, ``num_images`` of them here.
+    """Replace moving averages of costs by their mean over processes.
 
-    An average is linear in the costs: the processes' averages, weighted by their images, are what
-    one process with all the images would hold.
+    The mean is weighted by each process's ``num_images``. A moving average is linear in the costs,
+    so the result is the average that one process with all images would have.
     """
     total = torch.tensor(float(num_images))
     averages = [module for module in everything.modules() if isinstance(module, MovingAverage)]
@@ -100,7 +100,7 @@ def same_averages(everything: nn.Module, num_images: int) -> None:
 
 
 class _Loss(nn.Module):
-    """The ELBO's loss as a module that has every parameter: what is distributed."""
+    """The ELBO's loss as a module with every parameter, for DistributedDataParallel."""
 
     def __init__(
         self, elbo: Estimator_ELBO, model: Any, guide: Any, everything: nn.Module
@@ -117,9 +117,9 @@ class _Loss(nn.Module):
 def make_svi(
     elbo: Estimator_ELBO, model: Any, guide: Any, optimizer: Any, everything: nn.Module
 ) -> SVI:
-    """Make an ``SVI`` whose losses and gradients are those of all processes' images together.
+    """Make an ``SVI`` whose losses and gradients are sums over all processes.
 
-    ``everything`` holds the modules whose parameters are trained, the estimator's included.
+    ``everything`` holds the modules whose parameters are trained, including the estimator.
     """
     if world_size() == 1:
         return SVI(model, guide, optimizer, loss=elbo)
@@ -128,7 +128,7 @@ def make_svi(
         module = DistributedDataParallel(module)
 
     def loss_and_grads(model: Any, guide: Any, batch: torch.Tensor) -> torch.Tensor:
-        # DistributedDataParallel averages gradients, and the loss is a sum over images.
+        # DistributedDataParallel averages gradients; the loss is a sum over images.
         loss = module(batch) * world_size()
         loss.backward()
         same_averages(everything, len(batch))

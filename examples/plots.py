@@ -1,4 +1,4 @@
-"""Pictures for the examples; each function writes one PNG and returns its path."""
+"""Figures of the examples; each function writes one PNG and returns its path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import style
 
 
 def image_grid(rows: dict[str, torch.Tensor], shape: tuple[int, int], path: Path) -> Path:
-    """Draw labelled rows of images, given as values in [0, 1] of shape ``(N, pixels)``."""
+    """Plot labelled rows of images, whose values are in [0, 1], of shape ``(N, pixels)``."""
     columns = max(len(images) for images in rows.values())
     figure, axes = plt.subplots(
         len(rows),
@@ -34,7 +34,7 @@ def image_grid(rows: dict[str, torch.Tensor], shape: tuple[int, int], path: Path
 
 
 def sample_grid(images: torch.Tensor, shape: tuple[int, int], path: Path) -> Path:
-    """Draw images in one square, without labels."""
+    """Plot images in a square grid, without labels."""
     side = int(np.ceil(np.sqrt(len(images))))
     height, width = shape
     canvas = np.zeros((side * (height + 1) - 1, side * (width + 1) - 1))
@@ -48,7 +48,7 @@ def sample_grid(images: torch.Tensor, shape: tuple[int, int], path: Path) -> Pat
 
 
 def training_curves(history: xr.Dataset, path: Path) -> Path:
-    """Draw the loss of every epoch, training and held out: mean over seeds, and their range."""
+    """Plot training and held-out losses by epoch: mean and range over seeds."""
     titles = {"train_loss": "training images", "held_out_loss": "held-out images"}
     colors = style.colors(map(str, history.gradient.values))
     figure, axes = style.panels(1, 2, (4.5, 3.4), sharey=True)
@@ -60,7 +60,7 @@ def training_curves(history: xr.Dataset, path: Path) -> Path:
             axis.fill_between(history.draw, low, high, color=color, alpha=0.2, linewidth=0)
         axis.set(title=title, xlabel="epoch")
         style.whole_numbers(axis)
-    axes[0, 0].set_ylabel("negative ELBO, nats an image")
+    axes[0, 0].set_ylabel("negative ELBO, nats per image")
     axes[0, 0].set_ylim(*_limits(history))
     number = history.sizes["chain"]
     several = f"mean of {number} seeds; bands: their range" if number > 1 else None
@@ -69,7 +69,7 @@ def training_curves(history: xr.Dataset, path: Path) -> Path:
 
 
 def _limits(history: xr.Dataset) -> tuple[float, float]:
-    """Leave the first steep epochs out of sight: what differs between estimators comes later."""
+    """Return axis limits without the first, steep epochs."""
     losses = xr.concat([history.train_loss, history.held_out_loss], "split").values
     low = float(np.nanmin(losses))
     high = float(np.nanmax(losses[:, :, losses.shape[2] // 10 :]))

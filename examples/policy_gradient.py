@@ -1,9 +1,9 @@
-"""Policies as Pyro guides: REINFORCE on a trajectory, its gradient against the exact one.
+"""Train policies as Pyro guides by REINFORCE, and compare its gradient with the exact one.
 
     python examples/policy_gradient.py
 
-A small random Markov decision process, where every expectation can be computed, and a cart with a
-pole, where none can; both are in control.py. The guide draws actions, the model pays rewards.
+The tasks, in control.py, are a small random Markov decision process, where every expectation can
+be computed, and a cart with a pole. The guide draws actions; the model adds rewards.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from control import CartPole, Decisions
 from pyro_gumbel.estimators import LeaveOneOut, MovingAverage, NeuralBaseline, Score
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
-PARTICLES = 4  # of leave-one-out; the others get as many times the episodes instead
+PARTICLES = 4  # of leave-one-out; the others use as many times more episodes
 
 
 def baselines(size: int) -> dict[str, Callable[[], tuple[Score, int]]]:
-    """Each baseline anew, with its number of particles; ``size`` is that of a state."""
+    """Return constructors of a score estimator and its number of particles, by label.
+
+    ``size`` is the size of a state.
+    """
 
     def neural() -> tuple[Score, int]:
         network = nn.Sequential(nn.Linear(size, 32), nn.Tanh(), nn.Linear(32, 1))
@@ -48,7 +51,7 @@ def make_elbo(particles: int) -> Estimator_ELBO:
 
 
 def check_gradient(axis: Any, args: argparse.Namespace) -> None:
-    """Hold draws of the gradient, at a policy that is not uniform, against the exact one."""
+    """Compare draws of the gradient with the exact one, at a policy that is not uniform."""
     task = Decisions()
     with torch.no_grad():
         task.logits.copy_(
@@ -56,7 +59,7 @@ def check_gradient(axis: Any, args: argparse.Namespace) -> None:
         )
     (exact,) = torch.autograd.grad(task.value(task.logits), task.logits)
     print(f"{'baseline':28}{'worst z':>9}{'variance':>11}")
-    warm_up = min(100, args.draws)  # baselines learn before they are measured
+    warm_up = min(100, args.draws)  # steps in which baselines learn, without measurement
     for number, (label, make) in enumerate(baselines(len(task.start)).items()):
         score, particles = make()
         elbo, guide = make_elbo(particles), config_gradient(task.guide, score)
@@ -65,7 +68,7 @@ def check_gradient(axis: Any, args: argparse.Namespace) -> None:
         for step in tqdm(range(args.draws + warm_up), desc=label, mininterval=0.5):
             task.logits.grad = None
             elbo.loss_and_grads(task.model, guide, task.first_states(episodes))
-            for parameter in score.parameters():  # a baseline's own: let it learn
+            for parameter in score.parameters():  # train the baseline
                 parameter.data -= 1e-4 * parameter.grad
                 parameter.grad = None
             if step >= warm_up:
@@ -102,7 +105,7 @@ def learn(
     args: argparse.Namespace,
     title: str,
 ) -> None:
-    """Draw reward curves, mean and range over seeds, of each baseline."""
+    """Train with each baseline, and plot the mean and range of rewards over seeds."""
     for color, (label, make) in zip(style.COLORS, baselines(size).items(), strict=False):
         curves = []
         for seed in range(args.seed, args.seed + args.seeds):
@@ -130,25 +133,27 @@ def learn(
             f"seeds {last.min():.3f} to {last.max():.3f}"
         )
     axis.set(
-        title=f"{title}: reward of an episode", xlabel="step (mean of 10)", ylabel="sum of rewards"
+        title=f"{title}: reward per episode", xlabel="step (mean of 10)", ylabel="sum of rewards"
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--draws", type=at_least(2), default=1500, help="of the gradient")
-    add("--episodes", type=at_least(PARTICLES), default=64, help="a step, over all particles")
-    add("--steps", type=count, default=150, help="of learning, decision process")
-    add("--cart-steps", type=count, default=150, help="of learning, cart and pole")
-    add("--seeds", type=count, default=3, help="number of seeds, from --seed on")
-    add("--seed", type=natural, default=0, help="of the gradients, and of the first run")
-    add("--out", type=Path, default=Path("out/policy_gradient"), metavar="DIR", help="pictures")
-    add("--smoke", action="store_true", help="a few steps: does it run at all?")
+    episodes = "episodes per step, over all particles"
+    add("--draws", type=at_least(2), default=1500, help="draws of the gradient")
+    add("--episodes", type=at_least(PARTICLES), default=64, help=episodes)
+    add("--steps", type=count, default=150, help="training steps, decision process")
+    add("--cart-steps", type=count, default=150, help="training steps, cart and pole")
+    add("--seeds", type=count, default=3, help="number of seeds, starting at --seed")
+    add("--seed", type=natural, default=0, help="seed of gradients and first run")
+    out = Path("out/policy_gradient")
+    add("--out", type=Path, default=out, metavar="DIR", help="output folder")
+    add("--smoke", action="store_true", help="a quick run with few steps")
     args = parser.parse_args(argv)
     make_folder(parser, args.out)
     torch.set_num_threads(1)
-    pyro.enable_validation(args.smoke)  # a good part of so small a step goes into checks
+    pyro.enable_validation(args.smoke)  # off, since it is slow in steps this small
     pyro.set_rng_seed(args.seed)
     horizon = 60
     if args.smoke:
@@ -165,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     decisions = Decisions()
     learn(axes[0, 1], Decisions, len(decisions.start), args.steps, 0.1, args, "decision process")
     axes[0, 1].axhline(decisions.best_value(), **style.EXACT, label="best policy")
-    print(f"decision process: the best policy expects {decisions.best_value():.3f}")
+    print(f"decision process: expected reward of the best policy {decisions.best_value():.3f}")
     learn(axes[0, 2], lambda: CartPole(horizon), 4, args.cart_steps, 0.02, args, "cart and pole")
     axes[0, 2].axhline(horizon, **style.EXACT)
     style.legend_outside(figure, axes[0], columns=3)

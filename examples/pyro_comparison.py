@@ -1,11 +1,12 @@
-"""One categorical VAE three times: twice with Pyro's straight-through classes, once with ours.
+"""Train a categorical VAE with Pyro's straight-through classes and with pyro_gumbel.
 
     python examples/pyro_comparison.py
     python examples/pyro_comparison.py --data DIR --epochs 20
 
-Each program is trained the same way. Printed are the loss as the program itself reports it, and
-the negative ELBO of the discrete model on held-out images, for all three by one evaluator that
-draws hard samples from the guide and scores them by their exact mass.
+Two programs use Pyro's class: in the guide, and in guide and model. The third uses ReinMax. All
+are trained in the same way. The table shows the loss that each program reports, and the negative
+ELBO of the discrete model on held-out images. One evaluator computes the latter for all three: it
+draws hard samples from the guide and scores them by their exact probability mass.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ LATENTS, CATEGORIES, HIDDEN = 30, 10, 200
 
 
 class VAE(nn.Module):
-    """Thirty latents of ten categories, a uniform prior, one hidden layer on either side."""
+    """A VAE with one hidden layer in encoder and decoder, and a uniform prior."""
 
     def __init__(self, num_pixels: int, temperature: float) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class VAE(nn.Module):
         return dist.OneHotCategorical(logits=logits)
 
     def straight_through(self, logits: torch.Tensor) -> dist.TorchDistribution:
-        # In float32 Pyro's samples do not always pass their own check of the support.
+        # In float32 some of Pyro's samples fail its own check of the support.
         return dist.RelaxedOneHotCategoricalStraightThrough(
             self.temperature, logits=logits, validate_args=False
         )
@@ -70,7 +71,7 @@ class VAE(nn.Module):
 
 
 def pyro_guide(vae: VAE) -> tuple[Any, ...]:
-    """Pyro's straight-through guide under the model's own prior."""
+    """Return model, guide and loss with Pyro's straight-through class in the guide."""
     return (
         lambda x: vae.model(x, vae.discrete),
         lambda x: vae.guide(x, vae.straight_through),
@@ -79,7 +80,7 @@ def pyro_guide(vae: VAE) -> tuple[Any, ...]:
 
 
 def pyro_guide_and_prior(vae: VAE) -> tuple[Any, ...]:
-    """Pyro's straight-through guide, with the prior of the model relaxed as well."""
+    """Return model, guide and loss with Pyro's straight-through class in both programs."""
     return (
         lambda x: vae.model(x, vae.straight_through),
         lambda x: vae.guide(x, vae.straight_through),
@@ -88,7 +89,7 @@ def pyro_guide_and_prior(vae: VAE) -> tuple[Any, ...]:
 
 
 def ours(vae: VAE) -> tuple[Any, ...]:
-    """Discrete model and discrete guide, with the gradient chosen by the loss's side."""
+    """Return a discrete model, a discrete guide with ReinMax, and the loss."""
     return (
         lambda x: vae.model(x, vae.discrete),
         config_gradient(lambda x: vae.guide(x, vae.discrete), {"z": ReinMax()}),
@@ -104,7 +105,7 @@ PROGRAMS = {
 
 
 def train(program: Callable[..., Any], images: Images, args: argparse.Namespace) -> list[float]:
-    """Train one program; return its last epoch's loss an image and its held-out -ELBO."""
+    """Train one program; return its last reported loss and held-out -ELBO, per image."""
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
     vae = VAE(images.num_pixels, args.temperature)
@@ -124,7 +125,7 @@ def train(program: Callable[..., Any], images: Images, args: argparse.Namespace)
 
 
 def mean_image_loss(images: Images) -> float:
-    """Nats an image when every pixel is coded by its training mean and no latent is used."""
+    """Return the loss per image of Bernoulli pixels with their training means."""
     mean = images.train.mean(0).clamp(1e-3, 1 - 1e-3)
     return -dist.Bernoulli(probs=mean).log_prob(images.test).sum(-1).mean().item()
 
@@ -133,13 +134,14 @@ def main(argv: list[str] | None = None) -> None:
     """Train the three programs and print the table."""
     parser = new_parser(__doc__)
     parser.add_argument("--data", metavar="DIR", help="IDX files (default: scikit-learn's digits)")
-    parser.add_argument("--epochs", type=count, default=100, help="of each program")
-    parser.add_argument("--batch-size", type=count, default=100, help="images a step")
-    parser.add_argument("--lr", type=positive, default=1e-3, help="step size of Adam")
-    parser.add_argument("--temperature", type=positive, default=0.5, help="of Pyro's classes")
-    parser.add_argument("--num-samples", type=count, default=10, help="hard draws, held-out ELBO")
-    parser.add_argument("--seed", type=natural, default=0, help="of each program")
-    parser.add_argument("--smoke", action="store_true", help="two epochs of a few images")
+    add = parser.add_argument
+    add("--epochs", type=count, default=100, help="epochs of each program")
+    add("--batch-size", type=count, default=100, help="images per step")
+    add("--lr", type=positive, default=1e-3, help="learning rate of Adam")
+    add("--temperature", type=positive, default=0.5, help="temperature of Pyro's classes")
+    add("--num-samples", type=count, default=10, help="hard draws for the held-out ELBO")
+    add("--seed", type=natural, default=0, help="seed of each program")
+    add("--smoke", action="store_true", help="a quick run with few images and epochs")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
@@ -149,13 +151,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.smoke:
         args.epochs, images = 2, images.head(200, 100)
 
-    print(f"{images.name}, pixels on from one half, {LATENTS} latents of {CATEGORIES} categories")
-    print(f"{args.epochs} epochs, Adam {args.lr:g}, nats an image\n")
-    print(f"{'program':40}{'loss as reported':>18}{'held-out -ELBO':>16}")
+    print(f"{images.name}, thresholded at one half; {LATENTS} latents of {CATEGORIES} categories")
+    print(f"{args.epochs} epochs, Adam {args.lr:g}, nats per image\n")
+    print(f"{'program':40}{'reported loss':>18}{'held-out -ELBO':>16}")
     for name, program in PROGRAMS.items():
         reported, held_out = train(program, images, args)
         print(f"{name:40}{reported:18.6g}{held_out:16.1f}", flush=True)
-    print(f"{'no latent, every pixel at its mean':40}{'':18}{mean_image_loss(images):16.1f}")
+    print(f"{'no latents, every pixel at its mean':40}{'':18}{mean_image_loss(images):16.1f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a training run has to show: the table, the pictures and the history."""
+"""Report training runs: a table, figures and the history."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def report(
     trained: dict[str, dict[int, Any]],
     runs: dict[str, dict[int, history.Epochs]],
 ) -> None:
-    """Write the history, print one row an estimator, draw the pictures.
+    """Write the history, print the table and plot the figures.
 
     ``trained`` and ``runs`` hold the VAE and the epochs by estimator and seed.
     """
@@ -39,11 +39,11 @@ def table(
     trained: dict[str, dict[int, Any]],
     seconds: xr.DataArray,
 ) -> None:
-    """Print one row an estimator; every row is measured in the same way."""
+    """Print one row per estimator, with bounds from :mod:`evaluation`."""
     print(
         f"\n{images.name} (--binarize {args.binarize}), {args.latents} {args.latent} latents, "
         f"{args.epochs} epochs, {len(images.test)} held-out images.\n"
-        f"Nats an image by {args.num_samples} hard draws, less is better; "
+        f"Nats per image from {args.num_samples} hard draws, lower is better; "
         f"mean of {args.seeds} seed(s) and half their range.\n"
     )
     print(f"{'gradient':26}{'held-out -ELBO':>18}{'importance-weighted':>22}{'seconds':>10}")
@@ -64,7 +64,7 @@ def _spread(values: list[float]) -> str:
 
 
 def pictures(vae: Any, images: Images, runs: xr.Dataset, folder: Path) -> list[Path]:
-    """Draw reconstructions and new samples of one VAE, and the training curves of all."""
+    """Plot reconstructions and samples of one VAE, and the training curves of all."""
     rows = {"image": images.test[:12], "decoded": vae.reconstruct(images.test[:12])}
     return [
         plots.image_grid(rows, images.shape, folder / "reconstructions.png"),

@@ -1,11 +1,12 @@
-"""Train a generator of discrete strings against a discriminator, and measure it exactly.
+"""Train a GAN on discrete strings, and measure its generator exactly.
 
     python examples/sequence_gan.py
     python examples/sequence_gan.py --gradients gumbel_straight_through@0.5 --steps 5000
 
-The generator, an LSTM that draws one-hot tokens, is a Pyro guide; the reward for a string v is the
+The generator, an LSTM that draws one-hot tokens, is a Pyro guide. The reward for a string v is the
 discriminator's log D(v) / (1 - D(v)). The language is an arithmetic grammar with known
-probabilities, and the LSTM's are computed for every string: no figure here is a sample's.
+probabilities, and the LSTM's probability of every string is computed, so the measurements do not
+depend on samples.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
 
 class Generator(nn.Module):
-    """An LSTM over its own one-hot draws; after END comes only END."""
+    """An autoregressive LSTM that draws one-hot tokens; END is followed by END."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ class Generator(nn.Module):
         return logits, h.unflatten(0, batch), c.unflatten(0, batch)
 
     def log_prob(self, tokens: Tensor) -> Tensor:
-        """The exact log-probability of strings ``(N, LENGTH, symbols)``."""
+        """Compute the log-probability of strings ``(N, LENGTH, symbols)``."""
         token, h, c = self.start((len(tokens),))
         total = torch.zeros(len(tokens))
         for target in tokens.unbind(-2):
@@ -70,7 +71,7 @@ class Generator(nn.Module):
 
 
 class Game:
-    """The two players, and the generator's side of the game as a guide and a model."""
+    """Generator and discriminator, and the generator's objective as guide and model."""
 
     def __init__(self, hidden: int, batch: int) -> None:
         size = grammar.LENGTH * len(grammar.ALPHABET)
@@ -85,7 +86,7 @@ class Game:
         self.batch = batch
 
     def string(self, fixed: bool) -> Tensor:
-        """Draw token after token by the generator's law, which may be held fixed."""
+        """Draw tokens from the generator, detached if ``fixed``."""
         token, h, c = self.generator.start((self.batch,))
         tokens = []
         for t in range(grammar.LENGTH):
@@ -102,44 +103,46 @@ class Game:
             return self.string(fixed=False)
 
     def model(self) -> None:
-        """Score strings by the discriminator.
+        """Add the discriminator's reward.
 
-        The tokens' own scores are those of the guide, held fixed: they cancel in the ELBO, and
-        what is left of it is the expected reward.
+        Tokens have the guide's distribution, detached. The two scores cancel, so the ELBO is the
+        expected reward.
         """
         with pyro.plate("strings", self.batch):
             pyro.factor("reward", self.judge(self.string(fixed=True)))
 
     def judge(self, tokens: Tensor) -> Tensor:
-        """Log D / (1 - D), which is the discriminator's logit."""
+        """Return log D / (1 - D), the discriminator's logit."""
         return self.discriminator(tokens.flatten(-2)).squeeze(-1)
 
     def discriminator_loss(self, real: Tensor, penalty: float) -> Tensor:
-        """Minus log D(x) minus log(1 - D(G)), with a penalty on slopes at real strings."""
+        """Return -log D(x) - log(1 - D(G)) with a gradient penalty at real strings."""
         with torch.no_grad():
             fake = self.guide()
         real = real.requires_grad_()
         on_real, on_fake = self.judge(real), self.judge(fake)
-        (slope,) = torch.autograd.grad(on_real.sum(), real, create_graph=True)
+        (grad,) = torch.autograd.grad(on_real.sum(), real, create_graph=True)
         loss = softplus(-on_real).mean() + softplus(on_fake).mean()
-        return loss + 0.5 * penalty * slope.square().sum((-2, -1)).mean()
+        return loss + 0.5 * penalty * grad.square().sum((-2, -1)).mean()
 
 
 @torch.no_grad()
 def measure(game: Game, tokens: Tensor, truth: Tensor) -> tuple[float, float]:
-    """The generator's probability of a valid string, and its total variation from the truth."""
+    """Return the generator's probability of a valid string and its total variation."""
     probs = game.generator.log_prob(tokens).exp()
     valid = probs.sum().item()
     return valid, 0.5 * ((probs - truth).abs().sum().item() + 1 - valid)
 
 
 def make_svi(args: argparse.Namespace, gradient: str) -> tuple[Game, SVI]:
-    """Set up a new game and the generator's training by one estimator."""
+    """Make a new game and the generator's SVI with one estimator."""
     pyro.clear_param_store()
     estimator, num_particles = gradients.parse(gradient)
     if isinstance(estimator, Enumerate):
         number = f"{len(grammar.ALPHABET)}^{grammar.LENGTH}"
-        raise ValueError(f"{gradient!r} sums over all {number} sequences at once: name another")
+        raise ValueError(
+            f"{gradient!r} sums over all {number} sequences at once; choose another estimator"
+        )
     game = Game(args.hidden, max(args.batch_size // num_particles, 1))
     elbo = Estimator_ELBO(num_particles, vectorize_particles=True, max_plate_nesting=1)
     optimizer = pyro.optim.ClippedAdam(
@@ -149,7 +152,7 @@ def make_svi(args: argparse.Namespace, gradient: str) -> tuple[Game, SVI]:
 
 
 def train(args: argparse.Namespace, gradient: str, seed: int) -> list[dict[str, float]]:
-    """Play the game for a number of steps; return what was measured along the way."""
+    """Train both networks; return the measurements."""
     pyro.set_rng_seed(seed)
     strings, truth = grammar.all_strings()
     tokens = grammar.encode(strings)
@@ -180,14 +183,14 @@ def train(args: argparse.Namespace, gradient: str, seed: int) -> list[dict[str, 
 
 
 def picture(runs: dict[str, list[list[dict[str, float]]]], path: Path) -> Path:
-    """Draw the share of strings that are not valid, and the total variation, against the steps."""
+    """Plot the probability of an invalid string and the total variation by step."""
     figure, axes = style.panels(1, 2, (4.6, 3.2))
     colors = style.colors(runs)
     for number, (gradient, histories) in enumerate(runs.items()):
         for seed, history in enumerate(histories):
             look: Any = {
                 "color": colors[gradient],
-                "linewidth": max(2.5 - 0.7 * number, 0.7),  # curves that coincide stay visible
+                "linewidth": max(2.5 - 0.7 * number, 0.7),  # so that coinciding curves show
                 "label": gradient if seed == 0 else None,
             }
             steps = [row["step"] for row in history]
@@ -207,23 +210,23 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     some, form = "gumbel_straight_through,reinmax,score:4", f"{gradients.FORM},..."
     add("--gradients", type=gradients.several, default=some, metavar=form, help=gradients.HELP)
-    add("--steps", type=count, default=3000, help="of the generator")
-    add("--critic-steps", type=count, default=1, help="of the discriminator for each of these")
-    add("--batch-size", type=count, default=256, help="strings a step, over all particles")
-    add("--data-size", type=count, default=5000, help="strings of the training set")
+    add("--steps", type=count, default=3000, help="steps of the generator")
+    add("--critic-steps", type=count, default=1, help="discriminator steps per generator step")
+    add("--batch-size", type=count, default=256, help="strings per step, over all particles")
+    add("--data-size", type=count, default=5000, help="strings in the training set")
     add("--hidden", type=count, default=64, help="LSTM units")
-    add("--lr", type=positive, default=1e-3, help="step size of the generator, at the start")
-    add("--critic-lr", type=positive, default=1e-3, help="step size of the discriminator")
-    add("--penalty", type=float, default=1.0, help="on the discriminator's slope")
-    add("--measure-every", type=count, default=50, help="steps from one measurement to the next")
-    add("--seed", type=natural, default=0, help="of the first run")
-    add("--seeds", type=count, default=1, help="number of seeds, from --seed on")
-    add("--out", type=Path, default=Path("out/sequence_gan"), metavar="DIR", help="pictures")
-    add("--smoke", action="store_true", help="a few steps: does it run at all?")
+    add("--lr", type=positive, default=1e-3, help="initial learning rate of the generator")
+    add("--critic-lr", type=positive, default=1e-3, help="learning rate of the discriminator")
+    add("--penalty", type=float, default=1.0, help="weight of the gradient penalty")
+    add("--measure-every", type=count, default=50, help="steps between measurements")
+    add("--seed", type=natural, default=0, help="seed of the first run")
+    add("--seeds", type=count, default=1, help="number of seeds, starting at --seed")
+    add("--out", type=Path, default=Path("out/sequence_gan"), metavar="DIR", help="output folder")
+    add("--smoke", action="store_true", help="a quick run with few steps")
     args = parser.parse_args(argv)
     make_folder(parser, args.out)
-    torch.set_num_threads(1)  # layers this small lose time to more
-    pyro.enable_validation(args.smoke)  # a quarter of a step goes into checks
+    torch.set_num_threads(1)  # layers this small are slower on more threads
+    pyro.enable_validation(args.smoke)  # off, since it takes a quarter of a step
     if args.smoke:
         args.steps, args.batch_size, args.data_size, args.measure_every = 4, 16, 100, 2
     gradients.try_all(parser, args.gradients, lambda name: make_svi(args, name)[1].evaluate_loss())

@@ -1,4 +1,4 @@
-"""One look for all pictures: colours for colour-blind readers too, legends beside the data."""
+"""A common style of figures: colour-blind-safe colours, and legends outside the axes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import matplotlib as mpl
 mpl.use("Agg")  # no display is needed
 import matplotlib.pyplot as plt  # noqa: E402
 
-# Okabe and Ito's colours, in an order that keeps neighbours far apart in lightness too.
+# Okabe and Ito's colours, ordered so that neighbours differ in lightness, too.
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442"]
 MARKERS = "osD^vPX*"
-ESTIMATORS = (  # with a colour of their own, in the order of COLORS
+ESTIMATORS = (  # estimators with a fixed colour, in the order of COLORS
     "reinmax",
     "gumbel_straight_through",
     "straight_through",
@@ -43,9 +43,9 @@ _RC = {
 
 
 def colors(labels: Iterable[str]) -> dict[str, str]:
-    """Give an estimator the same colour in every picture, and other labels what is left.
+    """Assign each estimator its colour of all figures, and other labels the remaining ones.
 
-    Of several with one name, such as ``score:2`` and ``score:4``, the first has the name's colour.
+    If several have one name, such as ``score:2`` and ``score:4``, the first has its colour.
     """
     labels = list(labels)
     own = dict(zip(ESTIMATORS, COLORS, strict=False))
@@ -59,12 +59,12 @@ def colors(labels: Iterable[str]) -> dict[str, str]:
 
 
 def color_cycle(labels: Iterable[str]) -> AbstractContextManager[None]:
-    """Lend :func:`colors` to pictures that take matplotlib's colours in the order of labels."""
+    """Set matplotlib's colour cycle to :func:`colors`, in the order of labels."""
     return mpl.rc_context({"axes.prop_cycle": mpl.cycler(color=[*colors(labels).values(), "0.5"])})
 
 
 def whole_numbers(axis: Any) -> None:
-    """Tick epochs and the like at whole numbers."""
+    """Place the ticks of the x axis at whole numbers."""
     axis.xaxis.get_major_locator().set_params(integer=True)
 
 
@@ -82,7 +82,7 @@ def panels(rows: int, columns: int, size: tuple[float, float], **options: Any) -
 
 
 def legend_outside(figure: Any, axes: Iterable[Any], columns: int = 4, **options: Any) -> None:
-    """Put one legend for all axes below them, each label once."""
+    """Place one legend below all axes, with each label once."""
     entries: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -92,7 +92,7 @@ def legend_outside(figure: Any, axes: Iterable[Any], columns: int = 4, **options
 
 
 def write(figure: Any, path: Path) -> Path:
-    """Write a PNG, making its folder."""
+    """Write a PNG, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -1,10 +1,10 @@
-"""Topics as bits: a document switches on any subset of 40 factors, and its words follow.
+"""Fit a topic model whose documents have any subset of 40 binary factors.
 
     python examples/topic_model.py
 
-A document has 2^40 explanations, so that nothing can be enumerated. The texts ship with Python:
-the docstrings of its standard library. An amortised guide over forty bits a document is made by
-AutoAmortized, and trained by several estimators.
+A document has 2^40 latent states, too many to enumerate. The texts are the docstrings of Python's
+standard library. AutoAmortized makes the guide, with forty Bernoulli variables per document, and
+several estimators train it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ otherwise given default self none true false return returns returned
 
 
 def docstrings() -> Iterator[str]:
-    """Read the docstrings of the standard library's sources, without running any of them."""
+    """Read the docstrings of the standard library's sources, without importing them."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(folder.rglob("*.py")):
         if {"test", "tests", "idlelib", "lib2to3", "site-packages"} & set(path.parts):
@@ -60,7 +60,7 @@ def docstrings() -> Iterator[str]:
 
 
 def load(num_words: int, min_length: int, limit: int) -> tuple[Tensor, list[str]]:
-    """Count words: ``(documents, num_words)``, in a fixed random order, and the vocabulary."""
+    """Return word counts ``(documents, num_words)``, in a fixed random order, and words."""
     documents = []
     for text in docstrings():
         words = [w for w in re.findall(r"[a-z]{3,}", text.lower()) if w not in STOP_WORDS]
@@ -68,7 +68,7 @@ def load(num_words: int, min_length: int, limit: int) -> tuple[Tensor, list[str]
             documents.append(Counter(words))
         if len(documents) == limit:
             break
-    documents = list({frozenset(d.items()): d for d in documents}.values())  # no document twice
+    documents = list({frozenset(d.items()): d for d in documents}.values())  # no duplicates
     spread = Counter(word for document in documents for word in document)
     vocabulary = [word for word, _ in spread.most_common(num_words)]
     counts = torch.tensor([[float(d[w]) for w in vocabulary] for d in documents])
@@ -79,7 +79,7 @@ def load(num_words: int, min_length: int, limit: int) -> tuple[Tensor, list[str]
 
 
 class TopicModel(nn.Module):
-    """Each factor that is on multiplies the rates of its words."""
+    """A model in which each active factor multiplies the rates of its words."""
 
     def __init__(self, counts: Tensor, factors: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class TopicModel(nn.Module):
         self.prior = nn.Parameter(torch.full((factors,), -2.0))
 
     def rates(self, z: Tensor) -> Tensor:
-        """Logits of the words of a document."""
+        """Return the logits of a document's words."""
         return self.background + z @ self.factors
 
     def forward(self, counts: Tensor) -> None:
@@ -97,12 +97,12 @@ class TopicModel(nn.Module):
         with pyro.plate("documents", len(counts)):
             z = pyro.sample("z", dist.Bernoulli(logits=self.prior).to_event(1))
             log_probs = self.rates(z).log_softmax(-1)
-            # Multinomial, but for the number of orders of the words.
+            # The multinomial log-mass without its combinatorial constant.
             pyro.factor("words", (counts * log_probs).sum(-1))
 
 
 class Encoder(nn.Module):
-    """Features of a document from the logarithms of its word counts."""
+    """A network from the logarithms of a document's word counts to features."""
 
     def __init__(self, num_words: int, hidden: int) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Encoder(nn.Module):
 def make_svi(
     gradient: str, counts: Tensor, args: argparse.Namespace
 ) -> tuple[TopicModel, AutoAmortized, SVI]:
-    """Make a new model, its guide and what trains them, always the same at one seed."""
+    """Make a new model, its guide and the SVI, reproducible by ``args.seed``."""
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
     estimator, particles = gradients.parse(gradient)
@@ -130,7 +130,7 @@ def make_svi(
 def train(
     gradient: str, train_counts: Tensor, test_counts: Tensor, args: argparse.Namespace
 ) -> tuple[TopicModel, AutoAmortized, list[float]]:
-    """Fit one model; return it, its guide, and the held-out perplexity bound of each epoch."""
+    """Fit a model; return it, its guide and the held-out perplexity bound by epoch."""
     model, guide, svi = make_svi(gradient, train_counts, args)
     history = []
     bar = tqdm(range(args.epochs), desc=gradient)
@@ -143,7 +143,7 @@ def train(
 
 
 def perplexity(model: TopicModel, guide: AutoAmortized, counts: Tensor, num_samples: int) -> float:
-    """Bound the perplexity a word, exp(-ELBO / words), from hard draws."""
+    """Return an upper bound on the perplexity per word, exp(-ELBO / words)."""
     bounds = held_out_bounds(model, guide, counts, num_samples)
     return math.exp(-bounds.elbo * len(counts) / counts.sum().item())
 
@@ -171,17 +171,17 @@ def main(argv: list[str] | None = None) -> None:
     some = "reinmax,gumbel_straight_through,straight_through,score:4"
     form = f"{gradients.FORM},..."
     add("--gradients", type=gradients.several, default=some, metavar=form, help=gradients.HELP)
-    add("--factors", type=count, default=40, help="bits of a document")
+    add("--factors", type=count, default=40, help="binary factors per document")
     add("--words", type=count, default=1500, help="size of the vocabulary")
-    add("--min-length", type=count, default=15, help="words of a document, at least")
-    add("--limit", type=at_least(2), default=20_000, help="documents to read, at most")
+    add("--min-length", type=count, default=15, help="minimum words per document")
+    add("--limit", type=at_least(2), default=20_000, help="maximum number of documents")
     add("--hidden", type=count, default=128, help="width of the encoder's layers")
     add("--epochs", type=count, default=20, help="passes over the training documents")
-    add("--batch-size", type=count, default=100, help="documents a step")
-    add("--lr", type=positive, default=1e-2, help="step size of Adam")
-    add("--seed", type=natural, default=0, help="of each run")
-    add("--out", type=Path, default=Path("out/topic_model"), metavar="DIR", help="pictures")
-    add("--smoke", action="store_true", help="a few documents: does it run at all?")
+    add("--batch-size", type=count, default=100, help="documents per step")
+    add("--lr", type=positive, default=1e-2, help="learning rate of Adam")
+    add("--seed", type=natural, default=0, help="seed of each run")
+    add("--out", type=Path, default=Path("out/topic_model"), metavar="DIR", help="output folder")
+    add("--smoke", action="store_true", help="a quick run with few documents")
     args = parser.parse_args(argv)
     make_folder(parser, args.out)
     torch.set_num_threads(1)
@@ -191,8 +191,8 @@ def main(argv: list[str] | None = None) -> None:
     counts, vocabulary = load(args.words, args.min_length, args.limit)
     if len(counts) < 2:  # one to train, one to hold out
         parser.error(
-            f"--min-length: {len(counts)} docstrings have {args.min_length} words or more, and at "
-            "least 2 are needed; write a smaller number"
+            f"--min-length: {len(counts)} docstrings have {args.min_length} words or more; "
+            "expected at least 2; give a smaller number"
         )
     split = len(counts) * 9 // 10
     train_counts, test_counts = counts[:split], counts[split:]
@@ -220,11 +220,11 @@ def main(argv: list[str] | None = None) -> None:
             key=lambda row: row[0],
         )
         axes[0, 0].plot(range(1, args.epochs + 1), history, color=color, label=gradient)
-    print(f"\n{'held-out perplexity, at most':34}{'a word':>10}")
+    print(f"\n{'held-out perplexity bound':34}{'per word':>10}")
     for name, value in rows.items():
         print(f"{name:34}{value:>10.1f}")
     print_topics(best[1], best[2], test_counts, vocabulary)
-    axes[0, 0].set(xlabel="epoch", ylabel="held-out perplexity a word (bound)")
+    axes[0, 0].set(xlabel="epoch", ylabel="held-out perplexity per word (bound)")
     style.whole_numbers(axes[0, 0])
     style.legend_outside(figure, axes[0], columns=2)
     print("\nwritten:", style.write(figure, args.out / "topic_model.png"))

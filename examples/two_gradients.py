@@ -1,10 +1,10 @@
-"""Two gradients of one expectation, side by side: score function and pathwise.
+"""Compare two gradients of one expectation: score function and pathwise.
 
     python examples/two_gradients.py
 
-d/dtheta E[z^2] for z ~ N(a theta + b, 1), which is 2 a (a theta + b), by both; the descent that
-each leads to theta = -b / a; a change of variables; and the KL divergence of two Gaussians with
-full covariance against Monte Carlo.
+Both estimate d/dtheta E[z^2] = 2 a (a theta + b) for z ~ N(a theta + b, 1). Other panels show
+gradient descent to theta = -b / a, a change of variables, and the KL divergence of two Gaussians
+with full covariance against Monte Carlo.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ ESTIMATORS: dict[str, tuple[Estimator, int]] = {
 }
 
 
-def law(theta: Tensor) -> dist.Normal:
+def gaussian(theta: Tensor) -> dist.Normal:
     return dist.Normal(A * theta + B, 1.0)
 
 
 def guide(theta: Tensor) -> None:
     """Draw z for each element of theta."""
     with pyro.plate("draws", len(theta)):
-        pyro.sample("z", law(theta))
+        pyro.sample("z", gaussian(theta))
 
 
 def model(theta: Tensor) -> None:
-    """Pay z^2. The law of z is the guide's, held fixed, so that nothing else enters the ELBO."""
+    """Subtract z^2; z has the guide's distribution, detached, so the ELBO is -E[z^2]."""
     with pyro.plate("draws", len(theta)):
-        z = pyro.sample("z", law(theta.detach()))
+        z = pyro.sample("z", gaussian(theta.detach()))
         pyro.factor("cost", -(z**2))
 
 
 def gradients(theta: float, label: str, draws: int) -> Tensor:
-    """Draw the gradient of E[z^2] at theta: each element of a plate is a draw of its own."""
+    """Draw gradients of E[z^2] at theta, one for each element of a plate."""
     estimator, num_particles = ESTIMATORS[label]
     thetas = torch.full((draws,), theta, requires_grad=True)
     elbo = Estimator_ELBO(num_particles, vectorize_particles=True, max_plate_nesting=1)
@@ -58,7 +58,7 @@ def gradients(theta: float, label: str, draws: int) -> Tensor:
 
 
 def forest(axis: Any, thetas: list[float], draws: int) -> None:
-    """Draw where each estimator's draws lie, and where their mean does."""
+    """Plot the mean and a 94 % interval of each estimator's draws."""
     print(f"gradient of E[z^2], {draws:,} draws\n{'theta':>7}{'exact':>9}   estimator")
     row, ticks = 0, []
     for theta in thetas:
@@ -87,7 +87,7 @@ def forest(axis: Any, thetas: list[float], draws: int) -> None:
 
 
 def descent(axis: Any, steps: int, seeds: int, lr: float = 0.02) -> None:
-    """Follow each estimator from the same start."""
+    """Plot gradient descent with each estimator from the same start."""
     for label, color in zip(ESTIMATORS, style.COLORS, strict=False):
         estimator, num_particles = ESTIMATORS[label]
         elbo = Estimator_ELBO(num_particles, vectorize_particles=True, max_plate_nesting=1)
@@ -113,11 +113,11 @@ def descent(axis: Any, steps: int, seeds: int, lr: float = 0.02) -> None:
 
 
 def change_of_variables(axis: Any, draws: int) -> None:
-    """The density of y = sinh(x), x normal, by autograd's derivative of the inverse."""
+    """Plot the density of y = sinh(x), x normal, by autograd's derivative of the inverse."""
     y = torch.linspace(-6, 6, 400, dtype=torch.float64, requires_grad=True)
     x = torch.asinh(y)
-    (slope,) = torch.autograd.grad(x.sum(), y)
-    density = dist.Normal(0.0, 1.0).log_prob(x).exp() * slope.abs()
+    (jacobian,) = torch.autograd.grad(x.sum(), y)
+    density = dist.Normal(0.0, 1.0).log_prob(x).exp() * jacobian.abs()
     axis.hist(
         torch.randn(draws).sinh(),
         bins=80,
@@ -136,7 +136,7 @@ def change_of_variables(axis: Any, draws: int) -> None:
 
 
 def gaussian_kl(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
-    """0.5 [log |S2| / |S1| - d + tr(S2^-1 S1) + (m2 - m1)' S2^-1 (m2 - m1)]."""
+    """Return 0.5 [log |S2| / |S1| - d + tr(S2^-1 S1) + (m2 - m1)' S2^-1 (m2 - m1)]."""
     difference = mean2 - mean1
     inverse = torch.linalg.inv(cov2)
     logdets = torch.logdet(cov2) - torch.logdet(cov1)
@@ -146,7 +146,7 @@ def gaussian_kl(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Ten
 
 
 def kl_against_monte_carlo(axis: Any, draws: int) -> None:
-    """Estimate the KL divergence from more and more draws."""
+    """Plot Monte Carlo estimates of the KL divergence by the number of draws."""
     generator = torch.Generator().manual_seed(0)
     factors = torch.randn(2, 3, 3, generator=generator, dtype=torch.float64)
     cov1, cov2 = factors @ factors.mT + 0.5 * torch.eye(3)
@@ -173,12 +173,12 @@ def kl_against_monte_carlo(axis: Any, draws: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--draws", type=at_least(16), default=100_000, help="of each gradient")
-    add("--steps", type=count, default=300, help="of the descent")
-    add("--seeds", type=count, default=8, help="of the descent")
-    add("--seed", type=natural, default=0, help="of all draws")
-    add("--out", type=Path, default=Path("out/two_gradients"), metavar="DIR", help="pictures")
-    add("--smoke", action="store_true", help="a few draws: does it run at all?")
+    add("--draws", type=at_least(16), default=100_000, help="draws of each gradient")
+    add("--steps", type=count, default=300, help="steps of gradient descent")
+    add("--seeds", type=count, default=8, help="seeds of gradient descent")
+    add("--seed", type=natural, default=0, help="seed of all draws")
+    add("--out", type=Path, default=Path("out/two_gradients"), metavar="DIR", help="output folder")
+    add("--smoke", action="store_true", help="a quick run with few draws")
     args = parser.parse_args(argv)
     make_folder(parser, args.out)
     torch.set_num_threads(1)

@@ -1,11 +1,11 @@
-"""Train a variational auto-encoder whose latents are discrete, with an estimator of your choice.
+"""Train a variational auto-encoder with discrete latents by a gradient estimator.
 
     python examples/vae.py --gradient reinmax
     python examples/vae.py --data DIR --latents 30 --categories 10 --gradient score:4
     python examples/vae.py --compare reinmax,straight_through,score:4 --seeds 3
     torchrun --nproc-per-node 2 examples/vae.py --gradient reinmax
 
-``NAME:K`` stands for the estimator NAME with K particles. See examples/README.md.
+``NAME:K`` is the estimator NAME with K particles. See examples/README.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vae_options import make_parser, settings_of
 
 
 def latent_distribution(kind: str, features: torch.Tensor) -> dist.TorchDistribution:
-    """Distribution of one image's latents from features of shape ``(..., latents, width)``."""
+    """Return an image's latent distribution from features ``(..., latents, width)``."""
     if kind == "onehot":
         return dist.OneHotCategorical(logits=features).to_event(1)
     if kind == "bernoulli":
@@ -43,7 +43,7 @@ def latent_distribution(kind: str, features: torch.Tensor) -> dist.TorchDistribu
 
 
 class VAE(nn.Module):
-    """Latents z under a uniform (or standard normal) prior, and an image x decoded from them."""
+    """A VAE with latents z under a uniform or standard normal prior, and an image x."""
 
     def __init__(self, args: argparse.Namespace, num_pixels: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class VAE(nn.Module):
         pyro.module("decoder", self.decoder)
         with pyro.plate("images", len(x)):
             z = pyro.sample("z", latent_distribution(self.kind, self.prior))
-            # A grey value counts as the expectation of a bit, outside Bernoulli's own support.
+            # Grey values are expectations of binary pixels, outside Bernoulli's support.
             pixels = dist.Bernoulli(
                 logits=self.decode(z), validate_args=False if self.grey else None
             )
@@ -85,7 +85,7 @@ class VAE(nn.Module):
 
 
 def mlp(*sizes: int) -> nn.Sequential:
-    """Linear layers with ReLU between them."""
+    """Return linear layers with ReLU between them."""
     layers: list[nn.Module] = []
     for size_in, size_out in zip(sizes, sizes[1:], strict=False):
         layers += [nn.Linear(size_in, size_out), nn.ReLU()]
@@ -93,7 +93,7 @@ def mlp(*sizes: int) -> nn.Sequential:
 
 
 def make_svi(args: argparse.Namespace, gradient: str, images: Images) -> tuple[VAE, Any, SVI]:
-    """Put a new VAE, the estimator of its latents and the optimiser together."""
+    """Make a new VAE, the estimator of its latents, and the SVI."""
     pyro.clear_param_store()
     vae = VAE(args, images.num_pixels).to(images.train.device)
     estimator, num_particles = gradients.parse(
@@ -115,7 +115,7 @@ def make_svi(args: argparse.Namespace, gradient: str, images: Images) -> tuple[V
 def train(
     args: argparse.Namespace, gradient: str, seed: int, images: Images
 ) -> tuple[VAE, list[dict[str, float]]]:
-    """Fit one VAE by SVI; return it with the losses of each epoch, in nats an image."""
+    """Fit one VAE by SVI; return it with the losses of each epoch, in nats per image."""
     pyro.set_rng_seed(seed)
     vae, estimator, svi = make_svi(args, gradient, images)
     epochs: list[dict[str, float]] = []
@@ -125,8 +125,8 @@ def train(
         epochs = checkpoint.load(args.checkpoint, svi, everything, settings)
         if len(epochs) > args.epochs:
             raise checkpoint.CheckpointError(
-                f"the checkpoint {args.checkpoint} has {len(epochs)} epochs behind it, and "
-                f"--epochs asks for {args.epochs}: write --epochs {len(epochs)} or more"
+                f"the checkpoint {args.checkpoint} has {len(epochs)} epochs, more than --epochs "
+                f"{args.epochs}; write --epochs {len(epochs)} or more"
             )
     num_batches = -(-len(images.train) // args.batch_size)
     bar = tqdm(
@@ -158,31 +158,31 @@ def train(
 
 
 def find_device(name: str) -> torch.device:
-    """Take the GPU where there is one, unless told otherwise."""
+    """Return the device: with ``"auto"``, the GPU if there is one."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device; write --device cpu")
+        raise ValueError("--device cuda: torch finds no CUDA device; write --device cpu")
     on_gpu = name != "cpu" and torch.cuda.is_available()
     return parallel.local_device(torch.device("cuda" if on_gpu else "cpu"))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train one estimator, or compare several; print the bounds, draw the pictures."""
+    """Train with one or several estimators; print the bounds and plot the figures."""
     parser = make_parser(__doc__.splitlines()[0])
     args = parser.parse_args(argv)
     make_folder(parser, args.out)
     if args.checkpoint:
         make_folder(parser, args.checkpoint.parent, "--checkpoint")
-    torch.set_num_threads(1)  # layers this small lose time to more
+    torch.set_num_threads(1)  # layers this small are slower on more threads
     names = args.compare or [args.gradient]
     seeds = range(args.seed, args.seed + args.seeds)
     if args.checkpoint and len(names) * len(seeds) > 1:
         parser.error(
-            "--checkpoint is for one run: name one --gradient, and no --compare or --seeds"
+            "--checkpoint is for one run; give one --gradient, without --compare or --seeds"
         )
     if args.temperature is not None and not any(map(gradients.takes_temperature, names)):
         parser.error(
-            f"--temperature: {', '.join(names)} would ignore it, having none or an own @T: "
-            "leave it out"
+            f"--temperature: {', '.join(names)} would ignore it, without a temperature or with "
+            "@T; leave it out"
         )
     try:
         device = find_device(args.device)
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train_all(args: argparse.Namespace, names: list[str], seeds: range, images: Images) -> None:
-    """Train each estimator with each seed, and report."""
+    """Train with each estimator and seed, and report."""
     trained: dict[str, dict[int, VAE]] = {name: {} for name in names}
     runs: dict[str, dict[int, list[dict[str, float]]]] = {name: {} for name in names}
     for name in names:

@@ -1,4 +1,4 @@
-"""The command line of vae.py."""
+"""Command-line options of vae.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from arguments import count, natural, new_parser, positive
 from gradients import FORM, HELP, one, several
 from image_data import BINARIZE, Images
 
-# What may differ between a checkpoint and its continuation.
+# Options that may differ between a checkpoint and the resumed run.
 NOT_PART_OF_A_RUN = {
     "checkpoint",
     "compare",
@@ -28,44 +28,44 @@ NOT_PART_OF_A_RUN = {
 def settings_of(
     args: argparse.Namespace, gradient: str, seed: int, images: Images
 ) -> dict[str, Any]:
-    """List what a run depends on, so that a checkpoint can tell whether it is of the same run."""
+    """Return the settings that a run depends on, which a checkpoint must share."""
     settings = {k: v for k, v in vars(args).items() if k not in NOT_PART_OF_A_RUN}
     data = f"{images.name}, {len(images.train)} images of {images.num_pixels} pixels"
     settings |= {"gradient": gradient, "seed": seed, "images": data}
-    return settings | {"processes": parallel.world_size()}  # each draws from a stream of its own
+    return settings | {"processes": parallel.world_size()}  # each has its own random stream
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     parser = new_parser(description)
     add = parser.add_argument
     add("--data", metavar="DIR", help="IDX files such as MNIST's (default: scikit-learn's digits)")
-    add("--binarize", choices=BINARIZE, default="threshold", help="how grey pixels become targets")
+    add("--binarize", choices=BINARIZE, default="threshold", help="targets from grey pixels")
     add(
         "--latent",
         choices=("onehot", "bernoulli", "normal"),
         default="onehot",
-        help="law of a latent",
+        help="distribution of a latent",
     )
     add("--latents", type=count, default=10, help="number of latents")
-    add("--categories", type=count, default=10, help="of each one-hot latent")
-    add("--hidden", type=sizes, default="256", help="encoder's layers, the decoder's mirrored")
+    add("--categories", type=count, default=10, help="categories of a one-hot latent")
+    add("--hidden", type=sizes, default="256", help="encoder's layers; the decoder mirrors them")
     add_one_of = parser.add_mutually_exclusive_group().add_argument
     add_one_of("--gradient", type=one, default="reinmax", metavar=FORM, help=HELP)
-    add_one_of("--compare", type=several, metavar=f"{FORM},...", help="train each of several")
-    add("--temperature", type=float, help="where the estimator has one and no @T is given")
-    add("--num-particles", type=count, default=1, help="where no :K is given")
-    add("--analytic-kl", action="store_true", help="integrate the KL term, where it can be")
-    add("--seeds", type=count, default=1, help="number of seeds, from --seed on")
-    add("--seed", type=natural, default=0, help="of the first run")
+    add_one_of("--compare", type=several, metavar=f"{FORM},...", help="several estimators")
+    add("--temperature", type=float, help="temperature of estimators without @T")
+    add("--num-particles", type=count, default=1, help="particles of estimators without :K")
+    add("--analytic-kl", action="store_true", help="use the KL term's closed form, if known")
+    add("--seeds", type=count, default=1, help="number of seeds, starting at --seed")
+    add("--seed", type=natural, default=0, help="seed of the first run")
     add("--epochs", type=count, default=100, help="passes over the training images")
-    add("--batch-size", type=count, default=100, help="images a step")
-    add("--lr", type=positive, default=3e-3, help="step size of the optimiser")
+    add("--batch-size", type=count, default=100, help="images per step")
+    add("--lr", type=positive, default=3e-3, help="learning rate of the optimiser")
     add("--optimizer", choices=("adam", "radam"), default="adam", help="Adam or RAdam")
-    add("--num-samples", type=count, default=100, help="hard draws of the final bounds")
+    add("--num-samples", type=count, default=100, help="hard draws for the final bounds")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU, if any")
-    add("--checkpoint", type=Path, metavar="FILE", help="save each epoch there, and go on from it")
-    add("--out", type=Path, default=Path("out/vae"), metavar="DIR", help="pictures and history")
-    add("--smoke", action="store_true", help="a few images, two epochs: does it run at all?")
+    add("--checkpoint", type=Path, metavar="FILE", help="save each epoch there; resume from it")
+    add("--out", type=Path, default=Path("out/vae"), metavar="DIR", help="output folder")
+    add("--smoke", action="store_true", help="a quick run with few images and two epochs")
     return parser
 
 

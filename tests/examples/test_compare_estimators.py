@@ -104,23 +104,23 @@ def test_checkpoint_of_other_images(tmp_path: Path, capsys: pytest.CaptureFixtur
     torch.save(state, file)
     with pytest.raises(SystemExit):
         compare_estimators.main(["--checkpoint", str(file), "--out", str(tmp_path)])
-    assert "not of images of 64: name the --data" in capsys.readouterr().err
+    assert "not on images of 64; give its --data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
         (["--estimators", "reinmx"], "Did you mean 'reinmax'"),
-        (["--data", "nowhere"], "no folder nowhere"),
-        (["--checkpoint", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
-        (["--checkpoint", __file__], "is no whole checkpoint"),
+        (["--data", "nowhere"], "--data expects a folder of IDX files; nowhere is not a folder"),
+        (["--checkpoint", "nowhere.pt"], "the checkpoint nowhere.pt does not exist"),
+        (["--checkpoint", __file__], "is not a complete checkpoint"),
         (["--estimators", "reinmax,pathwise"], "cannot serve a OneHotCategorical"),
         (["--estimators", "disarm"], "cannot serve a OneHotCategorical"),
         (["--num-draws", "3"], "--num-draws: expected a whole number of at least 16, got '3'"),
         (["--seed", "-1"], "expected a whole number from 0 to 2^32, got '-1'"),
-        (["--out", f"{__file__}/pictures"], "--out: nothing can be written to the folder"),
+        (["--out", f"{__file__}/pictures"], "--out: cannot write to the folder"),
         (["--checkpoint", "x.pt", "--latents", "4", "--epochs", "1"], "leave out --epochs, --lat"),
-        (["--checkpoint", str(ROOT)], "is a folder: name a file"),
+        (["--checkpoint", str(ROOT)], "is a folder; give a file"),
         (["--epochs", "1,0"], "expected a whole number of at least 1, got '0'"),
     ],
 )

@@ -105,12 +105,12 @@ def two_sizes(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "error", "match"),
     [
-        (empty, FileNotFoundError, "holds no train-images-idx3-ubyte"),
-        (missing_test, FileNotFoundError, "holds no t10k-images-idx3-ubyte"),
-        (truncated, ValueError, "is 500 bytes, but holds 493"),
-        (labels_instead, ValueError, "is no IDX file of images"),
-        (broken_gzip, ValueError, "is no whole gzip file"),
-        (two_sizes, ValueError, "both have to be of one data set"),
+        (empty, FileNotFoundError, "lacks train-images-idx3-ubyte"),
+        (missing_test, FileNotFoundError, "lacks t10k-images-idx3-ubyte"),
+        (truncated, ValueError, "expected 500 bytes of pixels, got 493"),
+        (labels_instead, ValueError, "is not an IDX file of images"),
+        (broken_gzip, ValueError, "is not a complete gzip file"),
+        (two_sizes, ValueError, "expected images of one size"),
     ],
 )
 def test_bad_folder(tmp_path: Path, spoil, error: type[Exception], match: str) -> None:
@@ -120,9 +120,9 @@ def test_bad_folder(tmp_path: Path, spoil, error: type[Exception], match: str) -
 
 
 def test_no_folder_and_no_such_binarization(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         image_data.load_images(str(tmp_path / "nowhere"), "none")
-    with pytest.raises(ValueError, match="binarize is one of threshold, stochastic, none"):
+    with pytest.raises(ValueError, match="binarize must be one of threshold, stochastic, none"):
         image_data.load_images(None, "round")
 
 

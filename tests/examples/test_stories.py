@@ -54,7 +54,7 @@ def test_same_seed_same_figures(story, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("story", [sequence_gan, topic_model], ids=lambda module: module.__name__)
-def test_unknown_estimators_are_told(story, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_estimators_are_reported(story, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         story.main(["--smoke", "--gradients", "score:2,reinmx"])
     assert "Did you mean 'reinmax'" in capsys.readouterr().err
@@ -62,14 +62,14 @@ def test_unknown_estimators_are_told(story, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize("story", [sequence_gan, topic_model], ids=lambda module: module.__name__)
 @pytest.mark.parametrize("second", ["pathwise", "enumerate"])
-def test_estimators_that_cannot_serve_are_told_before_the_first_run(
+def test_unsupported_estimators_are_reported_before_the_first_run(
     story, second: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         story.main(["--smoke", "--gradients", f"score:2,{second}", "--out", str(tmp_path)])
-    told = capsys.readouterr().err
-    assert re.search("cannot serve|sums over all 6\\^12 sequences", told)
-    assert "score:2" not in told.partition("error:")[0]  # no bar of a run
+    printed = capsys.readouterr().err
+    assert re.search("cannot serve|sums over all 6\\^12 sequences", printed)
+    assert "score:2" not in printed.partition("error:")[0]  # no bar of a run
 
 
 @pytest.mark.parametrize("gradient", ["rebar", "double_control_variate", "muprop", "disarm_tree"])
@@ -80,10 +80,10 @@ def test_the_game_takes_estimators_that_run_the_model_again(gradient: str, tmp_p
 
 
 @pytest.mark.parametrize("story", STORIES, ids=lambda module: module.__name__)
-def test_folders_that_cannot_be_are_told(story, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_folders_are_reported(story, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         story.main(["--out", f"{__file__}/pictures"])
-    assert "--out: nothing can be written to the folder" in capsys.readouterr().err
+    assert "--out: cannot write to the folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_folders_that_cannot_be_are_told(story, capsys: pytest.CaptureFixture[st
         (two_gradients, "--draws", 16),
     ],
 )
-def test_numbers_too_small_are_told(
+def test_numbers_too_small_are_reported(
     story, option: str, least: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -153,13 +153,13 @@ def test_an_estimator_has_one_colour() -> None:
 
 
 @pytest.mark.parametrize("module", [*STORIES, compare_estimators, pyro_comparison, vae])
-def test_help_tells_defaults(module, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_defaults(module, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         module.main(["--help"])
-    told = capsys.readouterr().out
-    assert "(default: 0)" in told  # the seed's
-    assert "None" not in told
-    assert "False" not in told
+    printed = capsys.readouterr().out
+    assert "(default: 0)" in printed  # the seed's
+    assert "None" not in printed
+    assert "False" not in printed
 
 
 def test_files_are_short() -> None:

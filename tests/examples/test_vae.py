@@ -160,9 +160,9 @@ def a_tensor(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "match"),
     [
-        (not_a_checkpoint, "is no whole checkpoint"),
-        (cut_short, "is no whole checkpoint"),
-        (no_bytes, "is no whole checkpoint"),
+        (not_a_checkpoint, "is not a complete checkpoint"),
+        (cut_short, "is not a complete checkpoint"),
+        (no_bytes, "is not a complete checkpoint"),
         (somebody_elses, "was not written by this example"),
         (a_tensor, "was not written by this example"),
     ],
@@ -178,21 +178,21 @@ def test_bad_checkpoint(tmp_path: Path, spoil, match: str) -> None:
 def test_checkpoint_of_another_run(tmp_path: Path) -> None:
     saving = ["--epochs", "1", "--checkpoint", str(tmp_path / "run.pt")]
     run(*saving, "--latents", "3")
-    with pytest.raises(checkpoint.CheckpointError, match="latents 3 there, 5 here"):
+    with pytest.raises(checkpoint.CheckpointError, match="latents 3 saved, 5 now"):
         run(*saving, "--latents", "5")
-    with pytest.raises(checkpoint.CheckpointError, match="gradient 'reinmax' there, 'score' here"):
+    with pytest.raises(checkpoint.CheckpointError, match="gradient 'reinmax' saved, 'score' now"):
         run(*saving, gradient="score")
 
 
 def test_folder_as_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(checkpoint.CheckpointError, match="is a folder: name a file, such as .*pt"):
+    with pytest.raises(checkpoint.CheckpointError, match="is a folder; give a file, such as .*pt"):
         run("--epochs", "1", "--checkpoint", str(tmp_path))
 
 
 def test_checkpoint_with_more_epochs_than_asked_for(tmp_path: Path) -> None:
     saving = ["--checkpoint", str(tmp_path / "run.pt")]
     run(*saving, "--epochs", "2")
-    match = "has 2 epochs behind it, and --epochs asks for 1: write --epochs 2 or more"
+    match = "has 2 epochs, more than --epochs 1; write --epochs 2 or more"
     with pytest.raises(checkpoint.CheckpointError, match=match):
         run(*saving, "--epochs", "1")
 
@@ -217,10 +217,10 @@ def test_vae_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        (["--data", "nowhere"], "no folder nowhere"),
+        (["--data", "nowhere"], "nowhere is not a folder"),
         (["--gradient", "reinmx"], "names no estimator"),
         (["--compare", "reinmax,reinmx"], "Did you mean 'reinmax'"),
-        (["--compare", "reinmax,reinmax"], "'reinmax,reinmax' has an estimator twice"),
+        (["--compare", "reinmax,reinmax"], "'reinmax,reinmax' lists an estimator twice"),
         (["--gradient", "pathwise"], "cannot serve a OneHotCategorical"),
         (["--latent", "bernoulli", "--gradient", "reinmax_rao"], "cannot serve"),
         (["--compare", "reinmax,score", "--checkpoint", "x.pt"], "--checkpoint is for one run"),
@@ -228,8 +228,8 @@ def test_vae_command(tmp_path: Path) -> None:
         (["--batch-size", "0"], "--batch-size: expected a whole number of at least 1, got '0'"),
         (["--hidden", "8,x"], "--hidden: expected a whole number of at least 1, got 'x'"),
         (["--lr", "-1"], "--lr: expected a number above 0, got '-1'"),
-        (["--out", f"{__file__}/pictures"], "--out: nothing can be written to the folder"),
-        (["--checkpoint", f"{__file__}/x.pt"], "--checkpoint: nothing can be written to"),
+        (["--out", f"{__file__}/pictures"], "--out: cannot write to the folder"),
+        (["--checkpoint", f"{__file__}/x.pt"], "--checkpoint: cannot write to"),
         (["--gradient", "score", "--temperature", "0.3"], "--temperature: score would ignore it"),
         (["--gradient", "reinmax@1", "--temperature", "0.3"], "reinmax@1 would ignore it"),
         (["--compare", "reinmax,score", "--gradient", "rebar"], "not allowed with argument"),
