@@ -50,7 +50,7 @@ __all__ = [
     "base_noise",
     "bit_probs",
     "event_dims",
-    "exact_draw",
+    "sample_detached",
     "expand",
     "explain_stranger",
     "from_index",
@@ -298,7 +298,7 @@ def uniform(like: Tensor, sample_shape: tuple[int, ...] = ()) -> Tensor:
 
 
 @torch.no_grad()
-def exact_draw(fn: Distribution) -> Tensor:
+def sample_detached(fn: Distribution) -> Tensor:
     """Draw from ``fn`` without gradient, in the law of its numbers as they were given.
 
     A distribution of no family known here is drawn as Pyro draws it.

@@ -1,11 +1,12 @@
 """How a gradient passes through a sample site: one class a choice."""
 
+from pyro_gumbel.estimators.antithetic import ARMS, DisARM, DisARMTree
 from pyro_gumbel.estimators.base import Call, Estimator, Site, SiteReader
 from pyro_gumbel.estimators.baselines import Baseline, LeaveOneOut, MovingAverage, NeuralBaseline
 from pyro_gumbel.estimators.control_variates import DoubleControlVariate, MuProp, Rodeo
-from pyro_gumbel.estimators.coupled import ARMS, DisARM, DisARMTree
+from pyro_gumbel.estimators.enumeration import Enumerate, LocalExpectation
 from pyro_gumbel.estimators.pathwise import Pathwise
-from pyro_gumbel.estimators.rao import GumbelRao, ReinMaxRao
+from pyro_gumbel.estimators.rao_blackwell import GumbelRao, ReinMaxRao
 from pyro_gumbel.estimators.rebar import Rebar, Relax
 from pyro_gumbel.estimators.schedules import Exponential, Linear, Schedule
 from pyro_gumbel.estimators.score import Score
@@ -16,7 +17,6 @@ from pyro_gumbel.estimators.straight_through import (
     ReinMax,
     StraightThrough,
 )
-from pyro_gumbel.estimators.sums import Enumerate, LocalExpectation
 from pyro_gumbel.estimators.without_replacement import SumAndSample, UnorderedSet
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
-from pyro_gumbel.distributions.families import exact_draw, from_noise, log_mass
+from pyro_gumbel.distributions.families import from_noise, log_mass, sample_detached
 from pyro_gumbel.estimators._module import StatefulModule
 from pyro_gumbel.estimators.schedules import Schedule
 
@@ -253,13 +253,13 @@ class Estimator(StatefulModule):
         """Tell whether it can serve ``fn`` (given without ``to_event`` and ``mask``)."""
         raise NotImplementedError
 
-    def objection(self, fn: Distribution, event_dims: int) -> str | None:
+    def why_unsupported(self, fn: Distribution, event_dims: int) -> str | None:
         """Say what of a site of a supported family stands in the way, if anything."""
         return None
 
     def draw(self, fn: Distribution) -> Tensor:
         """Draw a value of shape ``fn.batch_shape + fn.event_shape``, without gradient."""
-        return exact_draw(fn)
+        return sample_detached(fn)
 
     def block_size(self, fn: Distribution, event_dims: int) -> int:
         """Count the coupled values of a site whose last ``event_dims`` dimensions are joined."""

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from pyro_gumbel._validate import check_num_samples
 from pyro_gumbel.distributions._noise import noise_dtype
 from pyro_gumbel.distributions.families import (
-    exact_draw,
     is_bit,
     is_one_hot,
     log_mass_of_value,
     one_hot_logits,
+    sample_detached,
     value_dtype,
 )
 from pyro_gumbel.estimators.base import Estimator, Site
@@ -60,7 +60,7 @@ class MuProp(DifferentiatingEstimator):
     def draw(self, fn: Distribution) -> Tensor:
         probs = one_hot_logits(fn).detach().softmax(-1)
         mean = (probs[..., 0] if is_bit(fn) else probs).to(value_dtype(fn))
-        return torch.stack([exact_draw(fn), mean]).requires_grad_()
+        return torch.stack([sample_detached(fn), mean]).requires_grad_()
 
     def surrogate(self, site: Site) -> Tensor:
         slope = site.value_gradients()[1]
@@ -236,7 +236,7 @@ class Rodeo(DifferentiatingEstimator):
 
 def independent_draws(fn: Distribution, count: int) -> Tensor:
     """Draw ``count`` times from ``fn``, stacked along a new first dimension, without gradient."""
-    return torch.stack([exact_draw(fn) for _ in range(count)])
+    return torch.stack([sample_detached(fn) for _ in range(count)])
 
 
 def lower(loss: Tensor, parameters: list[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from pyro_gumbel.distributions.gumbel import gumbel_noise
 from pyro_gumbel.distributions.one_hot import one_hot_argmax
 from pyro_gumbel.estimators.base import Site
 from pyro_gumbel.estimators.control_variates import DifferentiatingEstimator, lower
-from pyro_gumbel.estimators.rao import conditional_scores
+from pyro_gumbel.estimators.rao_blackwell import conditional_scores
 from pyro_gumbel.estimators.schedules import check_temperature
 
 __all__ = ["Rebar", "Relax"]

@@ -62,7 +62,7 @@ class OneHotEstimator(Estimator):
     def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
         return log_mass_of_value(fn, value)
 
-    def objection(self, fn: Distribution, event_dims: int) -> str | None:
+    def why_unsupported(self, fn: Distribution, event_dims: int) -> str | None:
         # Particles may become rows of the batch, which a temperature must not fit by chance: the
         # first run is without them.
         named = (getattr(self, name, None) for name in ("temperature", "backward_temperature"))

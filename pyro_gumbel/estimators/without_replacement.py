@@ -18,7 +18,7 @@ from pyro_gumbel.distributions.families import (
 )
 from pyro_gumbel.distributions.gumbel import gumbel_noise
 from pyro_gumbel.estimators.base import Estimator, Site
-from pyro_gumbel.estimators.sums import joins_variables
+from pyro_gumbel.estimators.enumeration import joins_variables
 
 __all__ = ["SumAndSample", "UnorderedSet"]
 
@@ -37,7 +37,7 @@ class _WithoutReplacement(Estimator):
     def supports(self, fn: Distribution) -> bool:
         return is_one_hot(fn) or is_categorical(fn)
 
-    def objection(self, fn: Distribution, event_dims: int) -> str | None:
+    def why_unsupported(self, fn: Distribution, event_dims: int) -> str | None:
         if joins_variables(fn, event_dims):
             return (
                 "to_event joins its variables, and they cannot be drawn jointly without "

@@ -54,7 +54,7 @@ _LIBRARIES = (
     "pyro_gumbel.distributions",
     "pyro_gumbel.estimators",
     "pyro_gumbel.infer._",
-    "pyro_gumbel.infer.checks",
+    "pyro_gumbel.infer._checks",
     "pyro_gumbel.infer.learnable",
     "torch.distributions",
 )

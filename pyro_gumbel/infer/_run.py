@@ -22,14 +22,14 @@ from torch import Tensor
 from pyro_gumbel.distributions._score_parts import score_function
 from pyro_gumbel.distributions.families import event_dims, log_mass, unwrap, wrap_score
 from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.infer._analytic_kl import analytic_kls
+from pyro_gumbel.infer._checks import check_programs, explain_mismatch, latent_sites
 from pyro_gumbel.infer._cost_checks import ReachedTerm
 from pyro_gumbel.infer._costs import Costs, EnumeratedSite, Frames, Term, site_frames
 from pyro_gumbel.infer._dependence import Dependence
 from pyro_gumbel.infer._layout import PARTICLE_PLATE, Layout, Path
 from pyro_gumbel.infer._sampling import Sampler, SharedSubsample
 from pyro_gumbel.infer._site_options import ModelSiteCheck
-from pyro_gumbel.infer.analytic_kl import analytic_kls
-from pyro_gumbel.infer.checks import check_programs, latent_sites, misfits_named
 
 _ALLOCATE = type(_DIM_ALLOCATOR).allocate.__code__  # where Pyro finds that two plates collide
 
@@ -191,7 +191,7 @@ def _run_model(
     traced = poutine.trace(replayed)
     nesting = sampler.layout.plate_nesting if sampler.adds_dimensions else None
     with (
-        misfits_named(traced, guide_trace, nesting),
+        explain_mismatch(traced, guide_trace, nesting),
         _left_dimensions_explained(sampler),
         subsample,
     ):

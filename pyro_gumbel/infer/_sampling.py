@@ -15,10 +15,10 @@ from torch import Tensor
 from pyro_gumbel.distributions.families import (
     base_noise,
     event_dims,
-    exact_draw,
     has_logits,
     on_own_logits,
     one_hot_logits,
+    sample_detached,
     unwrap,
 )
 from pyro_gumbel.estimators import Estimator
@@ -124,7 +124,7 @@ class Sampler(Messenger):
         if name in self._values:
             return self._values[name]
         if estimator.enumerates or (self.exact and (estimator.relaxed or self.sizes[name] > 1)):
-            return exact_draw(unwrap(fn))
+            return sample_detached(unwrap(fn))
         if all(self._shares_main(path, name) for path in self.layout.paths):
             blocks = []  # nothing to draw: the main path has been there
         else:

@@ -232,9 +232,9 @@ def resolve(
     if not estimator.supports(fn):
         reasons = (f"it needs {estimator.sites}", explain_stranger(fn))
         _refuse(msg, estimator, ". ".join(filter(None, reasons)))
-    objection = estimator.objection(fn, event_dims(msg["fn"]))
-    if objection is not None:
-        _refuse(msg, estimator, objection)
+    reason = estimator.why_unsupported(fn, event_dims(msg["fn"]))
+    if reason is not None:
+        _refuse(msg, estimator, reason)
     if num_particles < estimator.min_particles:
         raise ValueError(
             f"At site {msg['name']!r}, {estimator!r} needs num_particles >= "
@@ -259,7 +259,7 @@ def _suggest(msg: Message, estimator: Estimator) -> str:
     serving = [
         known
         for known, make in CLASSES.items()
-        if make().supports(fn) and make().objection(fn, joined) is None
+        if make().supports(fn) and make().why_unsupported(fn, joined) is None
     ]
     where = text = ""
     if is_relaxed(fn):

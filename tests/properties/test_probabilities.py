@@ -12,9 +12,9 @@ from pyro_gumbel.distributions import OneHot, RelaxedBernoulli, RelaxedOneHot
 from pyro_gumbel.distributions._numbers import log_odds, log_probs, weights
 from pyro_gumbel.distributions.families import (
     base_noise,
-    exact_draw,
     from_noise,
     log_mass,
+    sample_detached,
     to_index,
 )
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
@@ -117,7 +117,7 @@ def test_draws_follow_the_numbers(family, form, dtype, read_before):
     fn = make(family, form, numbers, (DRAWS,), read_before)
     noise = base_noise(fn)
     assert noise.dtype == torch.float64
-    for value in (exact_draw(fn), from_noise(fn, noise)):
+    for value in (sample_detached(fn), from_noise(fn, noise)):
         assert value.shape == fn.batch_shape + fn.event_shape
         assert value.dtype == (torch.int64 if family == "categorical" else dtype)
         assert worst_z(to_index(fn, value), exact) < 5
@@ -157,7 +157,7 @@ def test_bits_follow_the_numbers(family, form, dtype, read_before):
     numbers, exact = given(family, form, probs, dtype)
     fn = make(family, form, numbers, (DRAWS, 7), read_before)
     torch.testing.assert_close(log_odds(fn)[0].double(), exact.logit(), rtol=2e-6, atol=2e-6)
-    for value in (exact_draw(fn), from_noise(fn, base_noise(fn))):
+    for value in (sample_detached(fn), from_noise(fn, base_noise(fn))):
         assert value.dtype == dtype
         share = value.double().mean(0)
         error = (exact * (1 - exact) / DRAWS).sqrt().clamp(min=1 / DRAWS)
@@ -175,7 +175,7 @@ def test_many_tiny_categories_keep_their_share(form, dtype):
     with pyro.validation_enabled(False):  # torch takes none of these for a simplex
         numbers, exact = given("one_hot", form, probs, dtype)
         fn = make("one_hot", form, numbers, (500,), True)
-    index = exact_draw(fn).argmax(-1)
+    index = sample_detached(fn).argmax(-1)
     assert (exact[index] > 0).all()
     share, expected = (index == 7).double().mean(), exact[7]
     assert (share - expected).abs() < 5 * (expected * (1 - expected) / 500).sqrt()
@@ -206,7 +206,7 @@ def test_empty_plates_have_no_numbers_to_tell_apart(family):
     shape = (0,) if family in BITS else (0, 3)
     with pyro.validation_enabled(False):  # torch cannot check no vectors
         fn = make(family, "probs", torch.ones(shape), (2, 0), read_before=True)
-        value = exact_draw(fn)
+        value = sample_detached(fn)
         assert value.shape == fn.batch_shape + fn.event_shape
         assert log_mass(fn, value).shape == (2, 0)
 

@@ -13,20 +13,20 @@ from torch.distributions import Distribution
 
 from pyro_gumbel.distributions.families import is_bit, is_categorical, is_one_hot, unwrap
 
-__all__ = ["CentreMessenger", "centre", "quantile"]
+__all__ = ["PointEstimateMessenger", "point_estimate", "quantile"]
 
 _NUM_DRAWS = 1000
 
 
-class CentreMessenger(Messenger):
+class PointEstimateMessenger(Messenger):
     """Puts a central value in place of each draw."""
 
     def _pyro_sample(self, msg: Message) -> None:
         if not (msg["is_observed"] or site_is_subsample(msg)):
-            msg["value"] = centre(msg["fn"])
+            msg["value"] = point_estimate(msg["fn"])
 
 
-def centre(fn: Any) -> Tensor:
+def point_estimate(fn: Any) -> Tensor:
     """Return the mode of a discrete distribution, the median (or else the mean) of another."""
     base = unwrap(fn)
     if is_bit(base):

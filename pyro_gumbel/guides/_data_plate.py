@@ -6,8 +6,8 @@ from typing import Any
 
 from pyro.poutine import Trace
 
-from pyro_gumbel.guides.latents import observed_sites
-from pyro_gumbel.infer.checks import latent_sites
+from pyro_gumbel.guides._latents import observed_sites
+from pyro_gumbel.infer._checks import latent_sites
 
 __all__ = ["find_data_plate"]
 

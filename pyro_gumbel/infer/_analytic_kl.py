@@ -21,8 +21,8 @@ from pyro_gumbel.distributions.families import (
     wrap_score,
 )
 from pyro_gumbel.distributions.kl import closed_form_kl, kl_from_log_probs
+from pyro_gumbel.infer._checks import latent_sites
 from pyro_gumbel.infer._costs import Term, site_frames
-from pyro_gumbel.infer.checks import latent_sites
 
 __all__ = ["analytic_kls"]
 

@@ -14,7 +14,7 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_gumbel.distributions.families import exact_draw, unwrap
+from pyro_gumbel.distributions.families import sample_detached, unwrap
 
 __all__ = ["PlateShape", "read_plates"]
 
@@ -85,7 +85,7 @@ class _PlateReader(Messenger):
         if not self.missing:
             raise _AllPlatesRead
         if msg["value"] is None:  # torch's own draw of a one-hot looks at values: no recording
-            msg["value"] = exact_draw(unwrap(cast(Any, msg["fn"])))
+            msg["value"] = sample_detached(unwrap(cast(Any, msg["fn"])))
 
 
 def read_plates(

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from pyro_gumbel._validate import check_num_samples
 from pyro_gumbel.distributions.families import (
-    exact_draw,
     from_index,
     has_logits,
     one_hot_logits,
+    sample_detached,
     support_values,
     to_index,
 )
@@ -47,7 +47,7 @@ class Enumerate(Estimator):
     def supports(self, fn: Distribution) -> bool:
         return bool(fn.has_enumerate_support)
 
-    def objection(self, fn: Distribution, event_dims: int) -> str | None:
+    def why_unsupported(self, fn: Distribution, event_dims: int) -> str | None:
         if joins_variables(fn, event_dims):
             return (
                 "to_event joins its variables, and their joint support is a product; put them in "
@@ -113,7 +113,7 @@ class LocalExpectation(Estimator):
     def draw_block(self, fn: Distribution, event_dims: int) -> Tensor:
         logits = one_hot_logits(fn)
         categories, joined = logits.shape[-1], _joined(fn, event_dims)
-        index = to_index(fn, exact_draw(fn))
+        index = to_index(fn, sample_detached(fn))
         # shifts[d, j] moves variable d on by j + 1 categories and leaves the others alone.
         one = torch.eye(joined.numel(), dtype=torch.long, device=logits.device)
         steps = torch.arange(1, categories, device=logits.device)

@@ -15,7 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_gumbel.distributions.families import expand, has_law_of, masks, unwrap
-from pyro_gumbel.guides.heads import Head, find_head
+from pyro_gumbel.guides._heads import Head, find_head
 
 __all__ = ["Latent", "observed_sites", "prototype", "read_latent"]
 

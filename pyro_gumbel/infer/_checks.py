@@ -22,7 +22,7 @@ from pyro_gumbel.distributions.families import (
 )
 from pyro_gumbel.infer._layout import PARTICLE_PLATE
 
-__all__ = ["check_programs", "latent_sites", "misfits_named"]
+__all__ = ["check_programs", "latent_sites", "explain_mismatch"]
 
 _COUNTS = (dist.Geometric, dist.NegativeBinomial, dist.Poisson)
 _PYRO_STRAIGHT_THROUGH = (
@@ -68,7 +68,7 @@ def check_programs(model_trace: Trace, guide_trace: Trace, nesting: int | None) 
 
 
 @contextmanager
-def misfits_named(traced_model: Any, guide_trace: Trace, nesting: int | None) -> Iterator[None]:
+def explain_mismatch(traced_model: Any, guide_trace: Trace, nesting: int | None) -> Iterator[None]:
     """Where a model fails, name a guide's value that does not fit its site: the likelier cause.
 
     Raises:

@@ -16,11 +16,11 @@ from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from pyro_gumbel.guides.centre import CentreMessenger, quantile
-from pyro_gumbel.guides.latents import Latent, observed_sites, prototype, read_latent
-from pyro_gumbel.guides.plates import read_plates
-from pyro_gumbel.guides.stored import adopt_stored
-from pyro_gumbel.infer.checks import latent_sites
+from pyro_gumbel.guides._latents import Latent, observed_sites, prototype, read_latent
+from pyro_gumbel.guides._plates import read_plates
+from pyro_gumbel.guides._point_estimates import PointEstimateMessenger, quantile
+from pyro_gumbel.guides._stored import adopt_stored
+from pyro_gumbel.infer._checks import latent_sites
 from pyro_gumbel.infer.config import Config, GradientMessenger
 
 __all__ = ["ParameterHead", "StructuredGuide"]
@@ -266,7 +266,7 @@ class StructuredGuide(AutoGuide):
         The mean stands for the median of families that have none in closed form (Beta, Gamma,
         Dirichlet). Where a site's guide depends on other sites, it is given their central values.
         """
-        with poutine.block(), CentreMessenger(), self._whole_plates():
+        with poutine.block(), PointEstimateMessenger(), self._whole_plates():
             return self(*args, **kwargs)
 
     @torch.no_grad()
@@ -276,7 +276,7 @@ class StructuredGuide(AutoGuide):
         One-hot vectors have no order and are left out, and so are sites of vectors with a joint
         constraint (Dirichlet); Beta and Gamma are asked by 1,000 draws.
         """
-        with poutine.block(), CentreMessenger(), self._whole_plates():
+        with poutine.block(), PointEstimateMessenger(), self._whole_plates():
             trace = poutine.trace(self).get_trace(*args, **kwargs)
         levels = torch.as_tensor(quantiles)
         found = {name: quantile(trace.nodes[name]["fn"], levels) for name in self.latents}
