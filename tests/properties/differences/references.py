@@ -69,9 +69,8 @@ def _importance_step(setup: Setup, count: int, *, vectorized: bool) -> Step:
     """
     dim = -setup.nesting - 1
 
-    def run() -> tuple[Tensor, Tensor, float]:
+    def weigh(guide: Any) -> tuple[Tensor, Tensor, float]:
         """Log weights and the scores of sites that are not reparameterised; the plates' scale."""
-        guide = poutine.trace(setup.guide).get_trace()
         model = poutine.trace(poutine.replay(setup.model, trace=guide)).get_trace()
         model.compute_log_prob()
         guide.compute_log_prob()
@@ -91,9 +90,16 @@ def _importance_step(setup: Setup, count: int, *, vectorized: bool) -> Step:
     def particles() -> tuple[Tensor, Tensor, float]:
         if vectorized:
             with pyro.plate("particles", count, dim=dim):
-                weight, score, scale = run()
+                weight, score, scale = weigh(poutine.trace(setup.guide).get_trace())
             return weight.movedim(dim, 0), score.movedim(dim, 0), scale
-        weights, scores, (scale, *_) = zip(*(run() for _ in range(count)), strict=True)
+        guide = poutine.trace(setup.guide).get_trace()
+        batches = guide.copy()  # every particle has the minibatch of the first
+        for name, site in guide.nodes.items():
+            if site["type"] != "sample" or not site_is_subsample(site):
+                batches.remove_node(name)
+        again = poutine.replay(setup.guide, trace=batches)
+        guides = [guide] + [poutine.trace(again).get_trace() for _ in range(count - 1)]
+        weights, scores, (scale, *_) = zip(*map(weigh, guides), strict=True)
         return torch.stack(weights), torch.stack(scores), scale
 
     def compute() -> Tensor:

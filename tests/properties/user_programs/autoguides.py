@@ -99,7 +99,13 @@ automatic("auto_planar_flow", _planar_flow, refused=("StickingTheLanding*", "iw3
 automatic("auto_structured", _structured, **JOINT)
 
 
-@program(reference="trace", jitter=0.2, copies=1, draws=600)
+@program(
+    reference="enum",
+    jitter=0.2,
+    copies=1,
+    draws=200,
+    only=("looped", "vectorized", "captured*", "Enumerate*", "iw*"),
+)
 def guide_list_with_a_function(n):
     def model():
         loc = normal("loc", 0.3, 1.0)
@@ -126,7 +132,7 @@ def easy_guide(n):
     return model, Guide(model)
 
 
-@program(reference="trace", jitter=0.2, copies=60, importance=False)
+@program(reference="trace", jitter=0.2, copies=60)
 def auto_normal_subsampled(n):
     data = table(0.4, -0.9, 1.7, 0.2, 1.1)
 

@@ -17,7 +17,7 @@ def positive(name, value):
     return param(name, value, constraint=constraints.positive)
 
 
-@program(reference="trace")
+@program(reference="trace", refused=("Rebar*",))
 def poisson_after_bit(n):
     """Counts below a bit, and a one-hot after them."""
     rates = table(0.3, 2.0)
@@ -68,7 +68,7 @@ def poisson_between_alone(n):
     return model, guide
 
 
-@program(reference="trace")
+@program(reference="enum")
 def gamma_and_beta_after_bit(n):
     def model():
         with copies(n):
@@ -86,7 +86,7 @@ def gamma_and_beta_after_bit(n):
     return model, guide
 
 
-@program(reference="trace")
+@program(reference="enum")
 def dirichlet_then_words(n):
     """A topic model's document: proportions, then topics of its words."""
     topics = table([0.6, 0.3, 0.1], [0.1, 0.2, 0.7])
@@ -209,7 +209,7 @@ def zero_inflated_counts(n):
     return model, guide
 
 
-@program(reference="trace")
+@program(reference="enum")
 def transformed_latents(n):
     """A log-normal, a logistic-normal by hand, a folded normal and a half-Cauchy prior."""
 
@@ -232,7 +232,7 @@ def transformed_latents(n):
     return model, guide
 
 
-@program(reference="trace")
+@program(reference="enum")
 def truncated_latent(n):
     """A truncated normal, written by the inverse of its distribution function."""
 

@@ -12,7 +12,7 @@ from pyro.infer.reparam import LocScaleReparam, TransformReparam
 from user_programs.program import bit, copies, normal, one_hot, param, program, table
 
 
-@program(reference="enum", importance=False)
+@program(reference="enum")
 def scaled(n):
     """A likelihood with a weight, and a weight for each element."""
     weights = table(0.5, 1.0, 2.5)
@@ -31,6 +31,31 @@ def scaled(n):
                 a = bit("a", param("a", 0.3))
             with pyro.plate("item", 3, dim=-1), poutine.scale(scale=weights):
                 bit("z", param("z", 0.2, -0.3, 0.6) + param("w", 0.4) * a)
+
+    return model, guide
+
+
+@program(reference="trace")
+def normals_under_scales(n):
+    """A weight for each element and a mask, in a minibatch of a plate."""
+    data = table(0.4, -0.9, 1.7, 0.2)
+
+    def terms(loc, scale, x=None):
+        batch = pyro.plate("data", 4, subsample_size=2, dim=-1)
+        with copies(n, dim=-2):
+            w = normal("w", loc[0], scale)
+            with batch as index, poutine.scale(scale=table(0.3, 1.6, 0.8, 1.2)[index]):
+                z = normal("z", loc[1] + 0.5 * w, scale)
+                if x is not None:
+                    seen = poutine.mask(mask=table(True, True, False, True)[index])
+                    with seen:
+                        normal("x", z, 0.7, obs=x[index].expand(n, 2))
+
+    def model():
+        terms(table(0.0, 0.2), 1.0, data)
+
+    def guide():
+        terms(param("loc", 0.3, -0.2), param("scale", -0.4).exp())
 
     return model, guide
 
@@ -75,7 +100,7 @@ def conditioned_and_done(n):
     return poutine.condition(done, data={"x": torch.full((n,), 1.3), "y": torch.zeros(n)}), guide
 
 
-@program(reference="trace")
+@program(reference="enum")
 def blocked_nuisance(n):
     """A latent that ``block`` hides from inference is noise of the model."""
 
@@ -92,7 +117,7 @@ def blocked_nuisance(n):
     return poutine.block(joint, hide=["u"]), guide
 
 
-@program(reference="trace")
+@program(reference="enum")
 def reparameterized(n):
     """Reparameterised in the model: the guide has the auxiliary sites."""
 
@@ -135,7 +160,7 @@ def lifted(n):
     return poutine.lift(joint, prior={"w": dist.Normal(0.0, 1.0)}), guide
 
 
-@program(reference="trace")
+@program(reference="enum")
 def named_by_scope(n):
     @scope(prefix="block")
     def layer(z):
@@ -178,7 +203,7 @@ def choice_by_infer_config(n):
     return model, poutine.infer_config(guide, config_fn=config)
 
 
-@program(reference="trace")
+@program(reference="enum")
 def partly_observed(n):
     """``obs_mask``: elements that are missing become latent."""
     seen = table(True, False, True)

@@ -31,7 +31,7 @@ def mixture_same_family_in_guide(n):
     return model, guide
 
 
-@program(reference="trace")
+@program(reference="enum")
 def masked_mixture_in_guide(n):
     def model():
         with copies(n):
@@ -67,7 +67,7 @@ def diagonal_mixture_in_guide(n):
     return model, guide
 
 
-@program(reference="trace")
+@program(reference="enum")
 def gaussian_mixture(n):
     """Weights, locations and assignments; data in a plate inside the replicates."""
     data = table(-1.2, -0.7, 1.5, 1.9)

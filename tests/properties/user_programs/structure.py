@@ -15,7 +15,7 @@ from user_programs.program import bit, category, copies, normal, one_hot, param,
 GRADIENT_OF_THE_COST = ("Rebar*", "MuProp*", "DoubleControlVariate*", "Rodeo*")
 
 
-@program(reference="trace")
+@program(reference="enum")
 def factors(n):
     """A factor in the model, and one in the guide that corrects a transformed value."""
 
@@ -167,7 +167,7 @@ def read_into_python(n):
     return model, guide
 
 
-@program(reference="trace", importance=False)
+@program(reference="enum", importance=False)
 def loss_within_a_guide(n):
     """A guide that reads a bound of its own, of other programs, by the same class of loss."""
     inner = Estimator_ELBO(2)
@@ -192,7 +192,7 @@ def loss_within_a_guide(n):
     return model, guide
 
 
-@program(reference="trace")
+@program(reference="enum")
 def delta_guide(n):
     """A point estimate beside a bit; a deterministic site in the model."""
 
@@ -236,7 +236,7 @@ def layers_of_bits(n):
     return model, guide
 
 
-@program(reference="trace")
+@program(reference="enum")
 def stops_by_masks(n):
     """Attend, infer, repeat: each step is there if the one before was."""
 
@@ -260,6 +260,24 @@ def stops_by_masks(n):
                 loc = param(f"what_{t}", 0.3)
                 d = dist.Normal(loc.expand(n), 0.8)
                 pyro.sample(f"what_{t}", d.mask(present.bool()))
+
+    return model, guide
+
+
+@program(reference="enum", importance=False)
+def point_by_its_score(n):
+    """A point estimate whose guide asks for the score function, which it has not."""
+
+    def model():
+        w = normal("w", 0.0, 1.0)
+        with copies(n):
+            z = bit("z", 0.2)
+            normal("x", w * (2 * z - 1), 1.0, obs=torch.full((n,), 0.8))
+
+    def guide():
+        pyro.sample("w", dist.Delta(param("w", 0.7)), infer={"gradient": "score"})
+        with copies(n):
+            bit("z", param("z", 0.3))
 
     return model, guide
 

@@ -205,7 +205,7 @@ def tidy_bits(n):
     return model, guide
 
 
-@program(reference="trace")
+@program(reference="enum")
 def skew_normal_below_a_bit(n):
     def model():
         with copies(n):
@@ -221,7 +221,7 @@ def skew_normal_below_a_bit(n):
     return model, guide
 
 
-@program(reference="trace")
+@program(reference="enum")
 def without_expand(n):
     def model():
         with copies(n):
@@ -237,7 +237,7 @@ def without_expand(n):
     return model, guide
 
 
-@program(reference="trace")
+@program(reference="enum")
 def rejection_sampler(n):
     """Its gradient has a part of the score."""
 
