@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.distributions import (
     Bernoulli,
     Distribution,
+    HalfNormal,
     OneHotCategorical,
+    TransformedDistribution,
     kl_divergence,
     register_kl,
 )
@@ -20,6 +22,7 @@ from pyro_gumbel.distributions._base import at_hand, broadcast_shapes, plain_eag
 from pyro_gumbel.distributions._law import law_of, nearest_library
 from pyro_gumbel.distributions._noise import noise_dtype
 from pyro_gumbel.distributions._numbers import bit_log_masses, log_probs
+from pyro_gumbel.distributions.families import unwrap
 from pyro_gumbel.distributions.gumbel import EULER_GAMMA, Gumbel
 from pyro_gumbel.distributions.one_hot import OneHot
 from pyro_gumbel.distributions.relaxed import RelaxedOneHot
@@ -80,7 +83,8 @@ def closed_form_kl(p: Distribution, q: Distribution) -> Tensor:
     """Do as torch's ``kl_divergence``, but hand no closed form down to another law.
 
     Torch finds a closed form by ancestry. Here a distribution with a law of its own has one only
-    if it was registered for its class.
+    if it was registered for its class. Nor is the divergence of transformed distributions that of
+    their bases, as torch has it, where a transform is not one-to-one.
 
     Raises:
         NotImplementedError: If there is none.
@@ -90,7 +94,21 @@ def closed_form_kl(p: Distribution, q: Distribution) -> Tensor:
     ):
         names = f"{type(p).__name__} and {type(q).__name__}"
         raise NotImplementedError(f"No KL divergence is registered for {names} themselves.")
+    half_normals = all(isinstance(unwrap(fn), HalfNormal) for fn in (p, q))
+    if not (half_normals or _is_one_to_one(p)):
+        raise NotImplementedError(
+            f"The KL divergence of {type(p).__name__} is not that of its base distribution: its "
+            "transform maps several values to one."
+        )
     return kl_divergence(p, q)
+
+
+def _is_one_to_one(fn: Distribution) -> bool:
+    """Return whether no transform of ``fn`` maps several values to one."""
+    fn = unwrap(fn)
+    if not isinstance(fn, TransformedDistribution):
+        return True
+    return all(part.bijective for part in fn.transforms) and _is_one_to_one(fn.base_dist)
 
 
 def _serves(fn: Distribution, kind: type) -> bool:
