@@ -16,9 +16,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_gumbel.infer._tape import Call, Tape, collect, memory_of, tensors_in
 from pyro_gumbel.infer._undo import Undo, written_arguments
-from pyro_gumbel.infer.not_recordable import NotRecordable
 
-__all__ = ["Recording", "is_library", "record", "set_torch_generators", "torch_generators"]
+__all__ = [
+    "NotRecordable",
+    "Recording",
+    "is_library",
+    "record",
+    "set_torch_generators",
+    "torch_generators",
+]
 
 aten = torch.ops.aten
 _READERS = {"tolist", "numpy", "__array__", "__dlpack__", "__float__", "__index__"}
@@ -27,6 +33,10 @@ _VIEWS = (aten.detach.default, aten.expand.default, aten.view.default, aten.alia
 _LITERALS = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
 _READ = "Read constants outside of the program."
 _LIBRARIES = ("torch", "pyro", "pyro_gumbel", "numpy")
+
+
+class NotRecordable(RuntimeError):  # noqa: N818
+    """A replay could not do what the program does."""
 
 
 class Recording:
@@ -91,6 +101,8 @@ def record(
         returned = function(*inputs)
         output = (returned, reads.broken())
         recorder.check_generators()
+        if any(map(recorder.writes_to, reads.copies)):
+            _refuse("writes to an element at a tensor's place", "Write index_put or torch.where.")
     return returned, Recording(recorder, inputs, output, compile=compile)
 
 
@@ -240,11 +252,15 @@ class _Reads(TorchFunctionMode):
 
     Memory that is read behind torch's back is out of sight: ``untyped_storage()``, ``data_ptr()``
     and ``torch.utils.dlpack.to_dlpack``.
+
+    Attributes:
+        copies: What stands for views of other tensors.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._conditions: list[Tensor] = []
+        self.copies: list[Tensor] = []
 
     def broken(self) -> list[Tensor]:
         """Compute for each device whether one of the conditions does not hold."""
@@ -259,6 +275,8 @@ class _Reads(TorchFunctionMode):
             return self._branch(*args)
         if func is torch.nn.functional.one_hot:
             return self._one_hot(*args, **kwargs)
+        if func is Tensor.__getitem__:
+            return self._item(*args)
         makes = name in _MAKERS and any(map(_holds_tensor, given))
         splits = name == "tensor_split" and any(isinstance(other, Tensor) for other in given[1:])
         if name in _READERS or makes or splits:
@@ -272,6 +290,19 @@ class _Reads(TorchFunctionMode):
         self._conditions.append(holds if outcome else holds.logical_not())
         return outcome
 
+    def _item(self, tensor: Tensor, index: Any) -> Tensor:
+        """``tensor[index]``, as a copy where the index is a single number, which is not read."""
+        parts = index if isinstance(index, tuple) else (index,)
+        places = [n for n, part in enumerate(parts) if _is_single(part)]
+        others = [part for n, part in enumerate(parts) if n not in places]
+        if len(places) != 1 or not all(part is ... or isinstance(part, slice) for part in others):
+            return tensor[index]
+        (place,) = places
+        dim = place - len(parts) if any(part is ... for part in parts[:place]) else place
+        row = (*parts[:place], parts[place].reshape(1), *parts[place + 1 :])
+        self.copies.append(tensor[row].squeeze(dim))
+        return self.copies[-1]
+
     def _one_hot(self, tensor: Tensor, num_classes: int = -1) -> Tensor:
         """``one_hot`` without its look at the smallest and the largest value."""
         if num_classes <= 0 or tensor.dtype != torch.int64:
@@ -281,6 +312,12 @@ class _Reads(TorchFunctionMode):
                 torch.nn.functional.one_hot(tensor, num_classes)  # which raises
         classes = torch.arange(num_classes, device=tensor.device)
         return (tensor.unsqueeze(-1) == classes).long()
+
+
+def _is_single(part: Any) -> bool:
+    return (
+        isinstance(part, Tensor) and part.dim() == 0 and part.dtype in (torch.int64, torch.int32)
+    )
 
 
 def _refuse(what: str, instead: str) -> None:

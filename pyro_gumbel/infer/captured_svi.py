@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import MethodType
 from typing import Any
 
@@ -30,10 +31,9 @@ from pyro_gumbel.infer._captured_step import (
     Outcome,
     leaves_of,
 )
-from pyro_gumbel.infer._recording import is_library
+from pyro_gumbel.infer._recording import NotRecordable, is_library
 from pyro_gumbel.infer._state import finish_step
 from pyro_gumbel.infer._update import GraphedUpdate, Updater
-from pyro_gumbel.infer.not_recordable import NotRecordable
 from pyro_gumbel.infer.particle_elbo import ParticleELBO
 
 __all__ = ["CapturedSVI"]
@@ -197,7 +197,8 @@ class CapturedSVI(SVI):
         except OtherParameters:
             return self._first_step(kind, call)
         except Exception as error:
-            step.eager(call, tensors)  # an error of the user's comes up here, as it does in SVI
+            with suppress(OtherParameters):
+                step.eager(call, tensors)  # raises an error of the user's, as SVI does
             raise _refusal(error) from error
         self._finish(step, outcome, tensors)
         return outcome.loss.item()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -39,6 +40,18 @@ def test_a_branch_on_a_tensor_is_refused():
         svi.step()
 
 
+def test_a_branch_that_brings_parameters_is_refused():
+    def model():
+        y = pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.randn(()))
+        loc = pyro.param("loc" if y > 0 else "other", torch.tensor(0.0))
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=torch.tensor(1.0))
+
+    svi = make(model)
+    svi.step()
+    with pytest.raises(RuntimeError, match="turns a tensor into a number"):
+        take_steps(svi, 20)
+
+
 def test_selection_by_a_mask_is_refused():
     def model(x):
         loc = pyro.param("loc", torch.tensor(0.0))
@@ -71,6 +84,45 @@ def counting_model(state):
             pyro.sample("x", dist.Normal(loc, 1.0), obs=torch.tensor(1.0))
 
     return model
+
+
+def from_an_iterator():
+    batches_to_come = iter(torch.arange(100.0))
+    return lambda: next(batches_to_come)
+
+
+def from_a_generator_of_numpys():
+    generator = np.random.default_rng(0)
+    return lambda: torch.as_tensor(generator.normal())
+
+
+def from_a_state_in_an_attribute():
+    holder = torch.nn.Module()
+    holder.state = torch.tensor(1.0)
+
+    def advance():
+        holder.state = holder.state * 2
+        return holder.state
+
+    return advance
+
+
+@pytest.mark.parametrize(
+    "make_source", [from_an_iterator, from_a_generator_of_numpys, from_a_state_in_an_attribute]
+)
+def test_data_that_the_program_moves_on_itself_is_noticed_at_the_first_replay(make_source):
+    source = make_source()
+
+    def model():
+        pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0), obs=source())
+
+    svi = make(model)
+    svi.step()
+    svi.step()
+    before = pyro.param("loc").detach().clone()
+    with pytest.raises(RuntimeError, match=r"the loss differs|gradient of 'loc' differs"):
+        svi.step()
+    assert torch.equal(pyro.param("loc").detach(), before)
 
 
 def test_number_that_changes_is_noticed():

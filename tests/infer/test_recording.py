@@ -9,8 +9,7 @@ import torch.distributions as td
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from pyro_gumbel.infer._recording import record
-from pyro_gumbel.infer.not_recordable import NotRecordable
+from pyro_gumbel.infer._recording import NotRecordable, record
 
 
 def play(recording, *inputs):
@@ -224,6 +223,7 @@ def test_recurrent_networks_and_their_gradients(make):
         lambda x: x + torch.empty(3).uniform_(generator=torch.Generator()),
         lambda x: x * HELD.item(),
         lambda x: x + seeded(),
+        lambda x: torch.zeros(3)[x.long()[0]].add_(x[0]),
     ],
 )
 def test_what_depends_on_values_is_refused(function):
@@ -279,6 +279,34 @@ def test_one_hot_is_recorded_where_classes_are_given():
     assert any(broken)
     with pytest.raises(RuntimeError, match="smaller than num_classes"):
         record(function, [labels + 1])
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        lambda x, i: x[i],
+        lambda x, i: x[i,],
+        lambda x, i: x[..., i],
+        lambda x, i: x[:, i],
+        lambda x, i: x[:, i, 1:],
+        lambda x, i: x[..., i, :],
+        lambda x, i: x[1:, ..., i, :],
+        lambda x, i: x[:, 0][..., i],
+        lambda x, i: x[[0, 1]],
+        lambda x, i: x[i - 1],
+    ],
+)
+def test_indices_that_are_single_numbers(at):
+    x = torch.randn(2, 2, 2, requires_grad=True)
+
+    def function(i):
+        chosen = at(x, i)
+        return [chosen.detach(), torch.autograd.grad(chosen.exp().sum(), x)[0]]
+
+    _, recording = record(function, [torch.tensor(0)])
+    for number in (0, 1):
+        index = torch.tensor(number)
+        torch.testing.assert_close(play(recording, index), tuple(function(index)))
 
 
 CHECKED = {

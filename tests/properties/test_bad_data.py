@@ -90,12 +90,12 @@ def captured(model, guide):
     return CapturedSVI(model, guide, pyro.optim.SGD({"lr": 0.01}), Estimator_ELBO())
 
 
-def captured_vectorised(model, guide):
+def captured_rows(model, guide):
     elbo = Estimator_ELBO(2, vectorize_particles=True, max_plate_nesting=0)
     return CapturedSVI(model, guide, pyro.optim.SGD({"lr": 0.01}), elbo)
 
 
-OURS = [looped, vectorised, captured, captured_vectorised]
+OURS = [looped, vectorised, captured]
 
 
 def verdict(svi, *args):
@@ -142,3 +142,29 @@ def test_bad_parameters(name, make):
     family, good, bad, value, _ = FAMILIES[name]
     good, bad, value = map(tensor, (good, bad, value))
     same_as_pyro(make, family, (good, value), (bad, value))
+
+
+@pytest.mark.parametrize("name", ["bernoulli", "joined"])
+def test_vectorised_particles_of_a_captured_step(name):
+    family, parameter, bad_parameter, value, bad_value = FAMILIES[name]
+    parameter, bad_parameter, value, bad_value = map(
+        tensor, (parameter, bad_parameter, value, bad_value)
+    )
+    for bad in ((parameter, bad_value), (bad_parameter, value)):
+        same_as_pyro(captured_rows, family, (parameter, value), bad)
+
+
+@pytest.mark.parametrize("make", OURS)
+def test_a_loss_that_is_nan_brings_a_warning_at_every_step(make):
+    def model(x):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(0.0, 1.0, validate_args=False), obs=x)
+
+    _, guide = programs(dist.Normal)
+    svi = make(model, lambda x: guide(None, x))
+    for step in range(1, STEPS + 1):
+        if step in (1, 2, STEPS):
+            with pytest.warns(UserWarning, match="Encountered NaN: loss"):
+                assert svi.step(torch.tensor(NAN)) != 0.0
+            pyro.get_param_store()["mean"] = torch.tensor(0.0)
+        svi.step(torch.tensor(0.5))
