@@ -26,7 +26,7 @@ from pyro_gumbel.estimators import (
     ReinMax,
     ReinMaxRao,
     StraightThrough,
-    rao,
+    rao_blackwell,
 )
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
@@ -169,7 +169,7 @@ def _give_scores(monkeypatch, given):
         used[0] += sample_shape[0]
         return given[start : used[0]]
 
-    monkeypatch.setattr(rao, "conditional_scores", scores)
+    monkeypatch.setattr(rao_blackwell, "conditional_scores", scores)
     return asked
 
 
