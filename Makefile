@@ -1,23 +1,23 @@
-# Every verb makes the environment it needs, once. Where another Python is wanted:
+# Each target creates the environment that it needs, once. To use another Python:
 #   make test PYTHON=python3.12
-# and where another build of torch is wanted:
+# To use another build of torch:
 #   make test TORCH='torch==2.9.1'
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-# Tests and examples are many small operations: more threads only wait for one another.
+# Tests and examples run many small operations, which are slower on more threads.
 export OMP_NUM_THREADS ?= 1
 export MPLBACKEND ?= Agg
 
-# ArviZ 1.x wants Python 3.12 or later, and neither torch nor this package. Name one by
+# The tests on ArviZ 1.x need Python 3.12 or later, without torch and this package. To choose one:
 #   make test-arviz ARVIZ_PYTHON=python3.13
 ARVIZ_PYTHON = python3.14 python3.13 python3.12 python3 \
   $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.1[2-9]*/bin/python)
 ARVIZ_VENV ?= .venv-arviz
 
-# Triton comes with the torch of a machine with a GPU; elsewhere its interpreter runs the kernels.
+# torch for CUDA includes Triton. Elsewhere Triton's interpreter runs the kernels on the CPU.
 TRITON ?= .triton
 
 PYTEST_ARGS ?= -n 2
@@ -26,14 +26,15 @@ DEMO_OUT ?= out/demo
 .PHONY: help demo test test-slow test-arviz test-triton lint format benchmark clean
 
 help:
-	@echo 'make demo       train and compare estimators on scikit-learn digits (minutes)'
-	@echo 'make test       the test suite (minutes)'
-	@echo 'make test-slow  the long statistical tests and the long examples'
-	@echo 'make test-arviz the part that differs between ArviZ 0.x and 1.x, on 1.x'
-	@echo 'make test-triton the kernels for GPUs, on a CPU by the interpreter of Triton'
-	@echo 'make lint       ruff and mypy'
-	@echo 'make format     rewrite the sources in the one format'
-	@echo 'make benchmark  time what the package does against plain PyTorch and Pyro'
+	@echo 'make demo         train and compare estimators on digits (minutes)'
+	@echo 'make test         run the test suite (minutes)'
+	@echo 'make test-slow    run the long statistical tests and the long examples'
+	@echo 'make test-arviz   test the code that depends on the ArviZ version, on ArviZ 1.x'
+	@echo 'make test-triton  test the GPU kernels on a CPU, by the Triton interpreter'
+	@echo 'make lint         run ruff and mypy'
+	@echo 'make format       format the sources'
+	@echo 'make benchmark    time the package against plain PyTorch and Pyro'
+	@echo 'make clean        remove environments, outputs and caches'
 
 demo: $(STAMP)
 	$(BIN)/python examples/vae.py --out $(DEMO_OUT) --seeds 2 $(DEMO_FLAGS) \
@@ -45,21 +46,21 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
 
-# A Python that is on PATH may refuse to run, as shims of version managers do: each is tried.
+# Try each Python, since one on PATH may fail to run (a shim of a version manager).
 test-arviz:
 	@[ -e $(ARVIZ_VENV)/.ready ] || for python in $(ARVIZ_PYTHON); do \
 	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || continue; \
-	  echo "making $(ARVIZ_VENV), once, by $$($$python --version)"; \
+	  echo "creating $(ARVIZ_VENV) once, with $$($$python --version)"; \
 	  $$python -m venv $(ARVIZ_VENV) && $(ARVIZ_VENV)/bin/python -m pip install --quiet \
 	    'arviz[matplotlib,h5netcdf]>=1' pytest && touch $(ARVIZ_VENV)/.ready || exit 1; \
 	  break; \
 	done
 	@if [ -e $(ARVIZ_VENV)/.ready ]; then \
 	  $(ARVIZ_VENV)/bin/python -m pytest --noconftest -p no:cacheprovider tests/test_arviz.py; \
-	else echo 'notice: no Python 3.12 or later is found, so ArviZ 1.x is left untested'; fi
+	else echo 'notice: skipped tests on ArviZ 1.x, since Python 3.12 or later was not found'; fi
 
 test-triton: $(STAMP)
-	@[ -e $(TRITON)/.ready ] || { echo 'fetching $(TRITON), once'; \
+	@[ -e $(TRITON)/.ready ] || { echo 'installing Triton into $(TRITON), once'; \
 	  $(BIN)/python -m pip install --quiet --no-deps --target $(TRITON) triton && \
 	  touch $(TRITON)/.ready; }
 	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 \
@@ -82,14 +83,14 @@ benchmark: $(STAMP)
 clean:
 	rm -rf $(VENV) $(ARVIZ_VENV) $(TRITON) out build dist .mypy_cache .pytest_cache .ruff_cache
 
-# The torch of a machine without an NVIDIA GPU is pinned on the Python that the tests run on, so
-# that pip can take the CPU build; with a GPU pip takes its default build, which brings CUDA.
+# Without an NVIDIA GPU, Python 3.11 gets a fixed version of torch, so that pip can find its CPU
+# build. With a GPU pip installs the default build, which includes CUDA.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "$(PYTHON) is older than 3.11: name a newer one, make PYTHON=python3.12"; exit 1; }
+	  { echo "$(PYTHON) is older than 3.11; give a newer one: make PYTHON=python3.12"; exit 1; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || \
-	  { echo 'no venv module: install the package python3-venv (or the like)'; exit 1; }
-	@echo 'making $(VENV), once: this fetches torch and takes a few minutes'; \
+	  { echo 'the venv module is missing: install python3-venv or a similar package'; exit 1; }
+	@echo 'creating $(VENV) once; this downloads torch and takes a few minutes'; \
 	torch='$(TORCH)'; \
 	if [ -z "$$torch" ]; then torch='torch>=2.4'; \
 	  if ! command -v nvidia-smi >/dev/null 2>&1 && \

@@ -1,4 +1,4 @@
-"""Draws by themselves: time against torch and other packages, memory against holding samples."""
+"""Time and memory of draws, against torch and other packages."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def reinmax_package() -> Draw:
 
 def relaxit_package() -> Draw:
     module = importlib.import_module("relaxit.distributions")
-    law = module.DecoupledStraightThroughGumbelSoftmax
+    gumbel_softmax = module.DecoupledStraightThroughGumbelSoftmax
     one = torch.tensor(1.0)
-    return lambda logits: law(one, one, logits=logits).rsample()
+    return lambda logits: gumbel_softmax(one, one, logits=logits).rsample()
 
 
 def storchastic_package() -> Draw:
@@ -46,8 +46,8 @@ def storchastic_package() -> Draw:
 
     def draw(logits: Tensor) -> Tensor:
         method = straight_through("z", straight_through=True)
-        law = torch.distributions.OneHotCategorical(logits=logits, validate_args=False)
-        return method(law)._tensor
+        one_hot = torch.distributions.OneHotCategorical(logits=logits, validate_args=False)
+        return method(one_hot)._tensor
 
     return draw
 
@@ -60,7 +60,7 @@ PEERS = {
 
 
 def installed_peers() -> dict[str, Draw]:
-    """The draws of other packages; those that are not there are named and left out."""
+    """Return the draws of installed packages; print the names of missing ones."""
     found = {}
     for name, load in PEERS.items():
         try:
@@ -99,9 +99,9 @@ def draws(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]
 
 
 def exact_draws(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """From fresh logits, as a step has them; a copy reads and writes what a draw has to.
+    """Time exact draws from new logits, and a copy, which moves as much memory as a draw.
 
-    On a GPU both are also timed as graphs, without the time that Python takes to launch them.
+    On a GPU both are also timed as CUDA graphs, without Python's launch time.
     """
     base, copy = "OneHotCategorical.sample", "copy of the logits"
     table = []
@@ -148,7 +148,7 @@ def _and_backward(draw: Draw, logits: Tensor, weight: Tensor) -> Step:
 
 
 def memory_of_gumbel_rao(num_samples: int = 100) -> list[dict[str, Any]]:
-    """The peak of one draw and its gradient, against a graph through all the samples."""
+    """Compare a draw's peak memory, with gradient, with that of a graph of all samples."""
     table = []
     for shape in [(256, 30, 10), (64, 1, 1000)]:
         logits = torch.randn(shape, requires_grad=True)
@@ -170,7 +170,7 @@ def memory_of_gumbel_rao(num_samples: int = 100) -> list[dict[str, Any]]:
 
 
 def _hold_all(logits: Tensor, temperature: float, num_samples: int) -> Tensor:
-    """Draw conditional Gumbels for every sample at once and differentiate their softmaxes."""
+    """Draw conditional Gumbels for all samples at once and differentiate their softmaxes."""
     hard = draw_one_hot(logits)
     noise = torch.empty((num_samples, *logits.shape)).exponential_()
     top = (noise * hard).sum(-1, keepdim=True)
@@ -183,7 +183,7 @@ def _hold_all(logits: Tensor, temperature: float, num_samples: int) -> Tensor:
 
 
 def _peak(step: Step) -> float:
-    """The most memory in use at once during a step, in MiB, above what was there before."""
+    """Return the peak memory that a step allocates, in MiB."""
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()

@@ -1,4 +1,4 @@
-"""Tables on the screen and their rows in a JSON file."""
+"""Print tables and write their rows to a JSON file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def make_parser(text: str) -> argparse.ArgumentParser:
-    """Options that every script has."""
+    """Make a parser with the options of every script."""
     parser = argparse.ArgumentParser(description=text)
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="JSON goes here")
@@ -18,7 +18,7 @@ def make_parser(text: str) -> argparse.ArgumentParser:
 
 
 class Report:
-    """Collects tables, prints each as it comes, writes all at the end."""
+    """Collects tables, prints each at once, and writes all to a file at the end."""
 
     def __init__(self, name: str) -> None:
         self.name = name

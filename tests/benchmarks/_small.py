@@ -1,4 +1,4 @@
-"""Programs so small that Python is all their time, and how time grows with a plate."""
+"""Time small programs, which only Python's overhead slows, and plates of growing size."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pyro.infer import SVI
 from pyro_gumbel.estimators import ReinMax
 from pyro_gumbel.infer import CapturedSVI, Estimator_ELBO, config_gradient
 
-_numbers = itertools.count()  # Pyro's parameter store is common to all
+_numbers = itertools.count()  # for unique names in Pyro's parameter store
 
 
 def bernoulli_step(svi_class: Any, data: torch.Tensor, *, validate: bool, **options: Any) -> Step:
-    """One Bernoulli site for each of the data, the score function with a moving average."""
+    """Make a step with a Bernoulli site per datum, by the score function."""
     name = f"logits{next(_numbers)}"
 
     def model(x: torch.Tensor) -> None:
@@ -59,7 +59,7 @@ def small_program(args: argparse.Namespace, device: torch.device) -> list[dict[s
 
 
 def plate_step(size: int, device: torch.device) -> Step:
-    """A one-hot site for each element of a plate."""
+    """Make a step with a one-hot site for each element of a plate."""
     name = f"plate{next(_numbers)}"
     data = torch.randn(size, device=device)
 
@@ -80,7 +80,7 @@ def plate_step(size: int, device: torch.device) -> Step:
 
 
 def sites_in_a_plate(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Time an element must not grow with the plate: the ratio is of seconds an element."""
+    """Compare seconds per element of plates of several sizes; they should not increase."""
     builds = {str(size): (lambda size=size: plate_step(size, device)) for size in (10, 100, 1000)}
     rounds = 2 if args.smoke else args.rounds
     seconds = side_by_side(builds, rounds=rounds, inner=5, rebuilds=1, device=device)

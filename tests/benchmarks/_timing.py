@@ -1,4 +1,4 @@
-"""Time several implementations side by side."""
+"""Time several implementations in turn."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Build = Callable[[], Step]
 
 
 def keep_memory() -> None:
-    """Have the C library keep freed memory.
+    """Make the C library keep freed memory.
 
-    Where it gives memory back to the system and which arrays lie where decide about a sixth of a
-    step's time otherwise, at random.
+    Otherwise returning memory to the system and the placement of arrays change the time of a step
+    by about a sixth, at random.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -30,7 +30,7 @@ def keep_memory() -> None:
 
 
 def now(device: torch.device) -> float:
-    """Seconds: on a CPU of this process's own work, on a GPU of the clock."""
+    """Return seconds: of this process's CPU time, or of the wall clock on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -38,10 +38,10 @@ def now(device: torch.device) -> float:
 
 
 def as_graph(step: Step) -> Step:
-    """Let a GPU repeat a step's kernels by itself."""
+    """Record a step as a CUDA graph; return its replay."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        step()  # libraries and compilers set themselves up
+        step()  # warm-up of libraries and compilers
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -57,7 +57,11 @@ def side_by_side(
     rebuilds: int = 3,
     device: torch.device | None = None,
 ) -> dict[str, list[float]]:
-    """Run each in turn, ``rounds`` times, in ``rebuilds`` fresh set-ups; return seconds a run."""
+    """Run the steps in turn for ``rounds`` rounds, in ``rebuilds`` new set-ups.
+
+    Returns:
+        Seconds per run by name.
+    """
     device = device or torch.device("cpu")
     seconds: dict[str, list[float]] = {name: [] for name in builds}
     for rebuild in range(rebuilds):
@@ -79,7 +83,7 @@ def side_by_side(
 def ratios(
     seconds: dict[str, list[float]], rows: list[tuple[str, str, float | None]]
 ) -> list[dict[str, Any]]:
-    """Median and quartiles of the per-round ratios; a row is ``(what, against, reach)``."""
+    """Return median and quartiles of each round's ratio, for rows ``(what, against, reach)``."""
     table = []
     for what, against, reach in rows:
         ratio = [a / b for a, b in zip(seconds[what], seconds[against], strict=True)]

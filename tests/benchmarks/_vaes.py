@@ -1,4 +1,4 @@
-"""One training step of one categorical VAE, written in several ways."""
+"""Several implementations of a training step of a categorical VAE."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def mlp(*sizes: int) -> nn.Sequential:
 
 
 class VAE(nn.Module):
-    """784-512-256-[30 x 10] and back, with the programs of ours and of Pyro's."""
+    """A VAE with layers 784-512-256-[30 x 10] and a mirrored decoder, as Pyro programs."""
 
     def __init__(self, device: torch.device, hidden: Hidden = LARGE) -> None:
         super().__init__()
-        self.name = f"vae{next(_numbers)}"  # Pyro's parameter store is common to all
+        self.name = f"vae{next(_numbers)}"  # unique in Pyro's parameter store
         self.encoder = mlp(784, *hidden, LATENTS * CATEGORIES)
         self.decoder = mlp(LATENTS * CATEGORIES, *hidden[::-1], 784)
         self.register_buffer("prior", torch.zeros(LATENTS, CATEGORIES))
@@ -62,7 +62,7 @@ class VAE(nn.Module):
 
 
 class PyroVAE(VAE):
-    """The same with Pyro's straight-through class in both programs."""
+    """The same VAE with Pyro's straight-through class in both programs."""
 
     def latent(self, logits: Tensor) -> Any:
         temperature = torch.tensor(TEMPERATURE, device=logits.device)
@@ -70,7 +70,7 @@ class PyroVAE(VAE):
 
 
 def hand_written(x: Tensor, *, hidden: Hidden = LARGE, fused: bool = False) -> Step:
-    """Plain PyTorch: ``F.gumbel_softmax``, the KL in closed form, one optimiser."""
+    """Make a step in plain PyTorch: ``F.gumbel_softmax`` and the KL in closed form."""
     vae = VAE(x.device, hidden)
     optimizer = torch.optim.Adam(vae.parameters(), lr=LR, fused=fused)
 
@@ -90,7 +90,7 @@ def hand_written(x: Tensor, *, hidden: Hidden = LARGE, fused: bool = False) -> S
 
 
 def hand_written_leave_one_out(x: Tensor, particles: int) -> Step:
-    """Plain PyTorch: exact draws, the score function with the other particles' mean."""
+    """Make a step in plain PyTorch: the score function with a leave-one-out baseline."""
     vae = VAE(x.device)
     optimizer = torch.optim.Adam(vae.parameters(), lr=LR)
     data = x.expand(particles, *x.shape)
@@ -132,7 +132,7 @@ def ours(
     captured: bool = False,
     compile: bool = False,
 ) -> Step:
-    """Estimator_ELBO with one of torch's optimisers, or in an SVI with Pyro's."""
+    """Make a step of Estimator_ELBO with torch's optimiser, or in SVI with Pyro's."""
     vae = VAE(x.device, hidden)
     elbo = Estimator_ELBO(
         particles,
@@ -169,7 +169,7 @@ def leave_one_out() -> Estimator:
 def pyro_trace_elbo(
     x: Tensor, *, validate: bool, hidden: Hidden = LARGE, optimizer: str = "pyro"
 ) -> Step:
-    """Pyro's Trace_ELBO with its straight-through class in model and guide."""
+    """Make a step of Pyro's Trace_ELBO with its straight-through class in both programs."""
     vae = PyroVAE(x.device, hidden)
     loss = Trace_ELBO()
     if optimizer == "pyro":

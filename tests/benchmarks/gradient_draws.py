@@ -1,11 +1,11 @@
-"""What drawing gradients costs over calling ``loss_and_grads``, on an 8 x 4 auto-encoder.
+"""Time and memory of ``gradient_draws`` on an auto-encoder with four latents of eight categories.
 
     python tests/benchmarks/gradient_draws.py
 
-Printed are the overhead of ``gradient_draws`` over a bare loop of ``loss_and_grads`` that clears
-gradients, the two in turns and both in seconds of the processor, which other programs do not
-lengthen; the seconds of 1,000 draws of each of five estimators; and the size of the draws with and
-without projections.
+The first table compares ``gradient_draws`` with a loop of ``loss_and_grads`` that clears
+gradients. The two run in turn, and times are CPU times, so other processes change them little. The
+second table has the seconds of 1,000 draws of each of five estimators, the third the size of the
+draws with and without projections.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def programs() -> tuple[Callable[..., Any], Callable[..., Any], torch.Tensor]:
-    """An auto-encoder of 64 pixels, untrained."""
+    """Return model, guide and data of an untrained auto-encoder of 64 pixels."""
     size = LATENTS * CATEGORIES
     encoder = nn.Sequential(nn.Linear(PIXELS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, size))
     decoder = nn.Sequential(nn.Linear(size, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, PIXELS))
@@ -59,7 +59,7 @@ def programs() -> tuple[Callable[..., Any], Callable[..., Any], torch.Tensor]:
 
 
 def bare(model: Any, guide: Any, x: torch.Tensor, draws: int) -> float:
-    """Processor seconds of the gradients alone."""
+    """Return CPU seconds of a loop of ``loss_and_grads``."""
     elbo, configured = Estimator_ELBO(), config_gradient(guide, "reinmax")
     elbo.loss_and_grads(model, configured, x)
     leaves = list(pyro.get_param_store()._params.values())
@@ -71,7 +71,7 @@ def bare(model: Any, guide: Any, x: torch.Tensor, draws: int) -> float:
 
 
 def drawn(model: Any, guide: Any, x: torch.Tensor, draws: int, **options: Any) -> float:
-    """Processor seconds of as many draws, setting up included."""
+    """Return CPU seconds of ``gradient_draws``, including its set-up."""
     start = time.process_time()
     gradient_draws(
         model, guide, x, estimators={"r": "reinmax"}, num_draws=draws, num_chains=1,
@@ -81,22 +81,22 @@ def drawn(model: Any, guide: Any, x: torch.Tensor, draws: int, **options: Any) -
 
 
 def overhead(args: argparse.Namespace, *programs: Any) -> list[dict[str, Any]]:
-    """Drawing against bare calls."""
+    """Compare ``gradient_draws`` with a loop of ``loss_and_grads``."""
     seconds: dict[str, list[float]] = {"loss_and_grads": []} | {name: [] for name in FORMS}
     for _ in range(2 if args.smoke else 5):
         for name, options in FORMS.items():
-            price = bare(*programs, args.draws)
-            seconds[name].append(drawn(*programs, args.draws, **options) / price)
-            seconds["loss_and_grads"].append(price)
-    price = 1e3 * statistics.median(seconds.pop("loss_and_grads")) / args.draws
+            cost = bare(*programs, args.draws)
+            seconds[name].append(drawn(*programs, args.draws, **options) / cost)
+            seconds["loss_and_grads"].append(cost)
+    cost = 1e3 * statistics.median(seconds.pop("loss_and_grads")) / args.draws
     return [
-        {"what": name, "ms of loss_and_grads": price, "ratio": statistics.median(found)}
+        {"what": name, "ms of loss_and_grads": cost, "ratio": statistics.median(found)}
         for name, found in seconds.items()
     ]
 
 
 def five_estimators(args: argparse.Namespace, *programs: Any) -> list[dict[str, Any]]:
-    """The clock's seconds of five estimators' draws."""
+    """Measure the wall-clock seconds of five estimators' draws."""
     start = time.perf_counter()
     estimators = {name: name for name in ESTIMATORS}
     number = args.draws * 5
@@ -108,7 +108,7 @@ def five_estimators(args: argparse.Namespace, *programs: Any) -> list[dict[str, 
 
 
 def sizes(args: argparse.Namespace, *programs: Any) -> list[dict[str, Any]]:
-    """What the results take."""
+    """Measure the memory of the results."""
     return [
         {"what": name, "draws": number, "MB": _size(number, FORMS[name], *programs)}
         for name in ("all draws", "projections")
@@ -122,14 +122,14 @@ def _size(number: int, options: dict[str, Any], *programs: Any) -> float:
 
 
 def main() -> None:
-    """Print the figures."""
+    """Print the tables and write them to a file."""
     args = make_parser(__doc__.splitlines()[0]).parse_args()
     args.draws = 20 if args.smoke else 200
     torch.set_num_threads(1)
     pyro.set_rng_seed(args.seed)
     found = programs()
     report = Report("gradient_draws")
-    report.table(f"{args.draws} draws against bare calls", overhead(args, *found))
+    report.table(f"{args.draws} draws against loss_and_grads", overhead(args, *found))
     report.table("draws of an auto-encoder's gradient", five_estimators(args, *found))
     report.table("size of the results", sizes(args, *found))
     report.write(args.out)

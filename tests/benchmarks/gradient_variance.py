@@ -1,14 +1,14 @@
-"""Variance of the encoder's gradient on a VAE of 200 bits, and what a step costs.
+"""Variance of the encoder's gradient and cost of a step, on a VAE of 200 Bernoulli latents.
 
     python tests/benchmarks/gradient_variance.py [--data DIR] [--smoke]
 
-One checkpoint is trained; every estimator is then judged at its parameters, on one minibatch, its
-own learnable parts trained first. The literature (Titsias and Shi 2022, arXiv 2111.05300; Shi et
-al. 2022, arXiv 2202.09497) orders two evaluations as Rodeo < Double CV < DisARM ~ leave-one-out,
-and puts ARMS with four below all of them. DisARM's weight cuts the variance of a bit's factor by
-``1 - p``, with ``p`` the rarer value's probability: by half where the posterior leaves most bits
-undecided, by nothing where it has decided them. The mean of ``p`` is printed too, for the
-order depends on it. Step times are medians of ratios of steps taken in turn.
+All estimators are compared at the parameters of one checkpoint, on one minibatch, after training
+their own learnable parameters. For two evaluations the literature (Titsias and Shi 2022, arXiv
+2111.05300; Shi et al. 2022, arXiv 2202.09497) finds the order Rodeo < Double CV < DisARM ~
+leave-one-out; ARMS with four evaluations is below all of them. DisARM reduces the variance of a
+latent's factor by ``1 - p``, where ``p`` is the probability of its rarer value: by half if the
+posterior is uniform, and not at all if it is deterministic. The order therefore depends on the
+mean of ``p``, which is printed. Step times are medians of ratios of steps that run in turn.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from image_data import load_images  # noqa: E402
 
-# name: estimator, particles, evaluations
+# Name: (estimator, number of particles, evaluations).
 METHODS: dict[str, tuple[Callable[[], Estimator], int, int]] = {
     "leave-one-out, 2": (lambda: Score(LeaveOneOut()), 2, 2),
     "DisARM": (DisARM, 1, 2),
@@ -70,7 +70,7 @@ def mlp(*sizes: int) -> nn.Sequential:
 
 
 class VAE(nn.Module):
-    """Bits, or one-hot latents, under a uniform prior; Bernoulli pixels."""
+    """A VAE with Bernoulli or one-hot latents, a uniform prior, and Bernoulli pixels."""
 
     def __init__(
         self, pixels: int, hidden: tuple[int, ...], latents: int, categories: int
@@ -81,7 +81,7 @@ class VAE(nn.Module):
         self.encoder = mlp(pixels, *hidden, size)
         self.decoder = mlp(size, *reversed(hidden), pixels)
 
-    def law(self, logits: Tensor) -> Any:
+    def latent(self, logits: Tensor) -> Any:
         if self.categories == 1:
             return dist.Bernoulli(logits=logits).to_event(1)
         logits = logits.unflatten(-1, (-1, self.categories))
@@ -91,14 +91,14 @@ class VAE(nn.Module):
         pyro.module("decoder", self.decoder)
         with pyro.plate("images", len(x)):
             size = self.decoder[0].in_features
-            z = pyro.sample("z", self.law(x.new_zeros(len(x), size)))
+            z = pyro.sample("z", self.latent(x.new_zeros(len(x), size)))
             z = z if self.categories == 1 else z.flatten(-2)
             pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
 
     def guide(self, x: Tensor) -> None:
         pyro.module("encoder", self.encoder)
         with pyro.plate("images", len(x)):
-            pyro.sample("z", self.law(self.encoder(x)))
+            pyro.sample("z", self.latent(self.encoder(x)))
 
 
 def make_svi(vae: VAE, estimator: Estimator, particles: int, optim: Any) -> SVI:
@@ -107,7 +107,7 @@ def make_svi(vae: VAE, estimator: Estimator, particles: int, optim: Any) -> SVI:
 
 
 def train_checkpoint(vae: VAE, images: Any, steps: int) -> float:
-    """Train by leave-one-out; return the mean loss of an image at the end."""
+    """Train by leave-one-out; return the mean loss per image of the last steps."""
     svi = make_svi(vae, Score(LeaveOneOut()), 4, pyro.optim.Adam({"lr": 1e-3}))
     losses: list[float] = []
     while len(losses) < steps:
@@ -116,7 +116,7 @@ def train_checkpoint(vae: VAE, images: Any, steps: int) -> float:
 
 
 def train_parts(vae: VAE, estimator: Estimator, images: Any, steps: int) -> None:
-    """Train an estimator's own parameters; the VAE's stand still."""
+    """Train an estimator's parameters; those of the VAE are fixed."""
     if not any(parameter.requires_grad for parameter in estimator.parameters()):
         return
     optim = pyro.optim.Adam(lambda name: {"lr": 3e-3 if name.startswith("gradient$") else 0.0})
@@ -131,7 +131,7 @@ def train_parts(vae: VAE, estimator: Estimator, images: Any, steps: int) -> None
 def encoder_variance(
     vae: VAE, estimator: Estimator, particles: int, x: Tensor, draws: int
 ) -> tuple[float, float, float]:
-    """Mean variance of a coordinate, its standard error, and a step's median seconds."""
+    """Return the mean variance of a coordinate, its standard error, and seconds per step."""
     elbo = Estimator_ELBO(particles, vectorize_particles=True, max_plate_nesting=1)
     guide = config_gradient(vae.guide, estimator)
     params = list(vae.encoder.parameters())
@@ -169,7 +169,7 @@ def compare_variances(report: Report, args: argparse.Namespace) -> None:
         train_parts(vae, estimator, images, part_steps)
         changed = [key for key, value in vae.state_dict().items() if not value.equal(state[key])]
         if changed:
-            raise RuntimeError(f"{name} was not judged at the checkpoint: {changed} moved")
+            raise RuntimeError(f"{name} is not measured at the checkpoint: {changed} changed")
         variance, error, seconds = encoder_variance(vae, estimator, particles, x, draws)
         first = rows[0] if rows else None
         rows.append(
@@ -185,19 +185,19 @@ def compare_variances(report: Report, args: argparse.Namespace) -> None:
             }
         )
     report.table(
-        f"{images.name}, 200 bits, -ELBO {loss:.2f} after {steps} steps: variance of a coordinate "
-        f"of the encoder's gradient, {draws} draws; mean probability of a bit's rarer value "
-        f"{rarer:.3f}",
+        f"{images.name}, 200 Bernoulli latents, -ELBO {loss:.2f} after {steps} steps: variance of "
+        f"a coordinate of the encoder's gradient, {draws} draws; mean probability of a latent's "
+        f"rarer value {rarer:.3f}",
         rows,
     )
 
 
 def compare_steps(report: Report, rounds: int) -> None:
-    """Whole SVI steps on an MNIST-size VAE, each against a straight-through step beside it."""
+    """Compare SVI steps on a VAE of MNIST's size with straight-through steps."""
     x = (torch.rand(100, 784) < 0.3).float()
     rows = []
     for latent, latents, categories, pair in [
-        ("200 bits", 200, 1, ("DisARM", DisARM)),
+        ("200 Bernoulli", 200, 1, ("DisARM", DisARM)),
         ("30 x 10 one-hot", 30, 10, ("DisARM-Tree", DisARMTree)),
     ]:
         candidates: dict[str, Callable[[], Estimator]] = {
@@ -240,9 +240,9 @@ def compare_steps(report: Report, rounds: int) -> None:
 
 
 def main() -> None:
-    """Compare variances, then steps."""
+    """Compare steps, then variances."""
     parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument("--data", help="folder of IDX files; scikit-learn's digits if left out")
+    parser.add_argument("--data", help="folder of IDX files (default: scikit-learn's digits)")
     parser.add_argument("--steps", type=int, default=1500, help="steps to the checkpoint")
     parser.add_argument("--draws", type=int, default=400, help="gradients of each estimator")
     args = parser.parse_args()

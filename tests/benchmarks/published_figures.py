@@ -1,9 +1,10 @@
-"""Our estimators on toys whose figures are published or known in closed form, beside these.
+"""Compare our estimators with published figures and closed forms on four toy problems.
 
     python tests/benchmarks/published_figures.py [--smoke]
 
-Four toys: one bit and a squared error; three bits as one site of eight categories; two hundred
-bits at the start and while a control variate is learnt; 128 bits trained to a known optimum.
+The problems are a squared error of one Bernoulli variable; three Bernoulli variables as one site
+of eight categories; two hundred Bernoulli variables, at the start and while a control variate is
+trained; and 128 Bernoulli variables trained to a known optimum.
 """
 
 from __future__ import annotations
@@ -37,33 +38,33 @@ DOUBLE = torch.float64
 
 
 class Expectation:
-    """``E_q[f(z)]`` as programs: prior and guide cancel, a factor is the cost.
+    """``E_q[f(z)]`` as programs: prior and guide cancel, and a factor is the cost.
 
     Args:
-        law: Makes the distribution from logits.
-        cost: The function; it sees values of the shape that ``law`` draws.
+        family: Makes the distribution from logits.
+        cost: The function, of values that ``family`` draws.
         logits: The guide's logits; a plate covers all dimensions but the event's.
     """
 
     def __init__(
-        self, law: Callable[[Tensor], Any], cost: Callable[[Tensor], Tensor], logits: Tensor
+        self, family: Callable[[Tensor], Any], cost: Callable[[Tensor], Tensor], logits: Tensor
     ) -> None:
-        self.law, self.cost, self.logits = law, cost, logits
+        self.family, self.cost, self.logits = family, cost, logits
 
     def _parameter(self) -> Tensor:
         return pyro.param("logits", lambda: self.logits.clone())
 
     def model(self) -> None:
         with pyro.plate("copies", len(self.logits)):
-            z = pyro.sample("z", self.law(self._parameter().detach()))
+            z = pyro.sample("z", self.family(self._parameter().detach()))
             pyro.factor("cost", self.cost(z))
 
     def guide(self) -> None:
         with pyro.plate("copies", len(self.logits)):
-            pyro.sample("z", self.law(self._parameter()))
+            pyro.sample("z", self.family(self._parameter()))
 
     def draws(self, estimator: Estimator, num_particles: int = 1) -> Tensor:
-        """One gradient for each copy."""
+        """Draw one gradient for each copy."""
         pyro.clear_param_store()
         elbo = Estimator_ELBO(num_particles, vectorize_particles=True, max_plate_nesting=1)
         elbo.loss_and_grads(self.model, config_gradient(self.guide, estimator))
@@ -72,12 +73,12 @@ class Expectation:
         return -grad
 
 
-def bit(logits: Tensor) -> Any:
+def bernoulli(logits: Tensor) -> Any:
     return dist.Bernoulli(logits=logits)
 
 
 def squared_error_variances(t: float, theta: float) -> dict[str, float]:
-    """Closed forms for ``E[(b - t)^2]`` by the logit: gradient and variances."""
+    """Return gradient and variances of ``E[(b - t)^2]`` in closed form, by the logit."""
     a, spread = 1 - 2 * t, theta * (1 - theta)
     rarer = min(theta, 1 - theta)
     exact = a * spread
@@ -92,15 +93,15 @@ def squared_error_variances(t: float, theta: float) -> dict[str, float]:
     }
 
 
-def one_bit(report: Report, copies: int) -> None:
-    """The squared error of one bit, two evaluations."""
+def one_variable(report: Report, copies: int) -> None:
+    """Compare variances for the squared error of one variable, with two evaluations."""
     rows = []
     for t, theta in [(0.45, 0.1), (0.45, 0.5), (0.49, 0.25), (0.49, 0.5), (0.499, 0.1)]:
         logits = torch.full((copies,), theta, dtype=DOUBLE).logit()
-        toy = Expectation(bit, lambda b, t=t: (b - t) ** 2, logits)
+        toy = Expectation(bernoulli, lambda b, t=t: (b - t) ** 2, logits)
         known = squared_error_variances(t, theta)
-        # Written without the square the cost's slope is its difference, and nothing is left over.
-        linear = Expectation(bit, lambda b, t=t: t**2 + (1 - 2 * t) * b, logits)
+        # The same cost without the square: linear, so that the control variate is exact.
+        linear = Expectation(bernoulli, lambda b, t=t: t**2 + (1 - 2 * t) * b, logits)
         variate = DoubleControlVariate(2, learn=False)
         with torch.no_grad():
             variate.alpha.fill_(-1.0)
@@ -130,24 +131,24 @@ PUBLISHED_TOP_K = {
 }
 
 
-def three_bits(report: Report, copies: int) -> None:
-    """Three bits of one logit as one site of eight outcomes.
+def three_variables(report: Report, copies: int) -> None:
+    """Compare variances for three variables with one logit, as one site of eight outcomes.
 
     The published figures are of a sum over the ``k`` likeliest outcomes and a two-sample estimate
-    of the rest, each outcome with a baseline draw of its own: recomputed exactly in ``exact``.
-    Ours draw their outcomes without replacement and use ``k + 1`` evaluations, not ``2 k + 2``:
-    comparable at equal evaluations, not at equal ``k``.
+    of the rest, where each outcome has its own baseline draw. The column ``exact`` computes them.
+    Our estimators draw outcomes without replacement and use ``k + 1`` evaluations, not
+    ``2 k + 2``. Compare at equal evaluations, not at equal ``k``.
     """
     states = torch.tensor(list(itertools.product((0.0, 1.0), repeat=3)), dtype=DOUBLE)
     f = ((states - torch.tensor([0.6, 0.51, 0.48], dtype=DOUBLE)) ** 2).sum(-1)
     for phi, published in PUBLISHED_TOP_K.items():
         logits = torch.full((copies, 1), phi, dtype=DOUBLE)
 
-        def law(logits: Tensor) -> Any:
-            # log q of the outcomes by the bits' one logit
+        def outcomes(logits: Tensor) -> Any:
+            # An outcome's log-mass is its number of ones times the logit, up to a constant.
             return dist.Categorical(logits=states.sum(-1) * logits)
 
-        toy = Expectation(law, lambda z: f[z], logits)
+        toy = Expectation(outcomes, lambda z: f[z], logits)
         theta = torch.tensor(phi, dtype=DOUBLE).sigmoid()
         probs = theta ** states.sum(-1) * (1 - theta) ** (3 - states.sum(-1))
         score = states.sum(-1) - 3 * theta
@@ -177,7 +178,7 @@ def three_bits(report: Report, copies: int) -> None:
 
 
 def top_k_variance(probs: Tensor, f: Tensor, score: Tensor, k: int) -> float:
-    """Variance of summing the ``k`` likeliest and sampling the rest, each less a fresh draw."""
+    """Return the variance of the published estimator of :func:`three_variables`."""
     order = probs.argsort(descending=True, stable=True)
     top, rest = order[:k], order[k:]
     var_f = (probs * f**2).sum() - (probs * f).sum() ** 2
@@ -193,11 +194,11 @@ def top_k_variance(probs: Tensor, f: Tensor, score: Tensor, k: int) -> float:
     return total.item()
 
 
-def two_hundred_bits(report: Report, steps: int, repeats: int) -> None:
-    """Maximise the mean squared error of 200 bits to .499; per-coordinate variance on the way."""
-    bits, t = 200, 0.499
+def two_hundred_variables(report: Report, steps: int, repeats: int) -> None:
+    """Compare per-coordinate variances while maximising a mean squared error to .499."""
+    size, t = 200, 0.499
 
-    def law(logits: Tensor) -> Any:
+    def variables(logits: Tensor) -> Any:
         return dist.Bernoulli(logits=logits).to_event(1)
 
     def cost(z: Tensor) -> Tensor:
@@ -213,12 +214,12 @@ def two_hundred_bits(report: Report, steps: int, repeats: int) -> None:
     end = {"RLOO": 6e-10, "DisARM": 6e-10, "Double CV": 0.0}
     rows = []
     for name, (estimator, particles) in methods.items():
-        training = Expectation(law, cost, torch.zeros(1, bits, dtype=DOUBLE))
+        training = Expectation(variables, cost, torch.zeros(1, size, dtype=DOUBLE))
 
         def variance(
             logits: Tensor, estimator: Estimator = estimator, r: int = particles
         ) -> float:
-            wide = Expectation(law, cost, logits.detach().expand(repeats, -1).clone())
+            wide = Expectation(variables, cost, logits.detach().expand(repeats, -1).clone())
             return wide.draws(estimator, r).var(0).mean().item()
 
         row: dict[str, Any] = {"method": name, "start": variance(training.logits)}
@@ -238,11 +239,11 @@ def two_hundred_bits(report: Report, steps: int, repeats: int) -> None:
         row["published end"] = end[name]
         row["alpha"] = variate.alpha.item() if estimator is variate else None
         rows.append(row)
-    report.table(f"200 bits, t = .499: per-coordinate variance over {repeats} draws", rows)
+    report.table(f"200 variables, t = .499: per-coordinate variance over {repeats} draws", rows)
 
 
 def polynomial(report: Report, steps: int) -> None:
-    """Train 128 two-way sites on ``|b - .45|^p``; the loss of the last 200 steps."""
+    """Train 128 Bernoulli variables on ``|b - .45|^p``; report the loss of the last 200 steps."""
     known = {
         1.5: (0.3019, {"straight-through": 0.3522, "ReinMax": 0.3054, "RLOO": 0.3026}),
         2.0: (0.2025, {"straight-through": 0.2475, "ReinMax": 0.2038, "RLOO": 0.2032}),
@@ -268,21 +269,21 @@ def polynomial(report: Report, steps: int) -> None:
                     "mean theta": theta,
                 }
             )
-    report.table(f"|b - .45|^p, 128 sites, batch 64, {steps} steps of Adam 1e-3", rows)
+    report.table(f"|b - .45|^p, 128 variables, batch 64, {steps} steps of Adam", rows)
 
 
 def train_polynomial(p: float, estimator: Estimator, steps: int) -> tuple[float, float]:
-    """Return the mean of the last 200 on-line losses and of the probabilities."""
-    sites = 128
-    logits = torch.empty(1, sites).uniform_(-0.01, 0.01)
+    """Return the mean of the last 200 training losses and of the probabilities."""
+    size = 128
+    logits = torch.empty(1, size).uniform_(-0.01, 0.01)
 
-    def law(logits: Tensor) -> Any:
+    def variables(logits: Tensor) -> Any:
         return dist.Bernoulli(logits=logits).to_event(1)
 
-    toy = Expectation(law, lambda z: -((z - 0.45).abs() ** p).mean(-1), logits)
+    toy = Expectation(variables, lambda z: -((z - 0.45).abs() ** p).mean(-1), logits)
     pyro.clear_param_store()
     elbo = Estimator_ELBO(64, vectorize_particles=True, max_plate_nesting=1)
-    # A two-way site's logits move apart twice as fast as the one logit of a bit.
+    # Twice the published 1e-3, whose two-category sites have two logits instead of one.
     optim = pyro.optim.Adam({"lr": 2e-3})
     svi = SVI(toy.model, config_gradient(toy.guide, estimator), optim, loss=elbo)
     losses = [svi.step() for _ in range(steps)]
@@ -291,14 +292,14 @@ def train_polynomial(p: float, estimator: Estimator, steps: int) -> tuple[float,
 
 
 def main() -> None:
-    """Run all four toys."""
+    """Run all four problems."""
     args = make_parser(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(1)
     pyro.set_rng_seed(args.seed)
     report = Report("published_figures")
-    one_bit(report, 2_000 if args.smoke else 400_000)
-    three_bits(report, 2_000 if args.smoke else 400_000)
-    two_hundred_bits(report, 40 if args.smoke else 2_000, 100 if args.smoke else 2_000)
+    one_variable(report, 2_000 if args.smoke else 400_000)
+    three_variables(report, 2_000 if args.smoke else 400_000)
+    two_hundred_variables(report, 40 if args.smoke else 2_000, 100 if args.smoke else 2_000)
     polynomial(report, 20 if args.smoke else 8_000)
     report.write(args.out)
 

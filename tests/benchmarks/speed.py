@@ -2,8 +2,8 @@
 
     python tests/benchmarks/speed.py
 
-Peers run in one process, in turn; a ratio is the median of the rounds' ratios. On a CPU the time
-is that which this process spent computing, on a GPU the clock's.
+Implementations run in one process, in turn. A ratio is the median of the rounds' ratios. Times are
+CPU times of this process, or wall-clock times on a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from _vaes import (
 
 
 def steps(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """The step of a categorical VAE, 784-512-256-[30 x 10] and back, batch 100."""
+    """Time a step of a categorical VAE, 784-512-256-[30 x 10] and mirrored, batch 100."""
     x = (torch.rand(100, 784, device=device) < 0.3).float()
     hand, theirs, ours_torch = "by hand, torch Adam", "Pyro, SVI, checks", "ours, torch Adam"
     on_gpu = device.type == "cuda"
@@ -79,7 +79,7 @@ def steps(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]
 
 
 def small_steps(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """The same with one hidden layer of 200 units, where less of the step is the networks'."""
+    """Time a step with one hidden layer of 200 units, where the networks are cheaper."""
     x = (torch.rand(100, 784, device=device) < 0.3).float()
     hand, theirs = "by hand, torch Adam", "Pyro, SVI, checks"
     options: dict[str, Any] = {"hidden": SMALL}
@@ -101,7 +101,7 @@ def small_steps(args: argparse.Namespace, device: torch.device) -> list[dict[str
 
 
 def leave_one_out_steps(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """The score function with four particles."""
+    """Time a step of the score function with four particles."""
     x = (torch.rand(100, 784, device=device) < 0.3).float()
     hand = "by hand, leave one out"
     builds = {
@@ -116,10 +116,10 @@ def leave_one_out_steps(args: argparse.Namespace, device: torch.device) -> list[
 
 def main() -> None:
     parser = make_parser(__doc__.splitlines()[0])
-    parser.epilog = "ratio: what / against; reach: the largest to aim for; met: whether it is kept"
+    parser.epilog = "ratio: what / against; reach: the target ratio; met: ratio <= reach"
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--compile", action="store_true", help="compiled captured steps, too")
+    parser.add_argument("--compile", action="store_true", help="also time compiled captured steps")
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_memory()
@@ -131,7 +131,7 @@ def main() -> None:
     report.table("the same, one hidden layer of 200", small_steps(args, device))
     report.table("one step, score function, 4 particles", leave_one_out_steps(args, device))
     report.table("one Bernoulli site, 10 data", small_program(args, device))
-    report.table("seconds an element, 10 to 1,000 in a plate", sites_in_a_plate(args, device))
+    report.table("seconds per element, 10 to 1,000 in a plate", sites_in_a_plate(args, device))
     report.table("draws, forward and backward", draws(args, device))
     report.table("exact one-hot draws", exact_draws(args, device))
     if device.type == "cpu":
