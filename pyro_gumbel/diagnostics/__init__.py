@@ -1,7 +1,7 @@
-"""What a choice of estimator costs and buys, on your own model.
+"""Bias, variance and cost of gradient estimators, on a model of your own.
 
 :func:`gradient_draws` and :func:`exact_gradient` make the data, :func:`compare_gradients` the
-table, :func:`recommend` the choice; :func:`to_arviz` hands the draws over to ArviZ.
+table, :func:`recommend` the choice. :func:`to_arviz` puts the draws into ArviZ's container.
 """
 
 from pyro_gumbel.diagnostics.arviz import to_arviz

@@ -1,4 +1,4 @@
-"""Statistics of gradient draws by blocks of coordinates, in whatever form the draws are."""
+"""Statistics of gradient draws by blocks of coordinates, from either form of draws."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Block:
         mean: Their mean over draws, ``(n,)``.
         variance: Their sample variances, ``(n,)``.
         spread: How they scatter; ``None`` for a gradient that is known exactly.
-        norms: The norm of each draw, ``(chain, draw)``; empty where draws are not known.
+        norms: The norm of each draw, ``(chain, draw)``; empty for an exact gradient.
     """
 
     mean: np.ndarray
@@ -89,36 +89,28 @@ def check_draws(draws: Any) -> dict[str, xr.Dataset]:
         raise ValueError("draws is empty; gradient_draws(..., estimators={...}) makes some.")
     first_label, first = next(iter(draws.items()))
     for label, dataset in draws.items():
-        _check_one(label, dataset)
-        if set(parameters_of(dataset)) != set(parameters_of(first)):
-            raise ValueError(
-                f"draws of {label!r} are of the parameters {parameters_of(dataset)}, those of "
-                f"{first_label!r} of {parameters_of(first)}. Draw both with the same params=."
-            )
-        for name in parameters_of(first):
-            one, other = own_shape(first, name), own_shape(dataset, name)
-            if one != other:
+        if not dataset.data_vars:
+            raise ValueError(f"draws of {label!r} hold no parameter.")
+        for name, array in dataset.data_vars.items():
+            if array.dims[:2] != ("chain", "draw"):
                 raise ValueError(
-                    f"draws of {label!r} have shape {other} at parameter {name!r}, those of "
-                    f"{first_label!r} {one}."
+                    f"draws of {label!r}: {name!r} has dims {array.dims}; they must start with "
+                    "'chain', 'draw'."
                 )
+        number = dataset.sizes["chain"] * dataset.sizes["draw"]
+        if number < 2:
+            raise ValueError(f"draws of {label!r}: got {number}; a variance takes at least 2.")
+        one, other = _shapes(first), _shapes(dataset)
+        if one != other:
+            raise ValueError(
+                f"draws of {label!r} are of parameters of the shapes {other}, those of "
+                f"{first_label!r} of {one}. Draw both with the same params=."
+            )
     return dict(draws)
 
 
-def _check_one(label: str, dataset: xr.Dataset) -> None:
-    if not dataset.data_vars:
-        raise ValueError(f"draws of {label!r} hold no parameter.")
-    for name in parameters_of(dataset):
-        if tuple(dataset[name].dims[:2]) != ("chain", "draw"):
-            raise ValueError(
-                f"draws of {label!r}: {name!r} has dims {tuple(dataset[name].dims)}; they must "
-                "start with 'chain', 'draw'."
-            )
-    number = dataset.sizes["chain"] * dataset.sizes["draw"]
-    if number < 2:
-        raise ValueError(
-            f"draws of {label!r} are {number} in number; a variance takes at least 2."
-        )
+def _shapes(dataset: xr.Dataset) -> dict[str, tuple[int, ...]]:
+    return {name: own_shape(dataset, name) for name in parameters_of(dataset)}
 
 
 def check_reference(reference: Any) -> None:
@@ -135,19 +127,19 @@ def check_reference(reference: Any) -> None:
 
 
 def blocks_of(dataset: xr.Dataset, *, each: bool = False) -> dict[str, Block]:
-    """Sum up draws: a block for each parameter, or each coordinate, and the block ``"all"``.
+    """Summarise draws: a block for each parameter, or each coordinate, and the block ``"all"``.
 
     Raises:
         ValueError: If projections were cut, or blocks of their coordinates are wanted.
     """
     names = parameters_of(dataset)
-    return _sum_up(dataset, names, _parts(dataset, names, each=each), each=each)
+    return _summarise(dataset, names, _parts(dataset, names, each=each), each=each)
 
 
 def reference_blocks(
     reference: xr.Dataset, draws: xr.Dataset, *, each: bool = False
 ) -> dict[str, Block]:
-    """Sum up a reference for draws: an exact gradient, or draws of an unbiased estimator.
+    """Summarise a reference for draws: an exact gradient, or draws of an unbiased estimator.
 
     Raises:
         TypeError: If it is not a Dataset.
@@ -160,7 +152,7 @@ def reference_blocks(
         _check_fit(reference, draws, name)
     parts = _parts(draws, names, each=each)
     if is_drawn(reference):
-        return _sum_up(reference, names, parts, each=each)
+        return _summarise(reference, names, parts, each=each)
     means = [reference[name].values.astype(float).reshape(-1) for name in names]
     for name, mean in zip(names, means, strict=True):
         if not np.isfinite(mean).all():
@@ -206,7 +198,7 @@ def _parts(draws: xr.Dataset, names: list[str], *, each: bool) -> dict[str, int]
     return parts
 
 
-def _sum_up(
+def _summarise(
     dataset: xr.Dataset, names: list[str], parts: dict[str, int], *, each: bool
 ) -> dict[str, Block]:
     if not is_projected(dataset):

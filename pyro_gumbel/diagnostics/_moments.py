@@ -40,8 +40,8 @@ class Spread:
     def carriers(self) -> float:
         """How many draws carry the trace: the count over the kurtosis of the distances.
 
-        That is a third of normal draws in one dimension, ``k`` where all but ``k`` are alike, and
-        none where all are.
+        That is a third of normal draws in one dimension, ``k`` if all but ``k`` are alike, and
+        0 if all are.
         """
         if not self.trace:
             return 0.0
@@ -67,7 +67,7 @@ class Moments:
     def update(self, draws: Tensor) -> Tensor:
         """Take in a batch of shape ``(B, n)``; return cosines with the others' mean.
 
-        What is done to each draw is done in its own precision, sums over batches in double.
+        Operations on single draws are in their own precision, sums over batches in double.
         """
         shift = self._start(draws) if self._shift is None else self._shift
         x = draws - shift
@@ -113,13 +113,13 @@ class Moments:
         mean = self._deviations[index] / self.count
         spread = self._deviations_squared[index] / self.count - mean**2
         dimension = max(len(squares), 1)
-        # Within the bounds that hold for any covariance; the upper one where too few draws tell.
+        # Within the bounds that hold for any covariance; the upper one if there are too few draws.
         estimate = float(self._square_traces[index]) / self._pairs if self._pairs else trace**2
         square_trace = min(max(estimate, trace**2 / dimension), trace**2)
         return Spread(self.count, trace, max(float(spread), 0.0) / self.count, square_trace)
 
     def _scatter(self, x: Tensor) -> None:
-        """Add up squared deviations, and what tells the trace of the squared covariance."""
+        """Add up squared deviations, and products that estimate the trace of Sigma squared."""
         grams = [(piece @ piece.T).double() for piece in x.split(self.sizes, 1)]
         stacked = torch.stack([*grams, torch.stack(grams).sum(0)])  # (blocks, B, B)
         deviations = stacked.diagonal(dim1=1, dim2=2)
@@ -149,13 +149,13 @@ class Moments:
 
 @dataclass(frozen=True)
 class Bias:
-    """The distance of a mean gradient from its reference, and how much of it noise explains.
+    """The distance of a mean gradient from its reference, compared with noise.
 
     Attributes:
         norm: The distance.
-        squared: Its square less what noise adds to it on average: unbiased, so it may be negative.
-        mcse: So much that ``norm`` is below 1.96 of it in 95 % of repetitions if there is no bias.
-        log_tail: The log of the probability that noise alone goes that far.
+        squared: Its square less the average contribution of noise. It may be negative.
+        mcse: Without bias, ``norm`` is below 1.96 times this in 95 % of repetitions.
+        log_tail: The log of the probability of a larger distance without bias.
         squared_mcse: Standard error of ``squared``.
     """
 
@@ -176,8 +176,8 @@ def bias_of(difference: np.ndarray, spreads: list[Spread], floor: float) -> Bias
 
     Args:
         difference: Mean minus reference, ``(n,)``.
-        spreads: Of the draws, and of the reference's where it is a mean of draws too.
-        floor: The distance that rounding explains.
+        spreads: Of the draws, and of the reference's draws if it is a mean, too.
+        floor: The distance that rounding may cause.
     """
     squared_norm = float(difference @ difference)
     mean = sum(spread.trace / spread.count for spread in spreads)
@@ -211,8 +211,7 @@ def _log_tail(value: float, freedom: float) -> float:
 def two_sided_z(log_tails: list[float]) -> float:
     """The normal's two-sided quantile at the smallest of several probabilities.
 
-    It is corrected for their number (Bonferroni): one of many is small by chance. NaN where one
-    of them is.
+    It is corrected for their number (Bonferroni). NaN if one of them is.
     """
     if any(math.isnan(log_tail) for log_tail in log_tails):
         return math.nan

@@ -20,8 +20,7 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_gumbel.diagnostics._parameters import read_gradients
-from pyro_gumbel.diagnostics._state import seed_everything, seed_torch, seeds
+from pyro_gumbel.diagnostics._state import read_gradients, seed_everything, seed_torch, seeds
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.estimators.registry import NamedEstimators
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient

@@ -1,21 +1,41 @@
-"""Measure and leave no trace: seeds, and whatever a measurement changes put back."""
+"""Parameters, seeds, and the state that a measurement has to put back."""
 
 from __future__ import annotations
 
+import fnmatch
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from pyro import poutine
+from torch import Tensor, UntypedStorage
+from torch.distributions import constraints, transform_to
 
 from pyro_gumbel._validate import is_integer
+from pyro_gumbel.estimators import Call
+from pyro_gumbel.infer._state import generator_states, set_generator_states
+from pyro_gumbel.infer._undo import Undo
+from pyro_gumbel.infer._undo import leaves as nested
 
-__all__ = ["Keeper", "preserved", "seed_everything", "seed_torch", "seeds"]
+__all__ = [
+    "Keeper",
+    "Params",
+    "check_complete",
+    "find_parameters",
+    "preserved",
+    "read_gradients",
+    "seed_everything",
+    "seed_torch",
+    "seeds",
+]
+
+_TRIALS = 3  # runs, since some runs may not reach every parameter
+
+Params = Mapping[str, Any] | Iterable[str] | str | None
 
 
 def seeds(seed: int, number: int) -> list[int]:
@@ -47,11 +67,11 @@ def seed_torch(seed: int) -> None:
 
 
 class Keeper:
-    """Remembers parameters and other tensors, and puts them back."""
+    """Remembers parameters and memory that programs write to, and puts them back."""
 
     def __init__(self) -> None:
         self._leaves: dict[int, tuple[Tensor, Tensor, Tensor, Tensor | None]] = {}
-        self._others: dict[int, tuple[Tensor, Tensor]] = {}
+        self.written: dict[Any, tuple[UntypedStorage, UntypedStorage]] = {}
 
     def __call__(self, leaves: Iterable[Tensor]) -> None:
         """Remember leaves with their gradients, and clear these."""
@@ -62,17 +82,8 @@ class Keeper:
                 leaf.grad = None
 
     def watch(self) -> Watch:
-        """Remember each tensor that is used inside, before it is used first.
-
-        Buffers that a program moves as it runs, and parameters that no store has, are among them.
-        """
-        return Watch(self._remember)
-
-    def _remember(self, tensor: Tensor) -> None:
-        if tensor.is_leaf and tensor.requires_grad:
-            self([tensor])
-        elif id(tensor) not in self._others and tensor.layout == torch.strided:
-            self._others[id(tensor)] = (tensor, tensor.detach().clone())
+        """Remember parameters that no store has, and buffers, before programs use them inside."""
+        return Watch(self)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -81,51 +92,30 @@ class Keeper:
                 storage.copy_(value)
             leaf.data = storage
             leaf.grad = gradient
-        for tensor, value in self._others.values():
-            if not torch.equal(tensor, value):
-                tensor.copy_(value)
+        for memory, contents in self.written.values():
+            memory.copy_(contents)
 
 
-class Watch(TorchDispatchMode):
-    """Shows tensors that operations read, unless earlier operations made them.
+class Watch(Undo):
+    """Takes a run back, and remembers what it read and wrote for later.
 
-    It sees the operations of its own thread alone, those of scripted modules included.
-
-    Args:
-        show: Called with each tensor before the first operation that reads it.
+    It sees the operations of its own thread alone.
     """
 
-    def __init__(self, show: Callable[[Tensor], None]) -> None:
+    def __init__(self, keep: Keeper) -> None:
         super().__init__()
-        self._show = show
-        self._known: dict[int, Tensor] = {}  # held, so that no other tensor has the id
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # else the first operation imports the compiler, which takes a second
+        self._keep = keep
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        for tensor in _tensors((args, kwargs)):
-            if id(tensor) not in self._known:
-                self._known[id(tensor)] = tensor
-                self._show(tensor)
-        result = func(*args, **kwargs)
-        self._known |= {id(tensor): tensor for tensor in _tensors(result)}
-        return result
+        tensors = [value for value in nested((args, kwargs)) if isinstance(value, Tensor)]
+        self._keep(tensor for tensor in tensors if tensor.is_leaf and tensor.requires_grad)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested arguments or results."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+    def __exit__(self, *error: Any) -> None:
+        self._keep.written = {**self._copies, **self._keep.written}
+        super().__exit__(*error)
 
 
 @contextmanager
@@ -143,8 +133,7 @@ def preserved() -> Iterator[Keeper]:
     contents = [dict(table) for table in tables]
     keep = Keeper()
     keep(store._params.values())
-    generators = pyro.util.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    generators = generator_states()
     try:
         yield keep
     finally:
@@ -152,6 +141,135 @@ def preserved() -> Iterator[Keeper]:
             table.clear()
             table.update(content)
         keep.restore()
-        pyro.util.set_rng_state(generators)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        set_generator_states(generators)
+
+
+@torch.no_grad()
+def find_parameters(call: Call, keep: Keeper, params: Params = None) -> dict[str, Tensor]:
+    """Run guide and model and list the unconstrained leaves behind their parameters.
+
+    Args:
+        call: The programs and their arguments.
+        keep: Remembers tensors before anything is done to them.
+        params: ``None``; or names (shell patterns such as ``"encoder*"`` too) to which the list is
+            cut; or a dict of values to be given to the named parameters, in their constrained
+            space.
+
+    Returns:
+        Leaves by name, in the order in which the programs asked for them.
+
+    Raises:
+        TypeError: If ``params`` is of another kind.
+        ValueError: If a name is not a parameter's, a value has another shape or is outside the
+            parameter's constraint, or there is no parameter at all.
+    """
+    sites: dict[str, Any] = {}
+    for _ in range(_TRIALS):
+        with keep.watch(), poutine.trace(param_only=True) as capture:
+            guide = poutine.trace(call.guide).get_trace(*call.args, **call.kwargs)
+            poutine.replay(call.model, trace=guide)(*call.args, **call.kwargs)
+        found = capture.trace.nodes.items()
+        sites |= {name: site for name, site in found if site["type"] == "param"}
+    leaves = {name: _leaf(site["value"]) for name, site in sites.items()}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    keep(leaves.values())
+    if not leaves:
+        raise ValueError(
+            "Neither the guide nor the model has a parameter: write pyro.param(...) or "
+            "pyro.module(...) in them, or make them PyroModules."
+        )
+    if params is None:
+        return leaves
+    if isinstance(params, Mapping):
+        for name, value in params.items():
+            _check_known(name, [name] if name in leaves else [], leaves)
+            _set_value(name, leaves[name], value, _constraint(name, sites[name]))
+        return leaves
+    known = pyro.get_param_store()._params
+    return _select(
+        {**leaves, **{name: known[name] for name in known if name not in leaves}}, params
+    )
+
+
+def check_complete(leaves: dict[str, Tensor], params: Params) -> None:
+    """Refuse to go on if a gradient reached a parameter that the trial runs did not meet.
+
+    Raises:
+        ValueError: If there is such a parameter, though all are to be recorded.
+    """
+    if params is not None and not isinstance(params, Mapping):
+        return
+    recorded = {id(leaf) for leaf in leaves.values()}
+    for name, leaf in pyro.get_param_store()._params.items():
+        own = not name.startswith("gradient$")  # those belong to an estimator
+        if own and leaf.grad is not None and id(leaf) not in recorded:
+            raise ValueError(
+                f"Parameter {name!r} was met in some runs only. Call the guide until it is in "
+                f"Pyro's parameter store, and name all: params={[*leaves, name]}."
+            )
+
+
+def _leaf(value: Tensor) -> Tensor:
+    unconstrained = getattr(value, "unconstrained", None)
+    return value if unconstrained is None else unconstrained()
+
+
+def _constraint(name: str, site: Any) -> constraints.Constraint:
+    known = pyro.get_param_store()._constraints.get(name)
+    return known or site["kwargs"].get("constraint") or constraints.real
+
+
+def _set_value(name: str, leaf: Tensor, value: Any, constraint: Any) -> None:
+    try:
+        value = torch.as_tensor(value, dtype=leaf.dtype, device=leaf.device)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"params: the value for {name!r} must be a tensor or number; got {value!r}."
+        ) from error
+    inside = constraint.check(value)
+    if not inside.all():
+        raise ValueError(
+            f"params: the value for {name!r} must satisfy {constraint!r}, the parameter's "
+            f"constraint; got {value.detach().cpu().numpy()}."
+        )
+    unconstrained = transform_to(constraint).inv(value)
+    if unconstrained.shape != leaf.shape:
+        shape = tuple(transform_to(constraint)(leaf).shape)
+        raise ValueError(
+            f"params: the value for {name!r} has shape {tuple(value.shape)}; the parameter has "
+            f"{shape}."
+        )
+    # A tensor of its own: the caller's storage is put back afterwards, untouched.
+    leaf.data = unconstrained.clone()
+
+
+def _select(leaves: dict[str, Tensor], params: Any) -> dict[str, Tensor]:
+    patterns = [params] if isinstance(params, str) else params
+    patterns = list(patterns) if isinstance(patterns, Iterable) else [None]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(
+            "params must be names of parameters, such as params=['logits'], or a dict of their "
+            f"values; got {params!r}."
+        )
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = [pattern] if pattern in leaves else fnmatch.filter(leaves, pattern)
+        _check_known(pattern, found, leaves)
+        chosen.update(found)
+    if not chosen:
+        raise ValueError(f"params is empty; the parameters are {list(leaves)}.")
+    return {name: leaf for name, leaf in leaves.items() if name in chosen}
+
+
+def _check_known(name: str, found: list[str], leaves: dict[str, Tensor]) -> None:
+    if not found:
+        raise ValueError(f"params: no parameter is called {name!r}; there are {list(leaves)}.")
+
+
+def read_gradients(leaves: dict[str, Tensor]) -> list[Tensor]:
+    """Take the gradients off the leaves; one that was not reached is zero."""
+    gradients = []
+    for leaf in leaves.values():
+        gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+        leaf.grad = None
+    return gradients

@@ -1,4 +1,4 @@
-"""Is an estimator unbiased: a test to be run by whoever writes one."""
+"""A test of unbiasedness, for authors of estimators."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pyro_gumbel.diagnostics._blocks import (
     reference_blocks,
     rounding_of,
 )
-from pyro_gumbel.diagnostics._parameters import Params
+from pyro_gumbel.diagnostics._state import Params
 from pyro_gumbel.diagnostics._storage import parameters_of
 from pyro_gumbel.diagnostics.compare import rare_events
 from pyro_gumbel.diagnostics.draws import gradient_draws
@@ -31,13 +31,13 @@ _COARSE = 0.1
 
 
 class UnbiasedCheck(NamedTuple):
-    """What a check that was passed found.
+    """The result of a check that passed.
 
     Attributes:
         coordinate: The coordinate farthest from the reference, ``name[i, j]``.
         z: Its distance in standard errors.
-        resolution: The standard error of the mean gradient over the reference's norm: a bias well
-            below it goes unseen.
+        resolution: The standard error of the mean gradient over the reference's norm. A much
+            smaller bias is not visible.
         num_draws: Number of draws.
     """
 
@@ -66,31 +66,32 @@ def check_unbiased(
     r"""Check that an estimator's mean gradient is the exact one.
 
     The mean of each coordinate is compared with its exact value, in standard errors of the mean.
-    A coordinate with much less variance than the rest of its parameter is judged by a hundredth
-    of their mean variance at least, since its own estimate may rest on few events. An event that
-    no draw meets may still pass for a bias (:func:`compare_gradients` has the numbers); the error
-    says so where fewer than ten draws carry a parameter's variance.
+    The variance of a coordinate counts as at least a hundredth of its parameter's mean variance,
+    since the estimate may rest on few events. A rare event that no draw met may still look like a
+    bias (see :func:`compare_gradients`); the error says so if fewer than ten draws carry a
+    parameter's variance.
 
     Args:
         model: The model.
         guide: The guide.
         *args: Arguments of both.
-        estimator: What :func:`~pyro_gumbel.infer.config_gradient` takes, an ``ELBO``, or a pair.
+        estimator: A config for :func:`~pyro_gumbel.infer.config_gradient`, an ``ELBO``, or a pair
+            of the two.
         num_draws: Draws in all.
         num_particles: Particles of each; by default as many as the estimator needs.
-        vectorize_particles: Whether they are rows of one run.
-        reference: The exact gradient where it is known, or draws of an unbiased estimator; by
-            default it is computed by :func:`exact_gradient`.
+        vectorize_particles: Whether they are evaluated in one run.
+        reference: The exact gradient, or draws of an unbiased estimator; by default
+            :func:`exact_gradient` computes it.
         params: As in :func:`gradient_draws`.
-        max_z: The distance in standard errors from which on there is a bias.
+        max_z: The distance in standard errors above which the check fails.
         max_states: As in :func:`exact_gradient`.
         seed: Seed of the draws.
         progress: Show a progress bar.
         **kwargs: Keyword arguments of both programs.
 
     Returns:
-        The worst coordinate, its ``z``, and how small a bias could have been seen. A coarse check,
-        with a resolution above 10 %, warns.
+        The worst coordinate, its ``z``, and the resolution. A resolution above 10 % gives a
+        warning.
 
     Raises:
         AssertionError: If a coordinate is off by more than ``max_z``: names the worst, its ``z``,

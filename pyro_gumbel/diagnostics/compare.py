@@ -30,10 +30,10 @@ from pyro_gumbel.diagnostics._moments import (
 __all__ = ["compare_gradients", "rare_events"]
 
 _HEAVY = 0.7
-_TAIL_DRAWS = 200  # fewer have too short a tail to be told from a light one
+_TAIL_DRAWS = 200  # fewer have too short a tail
 _MOVING = 1.01
-# Draws that met an event. From ten on a bias_z above 5 without bias is rarer than 1 in 4000,
-# however rare the event; with none it is nearly sure for an event that is rare enough.
+# Draws that met an event. With ten or more, a bias_z above 5 without bias has a probability below
+# 1 in 4000, whatever the probability of the event; with none, it is likely for rare events.
 _FEWEST = 10
 _VISIBLE = 5.0
 _GROUPINGS = ("parameter", "coordinate", "site")
@@ -48,49 +48,50 @@ def compare_gradients(
     :math:`\bar g` their mean, :math:`\Sigma` the covariance of one draw and :math:`g^*` the
     reference:
 
-    * ``bias``: :math:`\|\bar g - g^*\|`. Noise alone makes it positive; ``bias_mcse`` is such that
-      it exceeds 1.96 standard errors in 5 % of repetitions if there is no bias.
+    * ``bias``: :math:`\|\bar g - g^*\|`. It is positive even without bias, because of noise, and
+      then exceeds 1.96 times ``bias_mcse`` in 5 % of repetitions.
     * ``bias_z``: the normal's two-sided quantile for the probability that noise alone goes as far:
-      the smallest of those of the whole gradient and of each parameter's, corrected for their
-      number. Above 5 the estimator is biased, unless rare events were missed (below); it grows
-      with ``N`` if there is bias.
+      the smallest of the probabilities of the whole gradient and of each parameter, corrected for
+      their number. Above 5 the estimator is biased, unless rare events were missed (below). With
+      bias it grows with ``N``.
     * ``relative_bias``: ``bias`` over :math:`\|g^*\|`.
     * ``variance``: :math:`\mathrm{tr}\,\Sigma`, the sum of the coordinates' sample variances.
     * ``relative_std``: its root over :math:`\|g^*\|`, or :math:`\|\bar g\|` without a reference;
       over the mean in any case it is the reciprocal of ``snr``.
-    * ``mse``: of one draw, variance plus squared bias, the latter less what noise adds to it.
+    * ``mse``: of one draw, variance plus squared bias, without the contribution of noise to the
+      latter.
     * ``snr``: :math:`\|E g\| / \sqrt{\mathrm{tr}\,\Sigma}`, likewise corrected.
     * ``cosine``: of :math:`\bar g` with :math:`g^*`.
     * ``khat``: the Pareto shape of the tail of :math:`\|g\|`. Above 1/2 the variance is infinite,
-      and above 0.7 its estimate says nothing; ``nan`` where the largest draws are of
-      fewer than ten different sizes, as those of few discrete states are.
+      and above 0.7 its estimate is useless. It is ``nan`` if the largest draws have fewer than
+      ten different norms, as with few discrete states.
     * ``seconds`` and ``evaluations`` of the model, a draw.
-    * ``efficiency``: 1 over variance times seconds, the precision that a second buys.
-    * ``warning``: what to mind, in words.
+    * ``efficiency``: 1 over variance times seconds, the precision per second.
+    * ``warning``: notes in words.
 
-    An event that no draw meets leaves no trace in their variance and passes for a bias: a bit of
-    logit -4.5 is off in all of 240 draws in 7 % of repetitions. Where fewer than ten draws carry
-    the variance, ``warning`` says that the bias may be that; where the draws have other noise,
-    nothing in them tells. An event of probability ``p`` is as unlikely to be missed as a
-    ``bias_z`` of 5 from about ``15 / p`` draws on; and with more of them ``bias`` stays only if it
-    is the estimator's.
+    A rare event that no draw met is missing from the mean and from the variance, so that it looks
+    like a bias: all of 240 draws of a Bernoulli variable of logit -4.5 are zero in 7 % of
+    repetitions. If fewer than ten draws carry the variance, ``warning`` mentions this; other noise
+    hides it. With more than about ``15 / p`` draws, missing an event of
+    probability ``p`` is less likely than a ``bias_z`` of 5 by chance. With more draws, ``bias``
+    stays only if it is the estimator's.
 
-    Monte Carlo standard errors stand beside them (``*_mcse``). Rows are sorted by ``mse``, or by
-    ``variance`` where there is no reference; what a reference is needed for is ``nan`` without.
+    Monte Carlo standard errors stand beside the columns (``*_mcse``). Rows are sorted by ``mse``,
+    or without a reference by ``variance``; columns that need a reference are then ``nan``.
 
     Args:
         draws: What :func:`gradient_draws` returns (dicts of several calls may be merged, ``a |
             b``), or any dict of Datasets with dims ``chain, draw, ...``.
-        reference: What :func:`exact_gradient` returns; or draws of an unbiased estimator, from a
-            seed of their own, whose standard errors then are allowed for; or the label of such an
+        reference: What :func:`exact_gradient` returns; or draws of an unbiased estimator with
+            another seed, whose standard errors are taken into account; or the label of such an
             estimator among ``draws``.
         by: ``"parameter"`` or ``"coordinate"`` for a row for each of these; ``"site"`` for the
-            part of the variance that the sampling at each site answers for: ``variance``, half the
-            mean squared distance of two gradients that share all noise but the site's (as many
-            pairs as the ``site_draws`` of :func:`gradient_draws`), its standard error, and
-            ``share`` of the total. Shares add up to more than one where sites act together.
-        rhat: Add the column ``rhat``, the folded split R-hat of the gradient's norm: above 1.01
-            the draws are not exchangeable, as when a baseline is still moving.
+            contribution of each site's sampling to the variance: ``variance``, half the mean
+            squared distance of two gradients that share all noise except the site's (as many pairs
+            as the ``site_draws`` of :func:`gradient_draws`), its standard error, and ``share`` of
+            the total. Shares add up to more than one if sites interact.
+        rhat: Add the column ``rhat``, the folded split R-hat of the gradient's norm. Above 1.01
+            the draws are not exchangeable, for example because a baseline is still moving.
 
     Returns:
         One row an estimator, or with ``by`` an estimator and a parameter, coordinate or site.
@@ -98,8 +99,8 @@ def compare_gradients(
     Raises:
         TypeError: If draws or reference are of another kind.
         ValueError: If draws are missing, too few, or of different parameters; if the reference has
-            other parameters or shapes; if ``by`` is unknown, or needs what was not recorded; if
-            R-hat is asked of a single chain.
+            other parameters or shapes; if ``by`` is unknown, or the draws do not have the data for
+            it; if R-hat is requested for a single chain.
 
     Example:
         >>> noisy = np.random.default_rng(0).normal(size=(4, 500))

@@ -1,4 +1,4 @@
-"""Draws of the gradient at fixed parameters: what a comparison of estimators rests on."""
+"""Draws of the gradient at fixed parameters, by several estimators."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from pyro_gumbel._validate import (
     check_programs,
     integer,
 )
-from pyro_gumbel.diagnostics._parameters import (
+from pyro_gumbel.diagnostics._replica import Replica, Step, site_effects
+from pyro_gumbel.diagnostics._state import (
     Params,
     check_complete,
     find_parameters,
+    preserved,
     read_gradients,
+    seed_everything,
+    seeds,
 )
-from pyro_gumbel.diagnostics._replica import Replica, Step, site_effects
-from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
 from pyro_gumbel.diagnostics._storage import Recorder, check_dims, check_names
 from pyro_gumbel.estimators import Call
 
 __all__ = ["gradient_draws"]
 
-_SITE_SHARE = 0.05  # what the draws that tell sites apart may add to the cost of the others
+_SITE_SHARE = 0.05  # cost of site effects over that of the draws
 
 
 def gradient_draws(
@@ -53,42 +55,41 @@ def gradient_draws(
 ) -> dict[str, xr.Dataset]:
     r"""Draw the gradient of the loss many times at the same parameters, by several estimators.
 
-    A draw is what one call of ``loss_and_grads`` leaves in ``.grad``: an estimate of the gradient
-    of the loss, the negative ELBO, with respect to a parameter's *unconstrained* value, which is
-    what an optimiser steps. Chains are independent: each has a seed and a copy of the estimator's
-    state (of a moving average, say) of its own. All estimators are given the same seeds, so that
-    differences between them are less noisy than each of them.
+    A draw is the gradient that one call of ``loss_and_grads`` adds to ``.grad``. It estimates the
+    gradient of the loss, the negative ELBO, with respect to a parameter's *unconstrained* value,
+    the one that an optimiser moves. Chains are independent: each has its own seed and its own copy
+    of the estimator's state, such as a moving average. All estimators use the same seeds, which
+    reduces the noise of their differences.
 
-    Nothing is left behind: parameters and their gradients, the estimators' and the baselines'
-    state, the parameter store and all random number generators are as they were. Parameters that
-    the programs have not made yet are made under ``seed``, and removed.
+    Parameters and their gradients, the state of estimators and baselines, the parameter store and
+    all random number generators are restored. Parameters that the programs have not made yet are
+    made under ``seed``, and removed.
 
     Args:
         model: The model.
         guide: The guide.
         *args: Arguments of both.
-        estimators: For each label an estimator: what
-            :func:`~pyro_gumbel.infer.config_gradient` takes, an ``ELBO`` (with the guide as it
-            is), or a pair of the two.
+        estimators: For each label a config for :func:`~pyro_gumbel.infer.config_gradient`, an
+            ``ELBO`` (with the guide as it is), or a pair of the two.
         num_draws: Draws a chain.
         num_chains: Independent chains.
-        num_warmup: Draws that each chain leaves out at its start, for a baseline to settle.
+        num_warmup: Draws that each chain drops at its start, for a baseline to settle.
         num_particles: Particles of each draw, where the estimator is not an ``ELBO``.
         vectorize_particles: Whether these are evaluated in one run, likewise.
         params: Names of the parameters to record (shell patterns such as ``"encoder*"`` too), or a
-            dict of values at which to take the gradient; the dict leaves out what is to stay as it
-            is, and all parameters are recorded.
-        project: For networks: keep each draw's inner products with this many fixed random
-            directions, its norm and its cosine with the mean, and the mean and variance of every
-            coordinate, instead of the draws themselves. The memory needed for the coordinates then
-            does not grow with the number of draws.
-        site_draws: Number of draws that are repeated with the noise of one site renewed, for
-            ``compare_gradients(by="site")``; each takes one more gradient a site. By default as
-            many as add 5 % to the cost.
+            dict of values at which to take the gradient. Parameters that are not in the dict keep
+            their values; all are recorded.
+        project: For networks: instead of the draws, keep their inner products with this many fixed
+            random directions, their norms and cosines with the mean, and the mean and variance of
+            every coordinate. The memory for coordinates then does not grow with the number of
+            draws.
+        site_draws: Number of draws that are repeated with new noise at one site, for
+            ``compare_gradients(by="site")``. Each takes one more gradient a site. The default adds
+            5 % to the cost.
         coords: Coordinates of named dimensions.
         dims: For each parameter the names of its dimensions; else ``<name>_dim_0``, ...
-        seed: Seed of everything; on a CPU the same seed gives the same draws bit for bit (in
-            other ``seconds``).
+        seed: Seed of all noise. On a CPU the same seed gives the same draws bit for bit, but for
+            ``seconds``.
         progress: Show a progress bar.
         **kwargs: Keyword arguments of model and guide.
 
@@ -102,7 +103,7 @@ def gradient_draws(
 
     Raises:
         TypeError: If an argument is of another kind.
-        ValueError: If there is no estimator, no draw, no parameter, or the draws would take more
+        ValueError: If estimators, draws or parameters are missing, or the draws would take more
             than 4 GiB.
 
     Example:
@@ -183,7 +184,7 @@ def _steps(
 
 @contextmanager
 def _named(label: str) -> Iterator[None]:
-    """Say which estimator an error was met with."""
+    """Add the label of the estimator to an error."""
     try:
         yield
     except Exception as error:

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from pyro_gumbel._validate import check_coords, check_programs, integer
 from pyro_gumbel.diagnostics._minibatches import Minibatches, find_minibatches
-from pyro_gumbel.diagnostics._parameters import (
+from pyro_gumbel.diagnostics._state import (
     Params,
     check_complete,
     find_parameters,
+    preserved,
     read_gradients,
+    seed_everything,
+    seeds,
 )
-from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
 from pyro_gumbel.diagnostics._storage import check_dims, dims_of
 from pyro_gumbel.diagnostics._sums import expectations, find_states, walk
 from pyro_gumbel.estimators import Call

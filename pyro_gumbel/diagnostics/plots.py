@@ -23,7 +23,7 @@ __all__ = ["plot_efficiency", "plot_gradients", "plot_training"]
 _MAX_ROWS = 40
 _SHOWN = {"elbo", "grad_norm", "seconds"}  # of a training run
 _PLOTTED = ("bias", "bias_mcse", "variance", "variance_mcse", "seconds", "seconds_mcse")
-_MEANS = 20  # rows of averaged draws that a chain is cut into
+_MEANS = 20  # averages of draws in a chain
 
 
 def plot_gradients(
@@ -36,8 +36,8 @@ def plot_gradients(
 ) -> Any:
     """Draw the gradients of each coordinate over one another, an interval an estimator.
 
-    What is drawn are means of ``average`` draws: an interval's place then shows the bias, its
-    width the noise that is left after so many draws. The reference is a point.
+    The intervals are those of means of ``average`` draws: the position shows the bias, the width
+    the noise that remains after so many draws. The reference is a point.
 
     Args:
         draws: What :func:`gradient_draws` returns.
@@ -52,8 +52,8 @@ def plot_gradients(
 
     Raises:
         TypeError: If an argument is of another kind.
-        ValueError: If draws do not fit together, there are more than 40 rows, or ``average`` is no
-            positive number within a chain's length.
+        ValueError: If draws do not fit together, there are more than 40 rows, or ``average`` is
+            not between 1 and a chain's length.
 
     Example:
         >>> noise = np.random.default_rng(0).normal(size=(4, 500, 2))
@@ -133,8 +133,8 @@ def plot_training(
         The matplotlib figure.
 
     Raises:
-        TypeError: If ``smooth`` is no integer.
-        ValueError: If there is no history, or ``smooth`` is not between one and the steps.
+        TypeError: If ``smooth`` is not an integer.
+        ValueError: If histories are missing, or ``smooth`` is not between one and the steps.
 
     Example:
         >>> from pyro_gumbel.diagnostics import train

@@ -15,10 +15,15 @@ from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
 from pyro_gumbel._validate import check_programs, integer, positive
-from pyro_gumbel.diagnostics._parameters import Params, find_parameters
 from pyro_gumbel.diagnostics._replica import EvaluationCounter
 from pyro_gumbel.diagnostics._search import FAILURES, Budget, Search, Trial
-from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
+from pyro_gumbel.diagnostics._state import (
+    Params,
+    find_parameters,
+    preserved,
+    seed_everything,
+    seeds,
+)
 from pyro_gumbel.diagnostics.exact import sum_states
 from pyro_gumbel.distributions.families import unwrap
 from pyro_gumbel.estimators import (

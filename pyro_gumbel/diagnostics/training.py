@@ -1,4 +1,4 @@
-"""Training runs side by side: several estimators from the same start."""
+"""Histories of training by several estimators from the same start."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ from pyro_gumbel._validate import (
     integer,
     is_integer,
 )
-from pyro_gumbel.diagnostics._parameters import find_parameters
 from pyro_gumbel.diagnostics._replica import Replica
-from pyro_gumbel.diagnostics._state import preserved, seed_everything
+from pyro_gumbel.diagnostics._state import find_parameters, preserved, seed_everything
 from pyro_gumbel.estimators import Call
 
 __all__ = ["train"]
@@ -72,9 +71,9 @@ def train(
         ``Estimator_ELBO``), ``grad_norm`` and ``seconds`` of the step.
 
     Raises:
-        TypeError: If ``optim`` is no optimiser, ``batches`` gives no tuple, or another argument
-            is of another kind.
-        ValueError: If there is no estimator, step or seed.
+        TypeError: If ``optim`` is not an optimiser, ``batches`` does not return a tuple, or an
+            argument is of another kind.
+        ValueError: If estimators, steps or seeds are missing.
 
     Example:
         >>> def model():

@@ -84,7 +84,7 @@ def test_gradients_that_are_not_finite_do_not_pass(problem, value: float) -> Non
             function()
 
 
-def test_rounding_at_an_optimum_is_no_bias() -> None:
+def test_rounding_at_an_optimum_passes() -> None:
     """There the gradient is the small difference of large numbers."""
     x = 50 + 2 * torch.randn(500, generator=torch.Generator().manual_seed(0))
     weights, locs = torch.tensor([0.2, 0.5, 0.3]), torch.tensor([48.0, 50.0, 52.0])
@@ -162,7 +162,7 @@ def test_coarse_check_warns(problem) -> None:
         check_unbiased(problem.model, problem.guide, estimator=Planted(), num_draws=20)
 
 
-def test_rare_events_are_no_bias() -> None:
+def test_missed_rare_events_pass() -> None:
     """Draws that all miss a rare event have no variance there; that is no infinite z."""
 
     def model() -> None:
@@ -181,7 +181,7 @@ def test_rare_events_are_no_bias() -> None:
     assert found.z < 5
 
 
-def test_what_may_be_a_missed_event_is_called_so() -> None:
+def test_error_mentions_missed_events() -> None:
     def model() -> None:
         pyro.sample("z", dist.Bernoulli(0.3))
 
@@ -194,7 +194,7 @@ def test_what_may_be_a_missed_event_is_called_so() -> None:
         check_unbiased(model, guide, estimator=Score(None), num_draws=240)
 
 
-def test_one_draw_has_no_variance(problem) -> None:
+def test_one_draw_is_refused(problem) -> None:
     with pytest.raises(ValueError, match="num_draws must be an integer of at least 2; got 1"):
         check_unbiased(problem.model, problem.guide, estimator="score", num_draws=1)
 

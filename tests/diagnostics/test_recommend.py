@@ -79,7 +79,7 @@ def test_candidates_of_the_caller() -> None:
     assert "Enumerate()" in str(found)
 
 
-def test_visible_bias_is_said() -> None:
+def test_visible_bias_is_reported() -> None:
     found = quick(
         black_box,
         candidates={"straight": StraightThrough()},
@@ -91,7 +91,7 @@ def test_visible_bias_is_said() -> None:
     assert "needs the cost's gradient" in found.table.loc["straight", "warning"]
 
 
-def test_what_misses_the_cost_is_not_called_as_good() -> None:
+def test_estimators_that_miss_the_cost_rank_last() -> None:
     found = quick(
         black_box,
         candidates={"score": Score(LeaveOneOut()), "straight": StraightThrough()},
@@ -171,7 +171,7 @@ def test_a_pause_of_the_machine_rules_nothing_out(clock: Clock, number: int) -> 
     assert found.table.draws.notna().all()
 
 
-def test_other_warnings_are_noted_but_cost_no_rank() -> None:
+def test_other_warnings_do_not_change_the_rank() -> None:
     """One that speaks up once, as torch often does, has nothing to do with who ran first."""
     model, guide, args = small()
     said: list[str] = []
@@ -191,7 +191,7 @@ def test_other_warnings_are_noted_but_cost_no_rank() -> None:
     assert found.table.loc["exact", "warning"] == "beta"
 
 
-def test_infinite_gradients_are_no_candidates() -> None:
+def test_candidates_with_infinite_gradients_fail() -> None:
     """One bad draw is enough: it shows no error, and no step can be taken with it."""
 
     def model() -> None:
@@ -242,7 +242,7 @@ def test_what_failed_is_printed_with_its_reason() -> None:
     assert "score:" not in str(found)
 
 
-def test_a_bias_may_be_events_that_no_draw_met() -> None:
+def test_message_mentions_missed_events() -> None:
     def model() -> None:
         z = pyro.sample("z", dist.Bernoulli(0.5))
         pyro.factor("f", 500 * z)
@@ -316,7 +316,7 @@ def test_budget_of_evaluations_is_kept(max_states: int) -> None:
     assert 500 < spent < 2000
 
 
-def test_the_clock_plays_no_part_in_a_budget_of_evaluations(
+def test_budget_of_evaluations_ignores_the_clock(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     candidates = {"score": Score(), "straight": StraightThrough(), "disarm": DisARM()}

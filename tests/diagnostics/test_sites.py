@@ -71,7 +71,7 @@ def test_effects_are_exact_on_average() -> None:
     np.testing.assert_allclose(shares, table.variance / total)
 
 
-def test_quiet_site_has_no_share() -> None:
+def test_site_without_noise_has_share_zero() -> None:
     def guide() -> None:
         pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.3))))
         pyro.sample("y", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0))
