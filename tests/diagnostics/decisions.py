@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import nn
 from toys import bits, chain
+
+from pyro_gumbel.diagnostics import Recommendation, recommend
 
 
 def small():
@@ -74,3 +78,11 @@ def bits_program():
     problem = bits()
     problem.reset(torch.float32)
     return problem.model, problem.guide, ()
+
+
+def quick(make=small, **options: Any) -> Recommendation:
+    """Recommend within a small budget."""
+    model, guide, args = make()
+    return recommend(
+        model, guide, *args, **({"budget_evaluations": 800, "progress": False} | options)
+    )

@@ -7,9 +7,12 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+import xarray as xr
 from problems import Problem, bit_values, one_hot_values
 from pyro import poutine
 from torch import Tensor
+
+from pyro_gumbel.diagnostics import exact_gradient, gradient_draws
 
 
 def like(values: Any, other: Tensor) -> Tensor:
@@ -129,3 +132,24 @@ PROBLEMS = {
     "nested_plates": nested_plates,
     "looped": looped,
 }
+
+
+def drawn(**options: Any) -> tuple[dict[str, xr.Dataset], xr.Dataset]:
+    """Labelled draws of two estimators, and the exact gradient."""
+    problem = chain()
+    problem.reset(torch.float32)
+    named = {"dims": {"b_logits": ["row", "category"]}, "coords": {"category": ["x", "y", "z"]}}
+    named |= {key: options.pop(key) for key in ("dims", "coords") if key in options}
+    draws = gradient_draws(
+        problem.model,
+        problem.guide,
+        estimators={"score": "score", "reinmax": "reinmax"},
+        **({"num_draws": 20, "progress": False} | named | options),
+    )
+    return draws, exact_gradient(problem.model, problem.guide, **named)
+
+
+def draw(problem: Problem, estimators: dict[str, Any], **options: Any) -> dict[str, xr.Dataset]:
+    """Draw a few gradients."""
+    options = {"num_draws": 5, "num_chains": 2, "progress": False, "site_draws": 0} | options
+    return gradient_draws(problem.model, problem.guide, estimators=estimators, **options)
