@@ -133,8 +133,10 @@ class CapturedStep:
         """Compute a step by the recording; the second result is that of :class:`Recording`."""
         assert self.recording is not None
         self._make_graph(inputs)
-        outcome, broken = (self.graph or self.recording)(inputs)
-        return Outcome(*outcome), broken
+        (loss, gradients, states), broken = (self.graph or self.recording)(inputs)
+        if self.graph is not None:  # it overwrites its results, and states are kept
+            states = [state.clone() for state in states]
+        return Outcome(loss, gradients, states), broken
 
     def eager(self, call: Call, tensors: Sequence[Tensor]) -> Outcome:
         """Compute what an eager step would from here on, changing nothing.

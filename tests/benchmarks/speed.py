@@ -43,6 +43,9 @@ def steps(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]
         "ours, SVI, checks": lambda: ours(x, validate=True, optimizer="pyro"),
         "ours, SVI fused, checks": lambda: ours(x, validate=True, optimizer="pyro fused"),
         "ours, captured": lambda: ours(x, validate=False, optimizer="pyro", captured=True),
+        "ours, captured, fused Adam": lambda: ours(
+            x, validate=False, optimizer="pyro fused", captured=True
+        ),
         "Pyro, SVI": lambda: pyro_trace_elbo(x, validate=False),
         "ours, captured, checks": lambda: ours(x, validate=True, optimizer="pyro", captured=True),
         theirs: lambda: pyro_trace_elbo(x, validate=True),
@@ -64,6 +67,8 @@ def steps(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]
         (hand, theirs, None),
         ("Pyro, SVI", hand, None),
         ("ours, captured", hand, 0.4 if on_gpu else 0.95),
+        ("ours, captured, fused Adam", hand, 0.9),
+        ("ours, captured, fused Adam", "by hand, fused Adam", None),
         ("ours, captured", "Pyro, SVI", 0.15 if on_gpu else None),
     ]
     if args.compile:

@@ -334,6 +334,28 @@ def test_compiled_recording():
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("capturable", [False, True])
+def test_graphs_on_the_gpu(capturable):
+    runs = []
+    for svi_class in (SVI, CapturedSVI):
+        pyro.clear_param_store()
+        with torch.device("cuda"):
+            model, guide, parameters = one_hot_programs()
+        optim = pyro.optim.Adam({"lr": 0.01, "capturable": capturable})
+        elbo = Estimator_ELBO(max_plate_nesting=1)
+        svi = svi_class(model, config_gradient(guide, ReinMax()), optim, elbo)
+        pyro.set_rng_seed(11)
+        losses = [svi.step(batch) for batch in batches(40).cuda()]
+        with pytest.raises(ValueError, match="'x'"):
+            svi.step(2 + batches(1)[0].cuda())
+        runs.append((torch.tensor(losses), [p.detach().clone() for p in parameters]))
+    (step,) = steps_of(svi)
+    assert step.graph is not None
+    assert (step.update is not None) == capturable
+    assert_same(*runs, rtol=1e-6)
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS)
 def test_on_the_gpu(make):
     runs = []

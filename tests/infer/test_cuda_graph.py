@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pyro
 import pytest
@@ -12,7 +13,13 @@ from pyro.infer import SVI
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_gumbel.estimators import Exponential, GumbelStraightThrough, ReinMax
+from pyro_gumbel.estimators import (
+    Exponential,
+    GumbelStraightThrough,
+    MovingAverage,
+    ReinMax,
+    Score,
+)
 from pyro_gumbel.infer import CapturedSVI, Estimator_ELBO, _cuda_graph, config_gradient
 from pyro_gumbel.infer._cuda_graph import GraphedFunction, NotGraphable
 from pyro_gumbel.infer._recording import record
@@ -222,6 +229,15 @@ def test_training_by_graphs_is_training(make, make_optim, watched):
     assert (step.update is not None) == (make_optim is not ordinary)
     expected = list(train(SVI, make(), make_optim, [])[1:])
     torch.testing.assert_close(outcome, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_states_of_estimators_are_not_overwritten(watched):
+    estimator = Score(MovingAverage(0.8))
+    svi, *_ = train(CapturedSVI, estimator, ordinary, watched)
+    kept = estimator.baseline.state_dict()
+    values = copy.deepcopy(kept)
+    svi.step(batches(1)[0])
+    torch.testing.assert_close(kept, values, rtol=0, atol=0)
 
 
 def test_what_cannot_be_a_graph_is_replayed_with_a_warning(watched, monkeypatch):
