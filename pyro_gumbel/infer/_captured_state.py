@@ -1,4 +1,4 @@
-"""What a recorded step reads beside its arguments."""
+"""State that a recorded step reads besides its arguments."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class EstimatorStates:
         self._places = [place for place, leaf in self._leaves().items() if leaf is Tensor]
 
     def inputs(self) -> list[Tensor]:
-        """The current values of the schedules, then the tensors."""
+        """Return the current values of the schedules, then the tensors."""
         options: Any = {"dtype": torch.float64, "device": self._device}
         return [torch.full((), s.value, **options) for s in self._schedules] + self.tensors()
 
@@ -54,7 +54,7 @@ class EstimatorStates:
         return [reduce(getitem, place, states) for place in self._places]
 
     def are_current(self) -> bool:
-        """Whether all places still exist."""
+        """Return whether all places still exist."""
         try:
             self.tensors()
         except (KeyError, IndexError):
@@ -127,7 +127,8 @@ class Surroundings:
     def __init__(self, params: Mapping[str, Tensor], modules: Iterable[nn.Module]) -> None:
         stored = dict(pyro.get_param_store().named_parameters())
         self._stored = {n: p for n, p in params.items() if stored.get(n) is p}
-        modules = [m for m in modules if not isinstance(m, Schedule)]  # those are inputs
+        # Schedules are inputs.
+        modules = [m for m in dict.fromkeys(modules) if not isinstance(m, Schedule)]
         self._registered: list[tuple[Any, str, Any]] = [
             (entries, name, tensor)
             for module in modules
@@ -147,7 +148,7 @@ class Surroundings:
         self._trained = [(tensor, tensor.requires_grad) for tensor in tensors]
 
     def are_current(self) -> bool:
-        """Whether everything is as it was found."""
+        """Return whether everything is as it was found."""
         stored = dict(pyro.get_param_store().named_parameters())
         return (
             all(stored.get(name) is param for name, param in self._stored.items())
@@ -195,7 +196,7 @@ class ModulesAtWork(TorchFunctionMode):
         self._frames.clear()
 
     def modules(self) -> list[nn.Module]:
-        """The modules and their parts."""
+        """Return the modules and their parts."""
         return [part for module in self._found for part in module.modules()]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

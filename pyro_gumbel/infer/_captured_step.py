@@ -38,7 +38,7 @@ class OtherParameters(Exception):
 
 
 class Outcome(NamedTuple):
-    """What a step computes, before it changes parameters or estimators.
+    """The results of a step, before it changes parameters or estimators.
 
     Attributes:
         loss: The detached loss.
@@ -96,7 +96,7 @@ class CapturedStep:
         self._is_graphable = self.device.type == "cuda"
 
     def is_current(self) -> bool:
-        """Whether parameters, modules and estimators are those that were recorded."""
+        """Return whether parameters, modules and estimators are those that were recorded."""
         return self._surroundings.are_current() and self.states.are_current()
 
     def record(self, call: Call, tensors: Sequence[Tensor]) -> Outcome:
@@ -225,7 +225,7 @@ class CapturedStep:
             )
 
     def explain_difference(self, found: Outcome, expected: Outcome) -> str | None:
-        """Say which part of an outcome differs most from what is expected, beyond rounding."""
+        """Describe the part that differs most from what is expected, if beyond rounding."""
         names = ["the loss", *(f"the gradient of {self._names[leaf]!r}" for leaf in self.leaves)]
         beside = len(found.gradients) - len(self.leaves)
         names += ["the gradient of a tensor that is not a parameter"] * beside
@@ -269,7 +269,7 @@ def leaves_of(surrogate: Tensor) -> list[Tensor]:
 
 
 def _apart(tensor: Tensor) -> Tensor:
-    """The same memory as another object, not taken for one that is held or given twice.
+    """Return the same memory as another object, which cannot be taken for a held tensor.
 
     Gradients end here.
     """
@@ -277,7 +277,7 @@ def _apart(tensor: Tensor) -> Tensor:
 
 
 def _norms(found: Tensor | None, expected: Tensor | None) -> Tensor:
-    """The norm of the difference of two tensors, where ``None`` is zero, and of the second."""
+    """Return the norms of a difference and of its second term; ``None`` is zero."""
     present = found if found is not None else expected
     present = torch.zeros(()) if present is None else present.detach().double()
     a, b = (

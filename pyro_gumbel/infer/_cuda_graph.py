@@ -57,7 +57,7 @@ class GraphedFunction:
                 self._returned = function(self._inputs)
 
     def is_current(self) -> bool:
-        """Whether the tensors on other devices that the function reads are as they were."""
+        """Return whether the tensors on other devices that the function reads are as they were."""
         return self._versions == [tensor._version for tensor in self._frozen]
 
     @torch.no_grad()

@@ -107,7 +107,7 @@ def record(
 
 
 def is_library(frame: Any) -> bool:
-    """Whether a frame runs code of torch, Pyro, this package or Python's own."""
+    """Return whether a frame runs code of torch, Pyro, this package or Python's own."""
     package = str(frame.f_globals.get("__name__")).partition(".")[0]
     return package in _LIBRARIES or package in sys.stdlib_module_names
 
@@ -183,7 +183,7 @@ class _Recorder(Undo):
             _refuse("sets the state of torch's generator", "Let it go on.")
 
     def writes_to(self, tensor: Tensor) -> bool:
-        """Whether an operation writes to the memory of a tensor."""
+        """Return whether an operation writes to the memory of a tensor."""
         return not self._written.isdisjoint(memory_of([tensor]))
 
     def __exit__(self, *error: Any) -> None:

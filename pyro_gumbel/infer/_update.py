@@ -49,7 +49,7 @@ class Updater:
         self.lay_down(parameters)
 
     def is_resting(self, parameter: Tensor) -> bool:
-        """Whether ``.grad`` is as it was left."""
+        """Return whether ``.grad`` is as it was left."""
         zeros, version = self._zeros.get(parameter, (None, 0))
         gradient = parameter.grad
         return gradient is None or (gradient is zeros and gradient._version == version)
@@ -92,13 +92,13 @@ class GraphedUpdate:
 
     @staticmethod
     def fits(updater: Updater, optim: PyroOptim, parameters: Sequence[Tensor]) -> bool:
-        """Whether the user has made the optimiser for CUDA graphs, and no gradient is added."""
+        """Return whether the optimiser is made for CUDA graphs, and no gradient is added."""
         groups = [group for o in _optimizers(optim) for group in o.param_groups]
         resting = all(map(updater.is_resting, parameters))
         return resting and all(group.get("capturable") for group in groups)
 
     def is_current(self, optim: PyroOptim, gradients: Sequence[Tensor | None]) -> bool:
-        """Whether the optimiser has the numbers and tensors that the graph goes on with."""
+        """Return whether the optimiser has the numbers and tensors that the graph goes on with."""
         same = optim is self._optim and gradients is self._gradients
         return same and _settings(optim) == self._settings
 

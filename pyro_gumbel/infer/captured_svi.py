@@ -57,10 +57,10 @@ class CapturedSVI(SVI):
     * **Inputs**, read anew at every step: tensors among the arguments; parameters; parameters and
       buffers of modules; schedules, baselines and other states of estimators.
     * **Frozen**: every other value that Python computes or reads while the step is recorded, such
-      as a number in a global, a closure or an attribute, and the branches taken. Another shape,
-      another argument that is not a tensor, another mode (``train`` or ``eval``) of a module,
-      another option of the loss, other handlers around the step, or another plain attribute of a
-      module or an estimator is another recording.
+      as a number in a global, a closure or a plain object, and the branches taken.
+    * **Part of the key**, so that another value is another recording: shapes and other arguments
+      than tensors; modes (``train`` or ``eval``) and plain attributes of modules and estimators;
+      the loss's options; handlers around the step; autocast and validation.
     * **Refused** when recorded, with the line of the program: reading a tensor's value into
       Python, shapes that depend on values, draws from Python's, NumPy's or other generators, new
       tensors in place of buffers, sparse gradients.
@@ -338,7 +338,7 @@ def _check_optimizer(optim: PyroOptim) -> None:
 
 
 def _refusal(error: Exception) -> RuntimeError:
-    """Say why a step cannot be recorded, and where in the user's program."""
+    """Explain why a step cannot be recorded, and where in the user's program."""
     reason = re.split(r"\s+Trace Shapes:", str(error))[0]  # Pyro adds them to any error
     if not isinstance(error, NotRecordable):
         reason = f"{type(error).__name__}: {reason.partition(chr(10))[0].rstrip('.')}."
