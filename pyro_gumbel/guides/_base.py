@@ -1,4 +1,4 @@
-"""What guides that write themselves share: setup, plates, estimators, medians and quantiles."""
+"""Base class of the automatic guides: set-up, plates, estimators, medians and quantiles."""
 
 from __future__ import annotations
 
@@ -27,24 +27,23 @@ __all__ = ["ParameterHead", "StructuredGuide"]
 
 
 class StructuredGuide(AutoGuide):
-    """A guide with one head a latent site, set up from a first run of the model.
+    """A guide with one head per latent site, made in a first run of the model.
 
-    As with Pyro's autoguides, parameters that the parameter store has under the guide's names are
-    taken over; ``pyro.clear_param_store()`` starts afresh.
+    As with Pyro's autoguides, parameters in the parameter store under the guide's names replace
+    the initial ones; ``pyro.clear_param_store()`` removes them.
 
     Args:
         model: The model.
-        gradient: Config of ``config_gradient``, or ``"auto"`` for whatever ``Estimator_ELBO``
-            takes by default.
-        create_plates: As for Pyro's autoguides; left out, the model itself is asked.
-        init_loc_fn: Where continuous global latents start from.
-        init_scale: Their standard deviation at the start, relative to the prior's where the guide
-            is of the prior's family, else in unconstrained space.
+        gradient: As for ``config_gradient``; ``"auto"`` is the default of ``Estimator_ELBO``.
+        create_plates: As for Pyro's autoguides. By default the guide reads the model's plates.
+        init_loc_fn: Initialisation strategy of continuous global latents.
+        init_scale: Initial standard deviation of continuous global latents. It is relative to the
+            prior's if the guide has the prior's family, else in unconstrained space.
     """
 
-    _stored: tuple[str, ...] = ("heads",)  # modules whose parameters are named after this guide
-    _is_copy = False  # a copy keeps its values, whatever becomes of those in the store
-    _has_all_elements = False  # those that the model leaves out of a subsample, too
+    _stored: tuple[str, ...] = ("heads",)  # modules that the store names after this guide
+    _is_copy = False  # a copy keeps its values and ignores those in the store
+    _has_all_elements = False  # whether there are parameters for elements outside a subsample
     _asked_whole = False
 
     def __init__(
@@ -67,7 +66,7 @@ class StructuredGuide(AutoGuide):
         self.init_loc_fn = init_loc_fn
         self.init_scale = init_scale
         self._messenger = GradientMessenger(gradient)
-        # So that state_dict has the state of schedules and baselines.
+        # Registered, so that state_dict has the state of schedules and baselines.
         self.estimators = nn.ModuleList(self._messenger.estimators())
         self.heads = nn.ModuleDict()
         self.latents: dict[str, Latent] = {}
@@ -75,28 +74,27 @@ class StructuredGuide(AutoGuide):
 
     @property
     def gradient_messenger(self) -> GradientMessenger:
-        """Where ``Estimator_ELBO`` finds estimators with parameters of their own."""
+        """The messenger in which ``Estimator_ELBO`` finds estimators with parameters."""
         return self._messenger
 
     @property
     def model(self) -> Callable[..., Any]:
-        """The model; to be assigned again after unpickling, which drops it."""
+        """The model. Pickling drops it, so assign it again after unpickling."""
         if self._model is None:
             raise ValueError(
-                f"This {type(self).__name__} was unpickled, which drops its model: write "
+                f"This {type(self).__name__} was unpickled, and pickling drops its model; write "
                 "guide.model = model."
             )
         return self._model[0]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "model":  # a tuple hides it: its parameters are not the guide's
+        if name == "model":  # in a tuple, so that its parameters are not registered
             name, value = "_model", (value,)
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         for parameter in self.parameters():
-            # Pyro leaves a weak reference there, which cannot be pickled; it puts another when
-            # the parameter is next used.
+            # Pyro's weak reference cannot be pickled. Pyro makes a new one at the next use.
             parameter.__dict__.pop("unconstrained", None)
         return {**self.__dict__, "_model": None, "master": None, "_is_copy": True}
 
@@ -108,9 +106,9 @@ class StructuredGuide(AutoGuide):
         return copy
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
-        """Look at the model and make the heads; the first call of the guide does so by itself.
+        """Run the model once and make the heads, as the first call of the guide does.
 
-        A new guide needs it before ``load_state_dict``, or before its parameters are listed.
+        Call this before ``load_state_dict``, and before listing the parameters, of a new guide.
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
@@ -141,25 +139,25 @@ class StructuredGuide(AutoGuide):
             self.heads[self._keys[latent.name]] = self._make_head(latent, inputs)
 
     def _choose_sites(self, trace: Trace) -> dict[str, Any]:
-        """Choose the latent sites to guide."""
+        """Return the latent sites of this guide."""
         return latent_sites(trace)
 
     def _read(self, site: Any) -> Latent:
         return read_latent(site, self.init_scale)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute, once a call, what the heads read."""
+        """Compute the inputs of the heads, once per call."""
         return None
 
     def _check_inputs(self, inputs: Any, params: Trace) -> None:
-        """Look at what ``_inputs`` returned in the first run, and at the parameters it used."""
+        """Check the inputs of the first run and the parameters that made them."""
 
     def _make_head(self, latent: Latent, inputs: Any) -> nn.Module:
-        """Make the module that holds or computes the numbers of a site's guide."""
+        """Make the module of the unconstrained parameters of a site's guide."""
         return ParameterHead(latent)
 
     def _key(self, name: str) -> str:
-        """Name the site's module: a ModuleDict allows no dots and no names of its methods."""
+        """Return a key for ``heads``; a ModuleDict forbids dots and names of its methods."""
         key = name.replace(".", "_")
         while key in self.heads or hasattr(self.heads, key):
             key += "_"
@@ -172,9 +170,9 @@ class StructuredGuide(AutoGuide):
         for name in self.gradient:
             if name in observed:
                 raise ValueError(
-                    f"{type(self).__name__}: gradient names site {name!r}, which is observed in "
-                    "the model: only latent sites have a gradient estimator. The guide's sites "
-                    f"are {list(chosen)}."
+                    f"{type(self).__name__}: gradient has an estimator for site {name!r}, which "
+                    "is observed in the model; only latent sites have estimators. The guide's "
+                    f"sites are {list(chosen)}."
                 )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -182,9 +180,8 @@ class StructuredGuide(AutoGuide):
             key.startswith(f"{prefix}heads.") for key in state_dict
         ):
             raise RuntimeError(
-                f"This {type(self).__name__} has not seen its model yet, so that it has no heads "
-                "to load: write guide.setup(*args) with the model's arguments before "
-                "guide.load_state_dict(...)."
+                f"This {type(self).__name__} is not set up, so it has no heads to load. Call "
+                "guide.setup(*args) with the model's arguments before guide.load_state_dict(...)."
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -208,7 +205,7 @@ class StructuredGuide(AutoGuide):
         """
         self.setup(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
-        # "auto" leaves the choice to the ELBO, whose default may be something else.
+        # With "auto" the ELBO's default applies, so no estimators are attached.
         with nullcontext() if self.gradient == "auto" else self._messenger:
             inputs = self._inputs(args, kwargs)
             values: dict[str, Tensor] = {}
@@ -224,9 +221,9 @@ class StructuredGuide(AutoGuide):
         return self.heads[self._keys[latent.name]]
 
     def _numbers(self, latent: Latent, inputs: Any, values: dict[str, Tensor]) -> Tensor:
-        """Find the numbers of a site's guide, given the values of the sites before it.
+        """Return a site's unconstrained parameters, given the values of the sites before it.
 
-        Here they are a parameter, of which the plates' present elements are read.
+        Here they are the subsampled elements of an ``nn.Parameter``.
         """
         raw = self._head(latent).raw
         for dim, name in latent.plates.items():
@@ -234,15 +231,15 @@ class StructuredGuide(AutoGuide):
             if size != self.plates[name].size:
                 raise ValueError(
                     f"The plate {name!r} had {size} elements when the guide was set up and has "
-                    f"{self.plates[name].size} now; site {latent.name!r} has parameters for each "
-                    "element. Give the model the same data each time and subsample inside it, "
-                    "pyro.plate(name, size, subsample_size=...), or use AutoAmortized."
+                    f"{self.plates[name].size} now, but site {latent.name!r} has parameters for "
+                    "each element. Call the model with the same data each time and subsample "
+                    "inside it, pyro.plate(name, size, subsample_size=...), or use AutoAmortized."
                 )
         return cast(Tensor, pyro.subsample(raw, event_dim=latent.event_dim))
 
     @contextmanager
     def _whole_plates(self) -> Iterator[None]:
-        """Let a call give all elements of the plates that the model subsamples, if it can."""
+        """Make a call return all elements of subsampled plates, if they have parameters."""
         self._asked_whole = self._has_all_elements
         try:
             yield
@@ -251,9 +248,9 @@ class StructuredGuide(AutoGuide):
 
     @torch.no_grad()
     def posterior(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the guide's distribution of each site, for the same arguments as the model.
+        """Return the guide's distribution of each site, for the arguments of the model.
 
-        Where a site's guide depends on other sites' values, these are drawn.
+        If a site's distribution depends on other sites, their values are drawn.
         """
         with poutine.block(), self._whole_plates():
             trace = poutine.trace(self).get_trace(*args, **kwargs)
@@ -261,20 +258,20 @@ class StructuredGuide(AutoGuide):
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return a central value of each site: the mode where it is discrete, else the median.
+        """Return the mode of each discrete site and the median of each continuous one.
 
-        The mean stands for the median of families that have none in closed form (Beta, Gamma,
-        Dirichlet). Where a site's guide depends on other sites, it is given their central values.
+        Families without a closed-form median (Beta, Gamma, Dirichlet) return the mean. If a site's
+        distribution depends on other sites, it is conditioned on their central values.
         """
         with poutine.block(), PointEstimateMessenger(), self._whole_plates():
             return self(*args, **kwargs)
 
     @torch.no_grad()
     def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return quantiles of each site whose values are ordered, ``(len(quantiles),) + shape``.
+        """Return quantiles of each site with ordered values, ``(len(quantiles),) + shape``.
 
-        One-hot vectors have no order and are left out, and so are sites of vectors with a joint
-        constraint (Dirichlet); Beta and Gamma are asked by 1,000 draws.
+        The result omits sites of vectors without an order (one-hot, Dirichlet). Quantiles of Beta
+        and Gamma are estimated by 1,000 draws.
         """
         with poutine.block(), PointEstimateMessenger(), self._whole_plates():
             trace = poutine.trace(self).get_trace(*args, **kwargs)
@@ -284,7 +281,7 @@ class StructuredGuide(AutoGuide):
 
 
 class ParameterHead(nn.Module):
-    """The numbers of a site's guide as a parameter of their own."""
+    """The unconstrained parameters of a site's guide, as an ``nn.Parameter``."""
 
     def __init__(self, latent: Latent) -> None:
         super().__init__()
@@ -292,7 +289,7 @@ class ParameterHead(nn.Module):
         shape = list(start.shape)
         for dim, size in latent.sizes.items():
             shape[dim - latent.event_dim] = size
-        if list(start.shape) != shape:  # the first run saw a part of the plates only
+        if list(start.shape) != shape:  # the first run had a subsample of the plates
             dims = [dim - latent.event_dim for dim in latent.sizes]
             start = start.mean(dims, keepdim=True).expand(shape)
         self.raw = nn.Parameter(start.clone())

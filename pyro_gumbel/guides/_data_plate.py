@@ -1,4 +1,4 @@
-"""Which plate of a model is the one over its data."""
+"""Find the data plate of a model."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["find_data_plate"]
 
 
 def find_data_plate(trace: Trace, plate: str | None) -> str:
-    """Find the plate that an encoder's rows belong to.
+    """Return the name of the plate of the encoder's rows.
 
-    It is the one vectorised plate with observed sites and latent ones; of several, the one that
-    holds all that the others hold.
+    This is the vectorised plate with observed and latent sites. If there are several, it is the
+    plate that contains all sites of the others.
 
     Args:
         trace: One run of the model.
-        plate: Its name, where the user said so.
+        plate: The name that the user gave, if any.
 
     Raises:
-        ValueError: If there is no such plate, more than one, or the named one will not do.
+        ValueError: If the model has no such plate or several, or the given name is wrong.
     """
     latent = latent_sites(trace)
     observed = observed_sites(trace)
@@ -35,19 +35,19 @@ def find_data_plate(trace: Trace, plate: str | None) -> str:
         candidates = [name for name, sites in members.items() if sites & set(observed)]
     if not candidates:
         raise ValueError(
-            "AutoAmortized: the model has no plate over its data; its plates are "
+            "AutoAmortized: the model has no plate over its data. Its plates are "
             f"{list(members)}, its observed sites {observed}. Write "
             "`with pyro.plate('data', len(x)):` around the latents and the observations of a "
-            "datum, or name the plate, AutoAmortized(..., plate='data')."
+            "datum, or give the plate's name, AutoAmortized(..., plate='data')."
         )
     with_latents = [name for name in candidates if members[name] & set(latent)]
     if not with_latents:
         inside = sorted(set.union(*(members[name] for name in candidates)) & set(observed))
         raise ValueError(
-            f"AutoAmortized: the plate {candidates[0]!r} holds no latent site; {inside} are "
-            f"observed in it, and the latent sites {list(latent)} are outside. Drop obs=... where "
-            "a site was meant to be latent, or use AutoDiscrete or AutoNormal for latents without "
-            "a plate."
+            f"AutoAmortized: the plate {candidates[0]!r} has no latent site. Its sites {inside} "
+            f"are observed, and the latent sites {list(latent)} are outside. Remove obs=... from "
+            "sites that should be latent, or use AutoDiscrete or AutoNormal for latents outside "
+            "the plate."
         )
     widest = [
         name
@@ -56,8 +56,9 @@ def find_data_plate(trace: Trace, plate: str | None) -> str:
     ]
     if not widest:
         raise ValueError(
-            f"AutoAmortized: each of the plates {with_latents} holds latents and data; say which "
-            f"one the encoder's rows belong to, AutoAmortized(..., plate={with_latents[0]!r})."
+            f"AutoAmortized: each of the plates {with_latents} has latent and observed sites. "
+            "Choose the plate of the encoder's rows, AutoAmortized(..., "
+            f"plate={with_latents[0]!r})."
         )
     return widest[0]
 
@@ -83,10 +84,10 @@ def _check_named(plate: str, members: dict[str, Any], trace: Trace) -> None:
     }
     if plate in sequential:
         raise ValueError(
-            f"AutoAmortized: the plate {plate!r} is a loop, and an encoder serves all rows at "
-            f"once: write `with pyro.plate({plate!r}, ...)` in place of `for i in ...`."
+            f"AutoAmortized: the plate {plate!r} is sequential, and an encoder needs a vectorised "
+            f"one. Write `with pyro.plate({plate!r}, ...)` in place of `for i in ...`."
         )
     raise ValueError(
-        f"AutoAmortized: plate={plate!r} names no plate of the model; its plates are "
+        f"AutoAmortized: the model has no plate {plate!r} around a site; its plates are "
         f"{list(members)}."
     )

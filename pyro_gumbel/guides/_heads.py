@@ -1,4 +1,4 @@
-"""From unconstrained numbers to a distribution that fits a latent site."""
+"""Heads: maps from unconstrained numbers to the distribution of a latent site's guide."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from pyro_gumbel.distributions.families import has_law_of, has_logits, is_bit, s
 
 __all__ = ["Head", "find_head"]
 
-# Families whose posterior is sought in the family itself, with their free parameters. So is that
-# of a descendant with a law of its own: its values are the same.
+# Families whose guide has the family of the prior, and their free parameters. Subclasses with
+# another distribution have the same values, so their guide has the parent's family.
 _PARAMETERS: dict[type, tuple[str, ...]] = {
     dist.Categorical: ("logits",),
     dist.Normal: ("loc", "scale"),
@@ -32,15 +32,15 @@ _PARAMETERS: dict[type, tuple[str, ...]] = {
     dist.Geometric: ("logits",),
     dist.NegativeBinomial: ("total_count", "logits"),
 }
-_INFINITE_LOGIT = 20.0  # what a logit of infinity starts from: e^-20 is 2e-9
+_INFINITE_LOGIT = 20.0  # replaces an infinite logit at the start: e^-20 is 2e-9
 
 
 class Head(ABC):
-    """The family of a site's guide, as a map from unconstrained numbers.
+    """A map from unconstrained numbers to the distribution of a site's guide.
 
     Attributes:
-        size: How many unconstrained numbers a distribution takes.
-        num_features: How many numbers another head reads of a value.
+        size: Number of unconstrained parameters of a distribution.
+        num_features: Number of features of a value, which other heads may read.
     """
 
     size: int
@@ -48,29 +48,29 @@ class Head(ABC):
 
     @abstractmethod
     def build(self, raw: Tensor) -> Any:
-        """Make a distribution of batch shape ``raw.shape[:-1]`` from ``(..., size)`` numbers."""
+        """Return a distribution of batch shape ``raw.shape[:-1]`` from ``(..., size)``."""
 
     @abstractmethod
     def start(self, prior: Any, value: Tensor, shrink: float | None) -> Tensor:
-        """Find numbers to start from, ``prior.batch_shape + (size,)``.
+        """Return initial parameters, ``prior.batch_shape + (size,)``.
 
-        They give the prior; but where ``shrink`` is given and the family has a location, that is
-        put at ``value``, with ``shrink`` times the prior's scale.
+        The distribution starts at the prior. If ``shrink`` is given and the family has a location,
+        it starts at ``value`` with ``shrink`` times the prior's scale.
         """
 
     @abstractmethod
     def features(self, value: Tensor) -> Tensor:
-        """Turn a value into numbers ``batch_shape + (num_features,)`` for another head to read."""
+        """Return a value as features ``batch_shape + (num_features,)`` for other heads."""
 
 
 class FamilyHead(Head):
-    """A guide of the prior's own family, its parameters mapped by ``biject_to``.
+    """A guide of the prior's family, whose parameters ``biject_to`` constrains.
 
     Args:
         family: Class of the distribution.
         parameters: Names of its free parameters.
         prior: A distribution with these parameters, for their sizes.
-        **fixed: What else the family is given.
+        **fixed: Other arguments of the family.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class FamilyHead(Head):
 
 
 class TransportHead(Head):
-    """A diagonal normal distribution, moved onto a continuous support by ``biject_to``."""
+    """A diagonal normal distribution that ``biject_to`` transforms to a continuous support."""
 
     def __init__(self, transform: Transform, event_shape: torch.Size) -> None:
         self.transform = transform
@@ -147,10 +147,10 @@ class TransportHead(Head):
 
 
 def find_head(name: str, prior: Any) -> Head:
-    """Find the head of site ``name``, whose distribution is ``prior`` without ``to_event``.
+    """Return the head of site ``name``, whose distribution without ``to_event`` is ``prior``.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no head for the distribution.
     """
     support = prior.support
     if support is constraints.one_hot:
@@ -165,7 +165,7 @@ def find_head(name: str, prior: Any) -> Head:
             return FamilyHead(family, parameters, prior)
     if has_law_of(prior, dist.Delta):
         raise ValueError(
-            f"Site {name!r} is a Delta, which has one value and needs no guide: write "
+            f"Site {name!r} is a Delta, which has one value and needs no guide. Write "
             f"pyro.deterministic({name!r}, value) in the model."
         )
     try:
@@ -173,10 +173,10 @@ def find_head(name: str, prior: Any) -> Head:
         return TransportHead(biject_to(support), prior.event_shape)
     except NotImplementedError:
         raise ValueError(
-            f"Site {name!r} is a {type(prior).__name__}, for whose support, {prior.support}, "
-            "there is no head. Served are one-hot, Bernoulli, Categorical, Binomial, "
-            "NegativeBinomial, Poisson, Geometric and every continuous distribution that "
-            f"biject_to serves. Rewrite the site as one of these, or {_by_hand(name)}"
+            f"Site {name!r} is a {type(prior).__name__} with support {prior.support}, which has "
+            "no head. Supported are one-hot, Bernoulli, Categorical, Binomial, NegativeBinomial, "
+            "Poisson, Geometric and all continuous distributions that biject_to supports. "
+            f"Rewrite the site as one of these, or {_by_hand(name)}"
         ) from None
 
 
@@ -185,7 +185,7 @@ def _has_values_of(prior: Any, family: type) -> bool:
 
 
 def _number(prior: Any, name: str) -> Tensor:
-    """Read a parameter of a prior; the logits of finitely many values, off its own masses."""
+    """Return a parameter of a prior; logits of finitely many values are its log-masses."""
     if name != "logits" or not prior.has_enumerate_support or isinstance(prior, dist.Binomial):
         return getattr(prior, name)
     if is_bit(prior):
@@ -198,26 +198,26 @@ def _number(prior: Any, name: str) -> Tensor:
 
 def _by_hand(name: str) -> str:
     return (
-        "guide it by hand: AutoGuideList(model), with "
-        f"poutine.block(model, hide=[{name!r}]) for this guide and a function of yours for the "
-        "site."
+        "write its guide by hand: use AutoGuideList(model) with this guide of "
+        f"poutine.block(model, hide=[{name!r}]) and a function for the site."
     )
 
 
 def _one_number(name: str, prior: Any, argument: str) -> float:
-    """Read an argument that is the same for each element: batches differ in size."""
+    """Return an argument that all elements share, since batches differ in size."""
     numbers = getattr(prior, argument)
     first = numbers.flatten()[0]
     if (numbers != first).any():
         raise ValueError(
             f"Site {name!r} is a {type(prior).__name__} whose {argument} differs between "
-            f"elements, so that one head cannot serve them all: {_by_hand(name)}"
+            "elements, and a head needs one value for all. Make it equal for all elements, or "
+            f"{_by_hand(name)}"
         )
     return first.item()
 
 
 def _uniform_support(name: str, support: Constraint) -> Constraint:
-    """Make each bound that is a tensor of equal numbers one number: batches differ in size."""
+    """Replace bounds that are tensors of equal numbers by one number, as batches vary."""
     if isinstance(support, constraints.independent):
         base = _uniform_support(name, support.base_constraint)
         return constraints.independent(base, support.reinterpreted_batch_ndims)
@@ -231,8 +231,8 @@ def _uniform_support(name: str, support: Constraint) -> Constraint:
     for bound in bounds.values():
         if (bound != bound.flatten()[0]).any():
             raise ValueError(
-                f"Site {name!r} has another support for each element, {support}, so that one head "
-                "cannot serve them all. Sample it on a fixed support, such as Uniform(0, 1), and "
-                "scale it in the model."
+                f"Site {name!r} has a support that differs between elements, {support}, and a "
+                "head needs one support for all. Sample it on a fixed support, such as "
+                "Uniform(0, 1), and scale it in the model."
             )
     return type(support)(**{**vars(support), **{k: v.flatten()[0] for k, v in bounds.items()}})

@@ -1,4 +1,4 @@
-"""What a guide has to know of a model's latent sites, read off one run."""
+"""Latent sites of a model, as a guide reads them from one run."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Latent:
 
     Attributes:
         name: Its name.
-        head: How numbers make its guide.
+        head: The map from unconstrained parameters to its guide.
         plates: Its vectorised plates by dimension, the rightmost first: ``{-1: "data", ...}``.
-        sizes: The full size of each of them.
-        batch: The batch shape that these plates give it, ones where there is no plate.
+        sizes: The full size of each plate.
+        batch: The batch shape of these plates, with ones at dimensions without a plate.
         event_batch: Batch dimensions that ``to_event`` declared dependent.
-        start: Numbers to start the guide from, ``batch + event_batch + (head.size,)``.
+        start: Initial unconstrained parameters, ``batch + event_batch + (head.size,)``.
     """
 
     name: str
@@ -44,16 +44,16 @@ class Latent:
 
     @property
     def event_dim(self) -> int:
-        """How many dimensions of the numbers belong to one element of the plates."""
+        """Return the number of rightmost dimensions of the parameters within an element."""
         return len(self.event_batch) + 1
 
     def build(self, raw: Tensor) -> Any:
-        """Make the guide's distribution from ``(...) + batch + event_batch + (size,)`` numbers."""
+        """Return the guide's distribution from ``(...) + batch + event_batch + (size,)``."""
         fn = self.head.build(raw)
         return fn.to_event(len(self.event_batch)) if self.event_batch else fn
 
     def features(self, value: Tensor) -> Tensor:
-        """Turn a value into numbers ``(...) + batch + (n,)``."""
+        """Return a value as features ``(...) + batch + (n,)``."""
         numbers = self.head.features(value)
         return numbers.flatten(numbers.dim() - self.event_dim)
 
@@ -65,10 +65,10 @@ def prototype(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Trace:
-    """Run the model once, unseen by others; continuous latents start from ``init_loc_fn``."""
+    """Run the model once, hidden from other handlers, with ``init_loc_fn``'s initial values."""
 
     def start(site: Any) -> Tensor:
-        # A strategy would look for values between those of a discrete site.
+        # Initialisation strategies may return values outside a discrete support.
         return site["fn"].sample() if site["fn"].support.is_discrete else init_loc_fn(site)
 
     with poutine.block(), InitMessenger(start):
@@ -76,7 +76,7 @@ def prototype(
 
 
 def observed_sites(trace: Trace) -> list[str]:
-    """List the sites that carry data, factors included: no deterministic sites, no subsamples."""
+    """List the observed sites and factors, without deterministic sites and subsamples."""
     return [
         name
         for name, site in trace.nodes.items()
@@ -91,21 +91,21 @@ def read_latent(site: Any, shrink: float | None) -> Latent:
     """Read a latent site of the prototype.
 
     Raises:
-        ValueError: If it is in a sequential plate or masked, or there is no head for it.
+        ValueError: If it is masked or in a sequential plate, or it has no head.
     """
     name, fn = site["name"], site["fn"]
     sequential = [frame.name for frame in site["cond_indep_stack"] if not frame.vectorized]
     if sequential:
         raise ValueError(
-            f"Site {name!r} is in the sequential plate {sequential[0]!r}, whose elements a guide "
-            f"cannot serve at once: write `with pyro.plate({sequential[0]!r}, ...)` in place of "
-            "the loop."
+            f"Site {name!r} is in the sequential plate {sequential[0]!r}; automatic guides need "
+            f"vectorised plates. Write `with pyro.plate({sequential[0]!r}, ...)` in place of the "
+            "loop."
         )
     if site["mask"] is not None or masks(fn):
         raise ValueError(
-            f"Site {name!r} is masked in the model: a guide that is not masked in the same way is "
-            "rewarded for masked elements without limit. Mask observed sites alone, or write the "
-            "guide by hand."
+            f"Site {name!r} is masked in the model. Without the same mask in the guide, the ELBO "
+            "of masked elements is unbounded. Mask only observed sites, or write the guide by "
+            "hand."
         )
     prior = unwrap(fn)
     frames = sorted(site["cond_indep_stack"], key=lambda frame: -frame.dim)

@@ -1,4 +1,4 @@
-"""The plates of a model as one call makes them: sizes and subsamples included."""
+"""Plates of a model in one call, with their sizes and subsamples."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = ["PlateShape", "read_plates"]
 
 @dataclass(frozen=True)
 class PlateShape:
-    """What a plate of the model is in one call.
+    """A plate of the model in one call.
 
     Attributes:
         name: Its name.
         dim: Its dimension, counted from the right.
         size: Its full size.
-        subsample_size: How many of its elements the model looks at.
-        subsample: Their indices where the model chose them itself.
-        device: Where the model wanted drawn indices to be.
+        subsample_size: The size of its subsample.
+        subsample: Indices of the subsample, if the model chose them.
+        device: The device on which the model draws indices.
     """
 
     name: str
@@ -40,12 +40,12 @@ class PlateShape:
     device: Any = None
 
     def whole(self) -> PlateShape:
-        """The same with all of its elements."""
+        """Return the plate with all of its elements."""
         return replace(self, subsample_size=self.size, subsample=None)
 
     def make(self) -> pyro.plate:
-        """Make the guide's plate of this name; the model will find its indices there."""
-        chosen = self.subsample is not None  # all elements in another order, perhaps
+        """Make the guide's plate of this name, whose indices the model will use."""
+        chosen = self.subsample is not None  # even a permutation of all elements
         return pyro.plate(
             self.name,
             self.size,
@@ -57,7 +57,7 @@ class PlateShape:
 
 
 class _AllPlatesRead(Exception):
-    """Raised to leave the model as soon as there is no more to learn."""
+    """Raised to leave the model as soon as all plates are known."""
 
 
 class _PlateReader(Messenger):
@@ -84,20 +84,20 @@ class _PlateReader(Messenger):
                 )
         if not self.missing:
             raise _AllPlatesRead
-        if msg["value"] is None:  # torch's own draw of a one-hot looks at values: no recording
+        if msg["value"] is None:  # torch's one-hot draw reads values, which breaks recording
             msg["value"] = sample_detached(unwrap(cast(Any, msg["fn"])))
 
 
 def read_plates(
     model: Callable[..., Any], names: Iterable[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, PlateShape]:
-    """Run the model until a site in each of the named plates was met, unseen by other handlers.
+    """Run the model up to a site in each of the named plates, hidden from other handlers.
 
-    The plates of a guide have to be those of the model, or the ELBO would be scaled wrongly; only
-    the model knows them. What comes before the last of these sites runs twice a step.
+    The guide's plates must equal the model's; otherwise the ELBO would have a wrong scale. The
+    part of the model before the last of these sites runs twice per step.
 
     Raises:
-        ValueError: If a plate is not met.
+        ValueError: If the model does not reach a site in a plate.
     """
     reader = _PlateReader(names)
     if not reader.missing:
@@ -108,7 +108,7 @@ def read_plates(
     except _AllPlatesRead:
         return reader.shapes
     raise ValueError(
-        f"The model's plates {sorted(reader.missing)} were there when the guide was set up, and "
-        "are missing in this call. A guide of this kind needs a model whose structure does not "
-        "vary."
+        f"The model had the plates {sorted(reader.missing)} when the guide was set up, and they "
+        "are missing in this call. Automatic guides need a model with the same structure in each "
+        "call."
     )

@@ -1,4 +1,4 @@
-"""Central values and quantiles of the distributions that guides are made of."""
+"""Point estimates and quantiles of the distributions of automatic guides."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def point_estimate(fn: Any) -> Tensor:
     half = quantile(fn, torch.tensor(0.5), draw=False)
     if half is not None:
         return half
-    if hasattr(base, "transforms"):  # of a vector: the image of the normal's own centre
+    if hasattr(base, "transforms"):  # a transformed normal vector: transform its mean
         value = base.base_dist.mean
         for transform in base.transforms:
             value = transform(value)
@@ -45,12 +45,12 @@ def point_estimate(fn: Any) -> Tensor:
 
 
 def quantile(fn: Any, levels: Tensor, *, draw: bool = True) -> Tensor | None:
-    """Return quantiles, ``levels.shape + fn.shape()``, or ``None`` where values have no order.
+    """Return quantiles of shape ``levels.shape + fn.shape()``, or ``None`` for vectors.
 
     Args:
         fn: The distribution.
         levels: Between 0 and 1.
-        draw: Whether to ask draws where there is no inverse of the distribution function.
+        draw: Whether to estimate quantiles by draws if the inverse CDF is unknown.
     """
     base = unwrap(fn)
     if base.event_shape:
@@ -77,9 +77,9 @@ def quantile(fn: Any, levels: Tensor, *, draw: bool = True) -> Tensor | None:
 
 
 def _any_parameter(fn: Any) -> Tensor:
-    """Find a tensor of the distribution's dtype and device."""
+    """Return a tensor of the distribution's dtype and device."""
     for value in vars(fn).values():
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
-    # A Beta keeps a Dirichlet, a transformed distribution its base.
+    # A Beta holds a Dirichlet, a transformed distribution its base.
     return _any_parameter(next(v for v in vars(fn).values() if isinstance(v, Distribution)))

@@ -1,4 +1,4 @@
-"""Parameters of a guide that the parameter store has already."""
+"""Use parameters of the parameter store in a guide."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["adopt_stored"]
 
 @torch.no_grad()
 def adopt_stored(prefix: str, module: nn.Module) -> None:
-    """Let a module go on with the parameters that the store has under its names.
+    """Replace a module's parameters by those that the store has under its names.
 
-    An optimiser steps what the store has; a module that kept parameters of its own beside it would
-    not be trained, without a warning.
+    The optimiser trains the parameters in the store. A module with other parameters under these
+    names would silently not be trained.
 
     Args:
-        prefix: What ``pyro.module`` calls the module.
+        prefix: The module's name in ``pyro.module``.
         module: The module.
 
     Raises:
-        ValueError: If a stored parameter is of another shape.
+        ValueError: If a stored parameter has another shape.
     """
     store = pyro.get_param_store()
     for path, parameter in list(module.named_parameters()):
@@ -31,13 +31,13 @@ def adopt_stored(prefix: str, module: nn.Module) -> None:
             continue
         if stored.shape != parameter.shape:
             raise ValueError(
-                f"The parameter store has {name!r} of shape {tuple(stored.shape)}, of another "
-                f"guide; this guide's has shape {tuple(parameter.shape)}. Call "
-                "pyro.clear_param_store() before you make another guide."
+                f"The parameter store has {name!r} with shape {tuple(stored.shape)}; this guide "
+                f"needs shape {tuple(parameter.shape)}. Call pyro.clear_param_store() before "
+                "making a new guide."
             )
         if isinstance(stored, nn.Parameter):
             owner, _, leaf = path.rpartition(".")
             module.get_submodule(owner)._parameters[leaf] = stored
         else:
             parameter.copy_(stored)
-            del store[name]  # the module's own takes its place when the guide runs
+            del store[name]  # the module's parameter replaces it when the guide runs

@@ -1,4 +1,4 @@
-"""An amortised guide made of a model and an encoder."""
+"""An automatic amortised guide from a model and an encoder."""
 
 from __future__ import annotations
 
@@ -20,51 +20,51 @@ __all__ = ["AutoAmortized"]
 
 
 class AutoAmortized(StructuredGuide):
-    r"""A guide whose parameters for each datum come from an encoder.
+    r"""A guide whose parameters for each datum are computed by an encoder.
 
     .. math::
         q(\beta, z) = \prod_g q(\beta_g; \phi_g)
                       \prod_i \prod_s q(z_{si}; h_s(\mathrm{encoder}(x)_i))
 
-    One run of the model shows its latent sites. Each site :math:`z_s` inside the data plate gets a
-    head :math:`h_s`, a linear layer from the encoder's features to the parameters of a
-    distribution that fits it: one-hot, Bernoulli, Categorical, Normal, LogNormal, Beta, Dirichlet,
-    Gamma, Poisson and Geometric sites have a guide of their own family; other continuous ones, a
-    normal distribution moved onto their support by ``biject_to``. Heads start with the prior's
-    parameters as their bias. Latents outside the plate are global: they get variational
-    parameters of their own, of the same families. Draws are independent given the features, or,
-    with ``autoregressive=True``, each head also reads the values of the sites before it.
+    The first run of the model finds its latent sites. Each site :math:`z_s` inside the data plate
+    gets a head :math:`h_s`: a linear layer from the encoder's features to the parameters of the
+    site's guide. One-hot, Bernoulli, Categorical, Normal, LogNormal, Beta, Dirichlet, Gamma,
+    Poisson and Geometric sites have a guide of their own family. Other continuous sites have a
+    normal distribution that ``biject_to`` transforms to their support. The bias of a head starts
+    at the prior's parameters. Latents outside the plate are global; they have variational
+    parameters, of the same families. Draws are independent given the features. With
+    ``autoregressive=True`` each head also reads the values of the sites before it.
 
-    The guide asks the model for its plates in every call, so that minibatches may differ in size
-    and be subsampled in any way that Pyro knows: as an argument,
-    ``pyro.plate("data", total, subsample_size=len(x))`` or ``subsample=indices``, or inside the
-    model, when the encoder may return rows for all data or call ``pyro.subsample`` itself. For
-    that the model runs up to its first site inside the plate; all else runs once.
+    The guide reads the model's plates in every call, so minibatches may differ in size. They may
+    be subsampled by an argument, ``pyro.plate("data", total, subsample_size=len(x))`` or
+    ``subsample=indices``, or inside the model. In the latter case the encoder may return rows for
+    all data, or call ``pyro.subsample`` itself. To read the plates, the model runs up to its first
+    site inside the data plate; this part runs twice per step.
 
-    Shapes: ``encoder(*args, **kwargs)`` is ``(N, features)``, one row an element of the plate, or
-    of what is subsampled from it. Sites in further plates inside the data plate get all their
-    elements from the same row.
+    Shapes: ``encoder(*args, **kwargs)`` is ``(N, features)``, with one row per element of the
+    plate or of its subsample. A site in further plates inside the data plate gets the parameters
+    of all its elements from one row.
 
-    ``state_dict`` has the encoder, the heads, and the estimators that ``gradient`` names. A new
-    guide has no heads yet: call ``setup(*args)`` before ``load_state_dict``.
+    ``state_dict`` contains the encoder, the heads, and the estimators that ``gradient`` names. A
+    new guide has no heads: call ``setup(*args)`` before ``load_state_dict``.
 
     Args:
         model: The model.
         encoder: A module or a function of the model's arguments.
         gradient: An estimator, a name, a dict ``{site: estimator}`` or a callable, as for
-            ``config_gradient``; ``"auto"`` leaves the choice to ``Estimator_ELBO``.
-        plate: Name of the data plate, where the model has several that could be it.
+            ``config_gradient``. ``"auto"`` is the default of ``Estimator_ELBO``.
+        plate: Name of the data plate. Needed if several plates are possible.
         autoregressive: Whether heads read the values of earlier sites in the plate.
-        create_plates: As for Pyro's autoguides; left out, the model itself is asked.
-        init_loc_fn: Where continuous global latents start from.
-        init_scale: Their standard deviation at the start, relative to the prior's where the guide
-            is of the prior's family, else in unconstrained space.
+        create_plates: As for Pyro's autoguides. By default the guide reads the model's plates.
+        init_loc_fn: Initialisation strategy of continuous global latents.
+        init_scale: Initial standard deviation of continuous global latents. It is relative to the
+            prior's if the guide has the prior's family, else in unconstrained space.
 
     Raises:
-        TypeError: If the encoder is not callable; when run, if it returns no tensor.
-        ValueError: When first run, if the model has no data plate or no latent in it, the
-            encoder's output does not match the plate, or a site has no head; each with the site's
-            or the plate's name.
+        TypeError: If the encoder is not callable; when run, if it does not return a tensor.
+        ValueError: In the first run, with the name of the site or plate, if the model has no data
+            plate, the plate has no latent site, the encoder's output does not match the plate, or
+            a site has no head.
 
     References:
         Auto-Encoding Variational Bayes (Kingma, Welling, 2014), https://arxiv.org/abs/1312.6114
@@ -131,17 +131,17 @@ class AutoAmortized(StructuredGuide):
 
     @property
     def _dim(self) -> int:
-        """The data plate's dimension."""
+        """Return the data plate's dimension."""
         return self.plates[self._data_plate].dim
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Run the encoder: ``(...) + (N, features)``, a row for each element that is looked at."""
+        """Run the encoder; return features ``(...) + (N, features)`` of the subsample."""
         plate = self.plates[self._data_plate]
-        with plate as indices:  # so that the encoder may subsample
+        with plate as indices:  # so that the encoder can call pyro.subsample
             features = self.encoder(*args, **kwargs)
         if not isinstance(features, Tensor):
             raise TypeError(
-                "AutoAmortized: encoder must return one tensor of features, (N, features); got "
+                "AutoAmortized: encoder must return one Tensor of shape (N, features); got "
                 f"{type(features).__name__}. Concatenate its outputs, or wrap it in a function."
             )
         rows = features.shape[-2] if features.dim() > 1 else None
@@ -149,20 +149,20 @@ class AutoAmortized(StructuredGuide):
             return features
         if rows == plate.size:
             return features.index_select(-2, indices.to(features.device))
-        size, looked_at = plate.size, plate.subsample_size
-        expected = f"{size}" if size == looked_at else f"{looked_at} (or all {size})"
+        size, subsample_size = plate.size, plate.subsample_size
+        expected = f"{size}" if size == subsample_size else f"{subsample_size} (or all {size})"
         raise ValueError(
             f"AutoAmortized: encoder returned shape {tuple(features.shape)}, which does not match "
-            f"the plate {plate.name!r}: expected (N, features) with N = {expected} rows, one a "
+            f"the plate {plate.name!r}: expected (N, features) with N = {expected} rows, one per "
             "datum. Keep the data dimension first and flatten the others into features, "
-            "x.flatten(1); where another plate holds the data, name it, plate='...'."
+            "x.flatten(1). If another plate is over the data, give its name, plate='...'."
         )
 
     def _check_inputs(self, inputs: Tensor, params: Trace) -> None:
         if inputs.requires_grad and not (isinstance(self.encoder, nn.Module) or params.nodes):
             warnings.warn(
-                "AutoAmortized: encoder is a function, and no optimiser will see the parameters "
-                "that its output depends on. Pass the nn.Module itself, or call "
+                "AutoAmortized: encoder is a function with unregistered parameters, so the "
+                "optimiser will not train them. Pass the nn.Module itself, or call "
                 "pyro.module('encoder', module) inside the function.",
                 stacklevel=2,
             )
@@ -182,7 +182,7 @@ class AutoAmortized(StructuredGuide):
         return [self.latents[name] for name in before if self._is_local(self.latents[name])]
 
     def _num_features(self, latent: Latent) -> int:
-        """How many numbers of a site's value belong to one datum."""
+        """Return the number of features of a site's value per datum."""
         elements = latent.batch.numel() // latent.batch[self._dim] * latent.event_batch.numel()
         return elements * latent.head.num_features
 
@@ -199,11 +199,11 @@ class AutoAmortized(StructuredGuide):
         return self._columns(latent, self._head(latent)(torch.cat(read, -1)))
 
     def _rows(self, latent: Latent, value: Tensor) -> Tensor:
-        """Gather a datum's numbers: ``(...) + batch + (n,)`` to ``(...) + (N, rest * n)``."""
+        """Reshape features of a value ``(...) + batch + (n,)`` to ``(...) + (N, rest * n)``."""
         numbers = latent.features(value)
         missing = self._nesting + 1 - numbers.dim()
         numbers = numbers.reshape((1,) * missing + numbers.shape)
-        # An enumerated value comes with ones in place of plates.
+        # An enumerated value has ones in place of plates.
         sizes = list(numbers.shape)
         for dim, name in latent.plates.items():
             sizes[dim - 1] = self.plates[name].subsample_size
@@ -211,19 +211,19 @@ class AutoAmortized(StructuredGuide):
         return numbers.expand(sizes).movedim(self._dim - 1, left).flatten(left + 1)
 
     def _columns(self, latent: Latent, raw: Tensor) -> Tensor:
-        """Undo ``_rows`` for a head's output: ``(...) + batch + event_batch + (size,)``."""
+        """Reshape a head's output to ``(...) + batch + event_batch + (size,)``."""
         left = raw.dim() - 2
         batch = [1] * (self._nesting - len(latent.batch)) + list(latent.batch)
         del batch[self._dim]
         raw = raw.unflatten(-1, (*batch, *latent.event_batch, latent.head.size))
         raw = raw.movedim(left, self._dim - latent.event_dim)
         while raw.dim() > len(latent.batch) + latent.event_dim and raw.shape[0] == 1:
-            raw = raw.squeeze(0)  # a dimension that only other sites' plates take
+            raw = raw.squeeze(0)  # a dimension of plates of other sites
         return raw
 
 
 class NetworkHead(nn.Module):
-    """The numbers of a site's guide as a linear function of features."""
+    """A linear layer from features to the unconstrained parameters of a site's guide."""
 
     def __init__(self, num_inputs: int, start: Tensor) -> None:
         super().__init__()
@@ -240,6 +240,6 @@ def _check_inner_plates(latent: Latent, data_plate: str) -> None:
         if name != data_plate and latent.sizes[dim] != latent.batch[dim]:
             raise ValueError(
                 f"Site {latent.name!r} is in the plate {name!r} inside the data plate "
-                f"{data_plate!r}, and {name!r} is subsampled: a head has parameters for each of "
-                "its elements. Subsample the data plate alone."
+                f"{data_plate!r}, and {name!r} is subsampled. A head computes parameters for all "
+                f"elements of {name!r}; subsample only the data plate."
             )

@@ -1,4 +1,4 @@
-"""A mean-field guide over the discrete latents of a model."""
+"""An automatic mean-field guide over the discrete latents of a model."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ __all__ = ["AutoDiscrete"]
 
 
 class AutoDiscrete(StructuredGuide):
-    r"""A mean-field guide over every discrete latent site, with parameters for each element.
+    r"""A mean-field guide over all discrete latent sites, with parameters for each element.
 
     .. math:: q(z) = \prod_s \prod_i q(z_{si}; \phi_{si})
 
-    Each site's guide is of its prior's family (one-hot, Bernoulli, Categorical, Poisson or
-    Geometric) and starts at the prior. Continuous latents are left to another guide, say by
-    ``AutoGuideList``; a model with more data than parameters should be held is for
-    :class:`AutoAmortized`. Plates may be subsampled in the model; ``median``, ``quantiles`` and
-    ``posterior`` are of all elements.
+    Each site's guide has the family of its prior (one-hot, Bernoulli, Categorical, Poisson or
+    Geometric) and starts at the prior. Combine it with another guide of the continuous latents by
+    ``AutoGuideList``. For data too many for parameters of each datum, use :class:`AutoAmortized`.
+    The model may subsample plates; ``median``, ``quantiles`` and ``posterior`` return all
+    elements.
 
-    Parameters are ``heads.<site>.raw`` in ``state_dict``; ``posterior(*args)`` returns the
-    distributions that they make.
+    Parameters are ``heads.<site>.raw`` in ``state_dict``; ``posterior(*args)`` returns their
+    distributions.
 
     Args:
         model: The model.
         gradient: An estimator, a name, a dict ``{site: estimator}`` or a callable, as for
-            ``config_gradient``; ``"auto"`` leaves the choice to ``Estimator_ELBO``.
-        create_plates: As for Pyro's autoguides; left out, the model itself is asked.
-        init_loc_fn: Unused by discrete sites; where continuous latents stand in the first run.
-        init_scale: Likewise unused.
+            ``config_gradient``. ``"auto"`` is the default of ``Estimator_ELBO``.
+        create_plates: As for Pyro's autoguides. By default the guide reads the model's plates.
+        init_loc_fn: Values of continuous latents in the first run; discrete sites ignore it.
+        init_scale: Ignored by discrete sites.
 
     Raises:
-        ValueError: If the model has no discrete latent, or one in a sequential plate, masked, or
-            of another family.
+        ValueError: If the model has no discrete latent, or one that is masked, in a sequential
+            plate, or of another family.
 
     References:
         Automated Variational Inference in Probabilistic Programming (Wingate, Weber, 2013),
@@ -61,7 +61,7 @@ class AutoDiscrete(StructuredGuide):
         if not discrete:
             raise ValueError(
                 f"AutoDiscrete: the model has no discrete latent site; its latent sites are "
-                f"{list(latent)}. Use AutoNormal or AutoAmortized for continuous ones, and drop "
-                "obs=... where a discrete site was meant to be latent."
+                f"{list(latent)}. Use AutoNormal or AutoAmortized for continuous sites, and "
+                "remove obs=... from discrete sites that should be latent."
             )
         return discrete

@@ -508,7 +508,7 @@ def test_copies_and_pickles() -> None:
     assert torch.equal(twin.posterior(X)["z"].probs, expected)
     assert twin.heads is not guide.heads
     read = pickle.loads(pickle.dumps(guide))
-    with pytest.raises(ValueError, match="was unpickled, which drops its model"):
+    with pytest.raises(ValueError, match="was unpickled, and pickling drops its model"):
         read(X)
     read.model = mixed
     assert torch.equal(read.posterior(X)["z"].probs, expected)
@@ -582,17 +582,17 @@ def inner_subsample(x: Tensor) -> None:
     ("model", "encoder", "options", "error", "match"),
     [
         (no_plate, column, {}, ValueError, r"no plate over its data.*with pyro.plate\('data'"),
-        (all_observed, column, {}, ValueError, r"holds no latent site; \['x', 'z'\] are observed"),
+        (all_observed, column, {}, ValueError, r"no latent site. Its sites \['x', 'z'\] are obs"),
         (
             two_plates,
             column,
             {},
             ValueError,
-            r"\['left', 'right'\] holds latents and data; say whi",
+            r"\['left', 'right'\] has latent and observed sites. Choose",
         ),
         (loop, column, {}, ValueError, "no plate over its data"),
-        (loop, column, {"plate": "data"}, ValueError, "'data' is a loop"),
-        (mixture, column, {"plate": "dta"}, ValueError, "plate='dta' names no plate.*'data'"),
+        (loop, column, {"plate": "data"}, ValueError, "'data' is sequential"),
+        (mixture, column, {"plate": "dta"}, ValueError, "no plate 'dta' around a site.*'data'"),
         (masked, column, {}, ValueError, "'z' is masked in the model"),
         (inner_loop, column, {}, ValueError, "'z_0' is in the sequential plate 'inner'"),
         (inner_subsample, column, {"plate": "data"}, ValueError, "'inner' is subsampled"),
@@ -604,7 +604,13 @@ def inner_subsample(x: Tensor) -> None:
             r"shape \(4, 7\), .*plate 'data': .*N = 5",
         ),
         (mixture, lambda x: x, {}, ValueError, r"returned shape \(5,\), which does not match"),
-        (mixture, lambda x: (x, x), {}, TypeError, "one tensor of features.*got tuple"),
+        (
+            mixture,
+            lambda x: (x, x),
+            {},
+            TypeError,
+            r"one Tensor of shape \(N, features\); got tuple",
+        ),
         (mixture, 3, {}, TypeError, "encoder must be a module or a function"),
         (None, column, {}, TypeError, "model must be callable"),
         (mixture, column, {"init_scale": 0.0}, ValueError, "init_scale must be positive"),
@@ -646,14 +652,14 @@ def test_structure_has_to_stay() -> None:
     guide = AutoAmortized(model, column)
     guide(X)
     with pytest.raises(
-        ValueError, match=r"plates \['data'\] were there when the guide was set up"
+        ValueError, match=r"had the plates \['data'\] when the guide was set up.*are missing"
     ):
         guide(X[:2])
 
 
-def test_functions_that_hide_parameters_are_told_of() -> None:
+def test_functions_that_hide_parameters_warn() -> None:
     hidden = nn.Linear(1, 2)
-    with pytest.warns(UserWarning, match="no optimiser will see the parameters"):
+    with pytest.warns(UserWarning, match="optimiser will not train them"):
         AutoAmortized(mixture, lambda x: hidden(x[:, None]))(X)
 
     def registered(x: Tensor) -> Tensor:

@@ -204,7 +204,7 @@ def test_a_model_that_is_a_module_is_copied_and_assigned() -> None:
 @pytest.mark.parametrize(
     ("model", "match"),
     [
-        (only_continuous, r"no discrete latent site; its latent sites are \['loc'\].*drop"),
+        (only_continuous, r"no discrete latent site; its latent sites are \['loc'\].*remove"),
         (in_a_loop, "'z_0' is in the sequential plate 'data'"),
         (masked, "'z' is masked in the model"),
     ],

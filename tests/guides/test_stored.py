@@ -95,6 +95,6 @@ def test_copy_keeps_its_values(make):
 def test_guide_of_another_shape_is_told():
     train(discrete(), 1)
     with pytest.raises(
-        ValueError, match=r"'AutoDiscrete.heads\$\$\$z.raw' of shape .*clear_param"
+        ValueError, match=r"'AutoDiscrete.heads\$\$\$z.raw' with shape .*clear_param"
     ):
         AutoDiscrete(model)(X[:2])
