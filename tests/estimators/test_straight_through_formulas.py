@@ -178,7 +178,7 @@ def test_conditional_scores_have_the_law_of_gumbels_given_their_argmax(chosen):
     """Against rejection: perturb, and keep what has the right argmax."""
     probs = torch.tensor([0.2, 0.5, 0.3], dtype=DOUBLE)
     hard = torch.eye(3, dtype=DOUBLE)[chosen]
-    ours = rao.conditional_scores(probs.log(), hard, (5000,))
+    ours = rao_blackwell.conditional_scores(probs.log(), hard, (5000,))
     assert (ours.argmax(-1) == chosen).all()
     gumbels = -torch.empty(40_000, 3, dtype=DOUBLE).exponential_().log() + probs.log()
     kept = gumbels[gumbels.argmax(-1) == chosen]
