@@ -144,26 +144,27 @@ class Dependence(TorchFunctionMode):
         if torch.is_grad_enabled() or (operation.name == "set_grad_enabled" and args[0]):
             self._stretch += 1
         lost = self._mark_of_lost(operation)
-        sources = [(_key(source), self._marks(source, lost)) for source in operation.sources]
-        result, complete = _call(operation, any(marks for _, marks in sources))
+        reached = {id(source): self._marks(source, lost) for source in operation.sources}
+        result, complete = _call(operation, any(reached.values()))
         if not complete:
-            sources = [(key, _cut(marks, Mark.JUMP)) for key, marks in sources]
+            reached = {source: _cut(marks, Mark.JUMP) for source, marks in reached.items()}
         self._note_read(operation.read_into_python(result))
 
         written = {_key(tensor): tensor for tensor in operation.written()}
         for key, target in written.items():
             # Its own gradient survives, as in x.detach().clamp_() by torch's Gamma.
-            marks = _join(marks for own, marks in sources if own != key or operation.jumps)
+            others = (x for x in operation.sources if operation.jumps or _key(x) != key)
+            marks = _join(reached[id(source)] for source in others)
             memory = self._memories.setdefault(key, _Memory({}, None))
             self._spread(operation, marks, memory, target, lost)
-        reached = _join(marks for _, marks in sources)
         inputs = {_key(tensor): tensor for tensor in operation.inputs}
         stretch = None if torch.is_grad_enabled() else self._stretch
         for target in tensors(result):
             key = _key(target)
             if key not in inputs:
                 memory = self._memories.setdefault(key, _Memory({}, stretch))
-                self._spread(operation, reached, memory, target, lost)
+                marks = _join(reached[id(source)] for source in operation.sources_of(target))
+                self._spread(operation, marks, memory, target, lost)
             elif key not in written:
                 self._note_view(operation, target, inputs[key])
         return result
@@ -216,7 +217,7 @@ class Dependence(TorchFunctionMode):
         module = calling_module() if read else ""
         if not read or is_library(module):
             return
-        self.reads_values |= not module.startswith("pyro.")
+        self.reads_values |= not module.startswith(("pyro.", "torch."))
         reached = _join(self._marks(tensor) for tensor in read)
         self._read = _join([self._read, dict.fromkeys(reached, Mark.JUMP)])
 

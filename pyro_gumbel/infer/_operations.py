@@ -24,9 +24,10 @@ def _named(names: str) -> frozenset[str]:
 # Discontinuous functions for which autograd defines a gradient, and random draws, whose gradient
 # it sets to zero.
 _STEPS = _named(
-    "angle bernoulli binomial ceil copysign div divide fix floor floor_divide floordiv fmod frac "
-    "hardshrink heaviside mod normal poisson remainder rfloordiv rmod round sgn sign threshold "
-    "true_divide trunc"
+    "angle bernoulli binomial ceil copysign div divide fake_quantize_per_channel_affine "
+    "fake_quantize_per_tensor_affine fix floor floor_divide floordiv fmod frac hardshrink "
+    "heaviside mod normal poisson remainder rfloordiv rmod round sgn sign threshold true_divide "
+    "trunc"
 )
 _DIVISIONS = frozenset(["div", "divide", "true_divide"])  # discontinuous with a rounding mode
 _COMPARISONS = _named(
@@ -45,7 +46,10 @@ _SHAPES = _named(
 _SHAPED_BY_FIRST = frozenset(["argwhere", "nonzero", "unique", "unique_consecutive"])
 _SHAPED_BY_SECOND = frozenset(["masked_select", "repeat_interleave"])
 _SELECTIONS = frozenset(["getitem", "narrow", "tensor_split"])
-_CONVERSIONS = frozenset(["bool", "complex", "float", "index", "int"])
+_CONVERSIONS = frozenset(["__bool__", "__complex__", "__float__", "__index__", "__int__"])
+_CONSTRUCTORS = frozenset(["as_tensor", "asarray", "tensor"])
+# Their integers count elements, and depend on the second argument alone.
+_PACKINGS = frozenset(["pack_padded_sequence", "pad_packed_sequence"])
 # Code of distributions, and of our losses' checks. The number that a loss returns is not a check.
 _LIBRARIES = (
     "pyro.distributions",
@@ -92,6 +96,12 @@ class Operation:
             return self.args[1:], self.kwargs
         return self.args, self.kwargs
 
+    def sources_of(self, result: Tensor) -> list[Tensor]:
+        """List the inputs that one of the results may depend on."""
+        if self.name in _PACKINGS and not result.is_floating_point():
+            return tensors(self.args[1:])
+        return self.sources
+
     @property
     def jumps(self) -> bool:
         """Whether the function is discontinuous, even if it has a gradient."""
@@ -116,8 +126,10 @@ class Operation:
 
     @property
     def converts(self) -> bool:
-        """Whether Python asks for a number; torch warns about this if there is a gradient."""
-        return self.name in _CONVERSIONS
+        """Whether it makes numbers of tensors, of which torch warns if they have a gradient."""
+        if self.name in _CONSTRUCTORS:
+            return bool(self.args) and not isinstance(self.args[0], Tensor)
+        return getattr(self.func, "__name__", "") in _CONVERSIONS
 
     def read_into_python(self, result: Any) -> list[Tensor]:
         """List the inputs whose values reach Python: as a number, a shape or a later ``.grad``."""
@@ -171,7 +183,7 @@ def detached(value: Any) -> Any:
 
 
 def calling_module() -> str:
-    """Return the name of the module that called torch, skipping torch's own frames."""
+    """Return the name of the module that called torch, skipping torch's functions."""
     return next((name for name in _modules() if not _is_internal(name)), "")
 
 
@@ -183,7 +195,7 @@ def _modules() -> Iterator[str]:
 
 
 def _is_internal(name: str) -> bool:
-    if name.startswith("torch.distributions"):
+    if name.startswith(("torch.distributions", "torch.nn.modules", "torch.nn.utils")):
         return False
     return name.split(".")[0] == "torch" or name in _MODES
 

@@ -206,6 +206,17 @@ def branch(z: Tensor) -> Tensor:
     return torch.tensor(1.0) if z[0] > 0.5 else torch.tensor(-1.0)
 
 
+def doubled(z: Tensor) -> Tensor:
+    while z.norm() < 10:
+        z = z * 2
+    return z
+
+
+@torch.jit.script
+def scripted_branch(z: Tensor) -> Tensor:
+    return torch.ones(2) if bool(z[0] > 0.5) else torch.zeros(2)
+
+
 def python(read: Callable[[Tensor], object]) -> Callable[[Tensor], Tensor]:
     def program(z: Tensor) -> Tensor:
         read(z)
@@ -218,6 +229,13 @@ def straight_through(z: Tensor) -> Tensor:
     soft = (z * 2).softmax(-1)
     hard = F.one_hot(soft.argmax(-1), 3).to(soft.dtype)
     return hard - soft.detach() + soft
+
+
+def packed(z: Tensor) -> Tensor:
+    """Of two sequences with two and three elements."""
+    values = z.view(3, 1, 1).expand(3, 2, 3)
+    sequences = nn.utils.rnn.pack_padded_sequence(values, torch.tensor([3, 2]))
+    return nn.utils.rnn.pad_packed_sequence(GRU(sequences)[0])[0]
 
 
 def gelu_network(z: Tensor) -> Tensor:
@@ -273,6 +291,9 @@ PROGRAMS: dict[str, tuple[Callable[[Tensor], Tensor], Mark | None]] = {
     ),
     "embedding weight": (lambda z: F.embedding(torch.tensor([0]), z[:, None]), SMOOTH),
     "double precision": (lambda z: z.double() @ MU.double(), SMOOTH),
+    "float": (lambda z: z.float() @ MU, SMOOTH),
+    "complex": (lambda z: (torch.complex(z, MU) ** 2).real, SMOOTH),
+    "packed sequence": (packed, SMOOTH),
     "data moved": (lambda z: z.clone().contiguous().view(3, 1).squeeze(-1)[None].T, SMOOTH),
     # reached through a jump
     "argmax": (lambda z: MU[z.argmax(-1)], JUMP),
@@ -288,6 +309,10 @@ PROGRAMS: dict[str, tuple[Callable[[Tensor], Tensor], Mark | None]] = {
     "round": (lambda z: z.round(), JUMP),
     "floor division": (lambda z: z // 0.3, JUMP),
     "remainder": (lambda z: (3 * z) % 2, JUMP),
+    "fake quantisation": (
+        lambda z: torch.fake_quantize_per_tensor_affine(z, 0.1, 0, 0, 255),
+        JUMP,
+    ),
     "sign": (lambda z: torch.sign(z - 0.5), JUMP),
     "rounding division": (lambda z: torch.div(z, 0.3, rounding_mode="floor"), JUMP),
     "one_hot": (lambda z: F.one_hot(z.long(), 3) * 1.0, JUMP),
@@ -296,6 +321,8 @@ PROGRAMS: dict[str, tuple[Callable[[Tensor], Tensor], Mark | None]] = {
     "topk": (lambda z: z.topk(1).indices * 1.0, JUMP),
     "tangent": (lambda z: jvp(lambda x: (x**2).sum(), (MU,), (z,))[1], JUMP),  # not told apart
     "detach": (lambda z: z.detach() @ MU, JUMP),
+    "beside its detached self": (lambda z: torch.stack([z, z.detach()]), JUMP),
+    "beside its detached self, last": (lambda z: torch.stack([z.detach(), z]), JUMP),
     "data": (lambda z: z.data * WEIGHT[:, 0], JUMP),
     "no_grad": (no_grad_block, JUMP),
     "no_grad into a function": (no_grad_into_function, JUMP),
@@ -306,6 +333,12 @@ PROGRAMS: dict[str, tuple[Callable[[Tensor], Tensor], Mark | None]] = {
     "new leaf": (leaf_anew, JUMP),
     "gradient without graph": (slope_without_graph, JUMP),
     "backward": (backward, JUMP),
+    "new parameter": (lambda z: nn.Parameter(z) * 2, JUMP),
+    "list of numbers": (lambda z: torch.tensor([z[0], z[1]]), JUMP),
+    "numpy and back": (lambda z: torch.from_numpy(z.detach().numpy()), JUMP),
+    "order of Python": (lambda z: sorted(z)[0] * 1, JUMP),
+    "while": (doubled, JUMP),
+    "scripted if": (lambda z: scripted_branch(z) * 1, JUMP),
     "custom lookup": (lambda z: Lookup.apply(z), JUMP),
     "straight-through by hand": (straight_through, JUMP),
     "own draw": (lambda z: torch.bernoulli(z), JUMP),
@@ -318,7 +351,7 @@ PROGRAMS: dict[str, tuple[Callable[[Tensor], Tensor], Mark | None]] = {
     "if": (branch, JUMP),
     "item": (python(lambda z: z.sum().item()), JUMP),
     "int": (python(lambda z: int(z[0])), JUMP),
-    "float": (python(lambda z: float(z[0])), JUMP),
+    "float of Python": (python(lambda z: float(z[0])), JUMP),
     "bool of Python": (python(lambda z: bool(z[0])), JUMP),
     "tolist": (python(lambda z: z.tolist()), JUMP),
     "numpy": (python(lambda z: z.numpy()), JUMP),
@@ -559,6 +592,8 @@ def test_reads_of_python_are_noted() -> None:
     with Dependence() as dependence:
         dependence.follow("z", one_hot())
         dist.Normal(MU, 1.0).log_prob(MU)
+        packed(MU)
+        nn.BatchNorm1d(3, momentum=None)(MU.expand(2, 3))
         assert not dependence.reads_values
         after = MU * 2
         assert not bool(MU[0] > 0)

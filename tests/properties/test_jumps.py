@@ -45,7 +45,6 @@ Make = Callable[[str], Estimator]
 # Relaxed draws stand for hard ones in the cost, so that its gradient has to be whole.
 NEED_SMOOTH: dict[str, Make] = {
     "rebar": lambda family: Rebar(),
-    "fixed rebar": lambda family: Rebar(learn=False),
     "relax": lambda family: Relax(Critic(family)),
 }
 # The gradient enters control variates of mean zero, whatever it is.
