@@ -67,11 +67,8 @@ class Dependence(TorchFunctionMode):
     result with a jump; reads by the code of distributions, such as their validation, do not
     count. Gradient mode must be on to find smooth paths.
 
-    No tensor is kept alive.
-
-    Args:
-        restore: Whether tensors that existed before are restored on exit, as by :class:`Undo`.
-            Else the run is one that counts, and leaves all as it would without this mode.
+    On exit, tensors that existed before are restored as by :class:`Undo`. No tensor is kept
+    alive.
 
     Attributes:
         reads_values: Whether the program read any number into Python. If so, its control flow may
@@ -86,7 +83,7 @@ class Dependence(TorchFunctionMode):
         ({'z': <Mark.SMOOTH: 1>}, {'z': <Mark.JUMP: 2>})
     """
 
-    def __init__(self, *, restore: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
         hide_from_compiler(self)
         self.reads_values = False
@@ -95,8 +92,7 @@ class Dependence(TorchFunctionMode):
         self._read: Marks = {}
         self._stretch = 0  # counts stretches of operations without gradient mode
         self._followed: list[Tensor] = []
-        self._undo = Undo(restore=restore)
-        self._restore = restore
+        self._undo = Undo()
 
     def __enter__(self) -> Dependence:
         self._undo.__enter__()
@@ -106,7 +102,7 @@ class Dependence(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._undo.__exit__(*error)
-        for value in self._followed if self._restore else ():
+        for value in self._followed:
             value.detach_()
         self._followed.clear()
 

@@ -33,16 +33,18 @@ class Plan:
         branches: The branches that are rows of the main path's pass. They are those of the last
             run: a branch that a run turns out to lack or to need costs an evaluation, not the
             answer.
-        follow: Whether to follow what the next run's costs depend on.
+        verify: Whether the next run's branches are verified at their owners.
         checked: The sites whose costs have been found to be as their estimators need them.
         feeding: The sites whose value reaches a later site of the guide through a jump.
+        followed: Whether those have been found.
     """
 
     plate_nesting: int | None
     branches: tuple[Path, ...] = ()
-    follow: bool = True
+    verify: bool = True
     checked: set[tuple[str, type[Estimator]]] = field(default_factory=set)
     feeding: set[str] = field(default_factory=set)
+    followed: bool = False
 
     def layout(self, *, repetitions: int, vectorized: bool, exact: bool) -> Layout:
         """Lay out the first pass of a step."""

@@ -124,17 +124,14 @@ class Run:
         return {name: _own_frames(site_frames(site)) for name, site in self.guide.items()}
 
     def reached_terms(self, dependence: Dependence) -> list[ReachedTerm]:
-        """Each term with how the latent values that were followed reached it.
-
-        A site's own score in the model is exact at every value: it is left out.
-        """
+        """Each term with how the latent values that were followed reached it."""
         reached = []
         for term in self.terms:
             own = not term.of_model and term.site in self.estimators
             # An estimator may hold parameters fixed in its score.
             score = self.log_prob(term.site) if own else term.value
-            marks = {k: v for k, v in dependence.marks(score).items() if k != term.site}
-            reached.append(ReachedTerm(term.site, marks, _own_frames(term.frames)))
+            frames = _own_frames(term.frames)
+            reached.append(ReachedTerm(term.site, dependence.marks(score), frames))
         return reached
 
     def cost(self, name: str, *, live: bool = False) -> Tensor:

@@ -39,10 +39,9 @@ class Undo(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, *, restore: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
         hide_from_compiler(self)
-        self._restore = restore
         self._made: set[StorageWeakRef] = set()
         self._copies: dict[StorageWeakRef, tuple[UntypedStorage, UntypedStorage]] = {}
         self._without_gradient: dict[int, Tensor] = {}
@@ -55,8 +54,6 @@ class Undo(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not self._restore:
-            return func(*args, **kwargs)
         for tensor in written_arguments(func, args, kwargs):
             self._remember(tensor)
         result = func(*args, **kwargs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -289,41 +288,30 @@ class ParticleELBO(ELBO):
     ) -> list[Run]:
         """Run the pass with the main path, then the branches that did not fit into it."""
         memory = Memory()
-        verify = plan.follow and not exact
+        verify = plan.verify and not exact
 
-        def run(paths: tuple[Path, ...], dependence: Dependence | None = None) -> Run:
+        def run(paths: tuple[Path, ...]) -> Run:
             here = Layout(layout.plate_nesting, paths, layout.repetitions, layout.vectorized)
-            sampler = Sampler(
-                here, self._choose, memory, exact=exact, dependence=dependence, verify=verify
+            sampler = Sampler(here, self._choose, memory, exact=exact, verify=verify)
+            traces = run_programs(call, sampler, subsample)
+            return collect(
+                *traces, sampler, analytic_kl=self.analytic_kl, full_scores=self.full_scores
             )
-            with dependence or nullcontext():
-                traces = run_programs(call, sampler, subsample)
-                run = collect(
-                    *traces, sampler, analytic_kl=self.analytic_kl, full_scores=self.full_scores
-                )
-                if dependence:
-                    run.score_guide()
-            return run
 
         if exact:
             return [run(layout.paths)]
-        follow = plan.follow and torch.is_grad_enabled()
-        dependence = Dependence(restore=False) if follow else None
-        main = run(layout.paths, dependence)
+        main = run(layout.paths)
         if torch.is_grad_enabled():
-            self._check_costs(call, plan, main, dependence)
+            self._check_costs(call, plan, main)
         if self.vectorize_particles:
             plan.branches = main_branches(main)
         return [main, *self._run_branches(main, run)]
 
-    def _check_costs(
-        self, call: Call, plan: Plan, main: Run, dependence: Dependence | None
-    ) -> None:
+    def _check_costs(self, call: Call, plan: Plan, main: Run) -> None:
         """Check once for each site and estimator that the cost is as the estimator needs it.
 
-        The first pass of two programs is followed for it. Sites that come up later have a run of
-        their own. Programs that read values into Python are checked in every step, since other
-        values may lead them elsewhere.
+        Programs that read values into Python are checked in every step: other values may lead
+        them elsewhere.
         """
         sites = {
             (name, type(estimator))
@@ -331,17 +319,24 @@ class ParticleELBO(ELBO):
             if estimator.needs_linked_value or estimator.moves_plates
         }
         if not sites <= plan.checked:
-            run = main
-            if dependence is None:
-                values = {name: main.value(name).detach() for name in main.estimators}
-                dependence = Dependence()
-                run, _ = preflight(
-                    call, self._choose, main.layout, values=values, dependence=dependence
-                )
+            run, dependence = self._follow(call, main)
             check_costs(run.estimators, run.frames(), run.reached_terms(dependence))
             if not dependence.reads_values:
                 plan.checked.update(sites)
-        plan.follow = not sites <= plan.checked
+        plan.verify = not sites <= plan.checked
+
+    def _follow(self, call: Call, main: Run) -> tuple[Run, Dependence]:
+        """Follow the values of a pass through a run that leaves nothing behind.
+
+        It is not the pass itself, since a value that is followed has a gradient, which would stay
+        in what the programs keep. Values that have one are drawn again, so that they depend on
+        earlier ones.
+        """
+        values = {name: main.value(name) for name in main.estimators}
+        values = {name: x.clone() for name, x in values.items() if not x.requires_grad}
+        dependence = Dependence()
+        run, _ = preflight(call, self._choose, main.layout, values=values, dependence=dependence)
+        return run, dependence
 
     def _run_branches(self, main: Run, run: Callable[[tuple[Path, ...]], Run]) -> list[Run]:
         runs: list[Run] = []

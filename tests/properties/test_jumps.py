@@ -194,6 +194,26 @@ def test_a_jump_that_only_other_data_meet(vectorize: bool) -> None:
         elbo.loss_and_grads(model, guide, -torch.ones(2))
 
 
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_a_jump_behind_a_reparameterised_value(vectorize: bool) -> None:
+    def model() -> None:
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.OneHotCategorical(torch.ones(3)))
+            y = pyro.sample("y", dist.Normal(z @ TABLE, 1.0))
+            pyro.sample("x", dist.Normal(torch.where(y > 0, 1.0, -1.0), 1.0), obs=torch.zeros(4))
+
+    def guide() -> None:
+        logits = pyro.param("logits", torch.zeros(3))
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.OneHotCategorical(logits=logits))
+            pyro.sample("y", dist.Normal(z @ TABLE, 1.0))
+
+    configured = config_gradient(guide, {"z": Rebar(), "y": "pathwise"})
+    elbo = Estimator_ELBO(2, vectorize_particles=vectorize, max_plate_nesting=1)
+    with pytest.raises(ValueError, match=refused("x", "Rebar")):
+        elbo.loss_and_grads(model, configured)
+
+
 def test_a_jump_that_few_values_show() -> None:
     """Only if all four elements take the third category, one time in 81."""
 
