@@ -1,4 +1,4 @@
-"""A guide together with its configuration, as one object to call, copy, pickle and bind."""
+"""A guide with its configuration, as one object that can be copied, pickled and bound."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Guide = Callable[..., Any]
 
 
 class ConfiguredGuide:
-    """A guide that is not a module, and the messenger under which it runs.
+    """A guide that is not a module, and the messenger that configures it.
 
-    It copies, pickles, introspects and binds to instances as the guide does. A copy has a copy of
-    the estimators, with their state.
+    Copying, pickling, introspection and binding to instances work as for the guide. A copy has
+    copies of the estimators, with their state.
 
     Attributes:
         guide: The guide.
@@ -40,14 +40,14 @@ class ConfiguredGuide:
         return self.gradient_messenger.run(self.guide, *args, **kwargs)
 
     def __get__(self, instance: Any, owner: type | None = None) -> ConfiguredGuide:
-        """Bind as the guide does, so that methods can be decorated."""
+        """Bind the guide to an instance, so that methods can be decorated."""
         bind = getattr(type(self.guide), "__get__", None)
         if instance is None or bind is None:
             return self
         return ConfiguredGuide(bind(self.guide, instance, owner), self.gradient_messenger)
 
     def __eq__(self, other: object) -> bool:
-        # A method is bound anew each time that it is looked up.
+        # Each access to a method makes a new bound object.
         return (
             isinstance(other, ConfiguredGuide)
             and self.gradient_messenger is other.gradient_messenger
@@ -58,7 +58,7 @@ class ConfiguredGuide:
         return hash(self.gradient_messenger)
 
     def __getattr__(self, name: str) -> Any:
-        # A copy in the making has no guide yet. Special methods are those of this class.
+        # While copying, guide is not set yet. Special methods are this class's.
         if name == "guide" or name.startswith("__"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.guide, name)
@@ -76,9 +76,9 @@ class ConfiguredGuide:
 
 
 class _DecoratedName(NamedTuple):
-    """Where to find a function or method whose name stands for its decorated form.
+    """The location of a function or method whose name refers to its decorated form.
 
-    ``pickle`` stores both by name alone, so it cannot store them as they are.
+    ``pickle`` stores functions by name, so it cannot store the undecorated one.
     """
 
     holder: Any  # a module's name, or the object of a method
@@ -89,7 +89,7 @@ class _DecoratedName(NamedTuple):
         return next(itertools.islice(self.chain(), self.depth, None))
 
     def chain(self) -> Iterator[Any]:
-        """Yield what the name stands for, then what that wraps, and so on inwards."""
+        """Yield the object of this name, the object that it wraps, and so on."""
         is_module = isinstance(self.holder, str)
         found = importlib.import_module(self.holder) if is_module else self.holder
         for part in self.path.split("."):
@@ -100,7 +100,7 @@ class _DecoratedName(NamedTuple):
 
 
 def _portable(guide: Guide) -> Guide | _DecoratedName:
-    """Return a guide in a form that can be pickled, if its name stands for its decorated form."""
+    """Return a guide, or its location if its name refers to its decorated form."""
     if isinstance(guide, types.FunctionType):
         name = _DecoratedName(guide.__module__, guide.__qualname__)
     elif isinstance(guide, types.MethodType):
@@ -139,7 +139,7 @@ def configure_module(guide: nn.Module, messenger: GradientMessenger) -> nn.Modul
         type(guide).__name__, (type(guide),), exec_body=lambda ns: ns.update(namespace)
     )
     twin: nn.Module = object.__new__(configured)
-    # One dict for both: parameters and lazily made attributes (an autoguide's prototype) are never
-    # out of step.
+    # Both share one dict, so that parameters and attributes made later (an autoguide's prototype)
+    # are always the same.
     object.__setattr__(twin, "__dict__", guide.__dict__)
     return twin

@@ -1,4 +1,4 @@
-"""Options of the losses: which there are, and which of Pyro's have no effect here."""
+"""Check options of the losses, and reject options of Pyro's losses without effect here."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ _WITHOUT_EFFECT = {
 
 
 def check_options(owner: type, options: Iterable[str]) -> None:
-    """Check keyword arguments that a class passes on to its parent.
+    """Check keyword arguments that a class passes to its parent.
 
     Raises:
-        TypeError: If one has no effect, or neither the class nor a parent has a parameter of that
-            name.
+        TypeError: If an option has no effect or is unknown.
     """
     known = _parameters(owner)
     for name in options:
@@ -35,7 +34,7 @@ def check_options(owner: type, options: Iterable[str]) -> None:
 
 
 def _parameters(owner: type) -> list[str]:
-    """List the parameters with an effect of a class's constructor and of its parents'."""
+    """List the effective constructor parameters of a class and its parents."""
     kinds = {
         name: parameter.kind
         for part in owner.__mro__

@@ -1,4 +1,4 @@
-"""Options in ``infer={...}`` of a sample site: those that would have no effect are refused."""
+"""Check options in ``infer={...}`` of sample sites, and reject those without effect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyro_gumbel.distributions.families import unwrap
 
 __all__ = ["ModelSiteCheck", "check_guide_site", "check_model_site"]
 
-# Options that Pyro reads, or that its handlers leave at a latent site.
+# Options that Pyro reads, or that its handlers set at a latent site.
 _PYROS_OWN = {
     "expand",
     "is_auxiliary",
@@ -30,7 +30,7 @@ _REMEDIES = {
     "baseline": "write infer={'gradient': Score(MovingAverage())} or another baseline",
     "enumerate": "write infer={'gradient': Enumerate()}",
 }
-_NAME = "the option that chooses an estimator is 'gradient'"
+_NAME = "the option for an estimator is 'gradient'"
 
 
 def check_guide_site(msg: Message) -> None:
@@ -45,10 +45,10 @@ def check_guide_site(msg: Message) -> None:
     infer: dict[str, Any] = msg["infer"] or {}
     for key in infer:
         if key == "enumerate" and "gradient" in infer:
-            continue  # left by Pyro's config_enumerate or an autoguide, and overruled
+            continue  # set by Pyro's config_enumerate or an autoguide; 'gradient' overrides it
         if key != "gradient" and key not in _PYROS_OWN and not key.startswith("_"):
             raise ValueError(
-                f"At site {msg['name']!r}, Estimator_ELBO does not know infer[{key!r}]; "
+                f"At site {msg['name']!r}, infer[{key!r}] has no effect in Estimator_ELBO; "
                 f"{_REMEDIES.get(key, _NAME)}."
             )
 
@@ -57,12 +57,12 @@ def check_model_site(msg: Message, guide_site: Any = None) -> None:
     """Check that a model's sample site has no estimator of its own.
 
     Args:
-        msg: The site as the model left it: a replay puts the guide's options in their place.
+        msg: The site with the model's own options, before a replay replaces them by the guide's.
         guide_site: The guide's site of that name, if there is one. A guide that runs the model,
-            or is the same program, has the model's choice, which takes effect there.
+            or is the same program, has the model's option, which takes effect there.
 
     Raises:
-        ValueError: If it has one, under this name or one that looks like it.
+        ValueError: If it has an estimator, or an option with a similar name.
     """
     if msg["is_observed"]:
         _check_observed(msg, "model")
@@ -74,17 +74,15 @@ def check_model_site(msg: Message, guide_site: Any = None) -> None:
     if choice is None or choice is of_guide or repr(choice) == repr(of_guide):
         return
     raise ValueError(
-        f"The model's site {msg['name']!r} has infer['gradient'] = {choice!r}; estimators take "
-        f"effect in the guide. Write config_gradient(guide, {{{msg['name']!r}: {choice!r}}}), or "
-        "the option at the guide's site, and leave the model as it is."
+        f"The model's site {msg['name']!r} has infer['gradient'] = {choice!r}, and estimators "
+        "only take effect in the guide. Remove the option from the model, and write "
+        f"config_gradient(guide, {{{msg['name']!r}: {choice!r}}}) or the option at the guide's "
+        "site."
     )
 
 
 class ModelSiteCheck(Messenger):
-    """Applies :func:`check_model_site` to a run of a model that replays a guide.
-
-    It goes inside the replay.
-    """
+    """Applies :func:`check_model_site` to a model, inside the replay of a guide."""
 
     def __init__(self, guide_trace: Trace) -> None:
         super().__init__()
@@ -98,12 +96,12 @@ class ModelSiteCheck(Messenger):
 def _check_observed(msg: Message, program: str) -> None:
     infer: dict[str, Any] = msg["infer"] or {}
     if infer.get("_deterministic") or isinstance(unwrap(msg["fn"]), Unit):
-        return  # their options come from handlers alone, which may configure every site
+        return  # handlers that configure every site set their options
     _check_spelling(msg, program)
     if infer.get("gradient") is not None:
         raise ValueError(
             f"The {program}'s site {msg['name']!r} has infer['gradient'] = {infer['gradient']!r} "
-            "and is observed; only latent sites have estimators. Leave the option out."
+            "and is observed; only latent sites have estimators. Remove the option."
         )
 
 

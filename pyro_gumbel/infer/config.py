@@ -35,13 +35,11 @@ __all__ = ["Config", "GradientMessenger", "config_gradient", "resolve"]
 
 Config = Estimator | str | Mapping[str, Choice] | Callable[[Message], Choice]
 
-_VARYING = (
-    "(For sites that are latent in some runs only, give a callable msg -> estimator or None.)"
-)
+_VARYING = "(If a site is latent only in some runs, use a callable msg -> estimator or None.)"
 
 
 class GradientMessenger(Messenger):
-    """Writes the configured estimator into ``infer["gradient"]`` of each latent site."""
+    """Sets ``infer["gradient"]`` of each latent site to its configured estimator."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -63,7 +61,7 @@ class GradientMessenger(Messenger):
             self._refuse_unknown_sites()
 
     def run(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a program under this handler; a guide that calls itself is under it already."""
+        """Run a program under this handler, which a recursive guide enters only once."""
         if any(handler is self for handler in _PYRO_STACK):
             return program(*args, **kwargs)
         with self:
@@ -80,8 +78,7 @@ class GradientMessenger(Messenger):
         self._unseen.discard(name)
         choice = self._choose(msg)
         if choice is not None:
-            # A new dict: the model's site shares the guide's, and a handler must not change
-            # either.
+            # A new dict, since model and guide may share one that belongs to the user.
             msg["infer"] = cast(Any, {**(msg["infer"] or {}), "gradient": choice})
 
     def _choose(self, msg: Message) -> Choice:
@@ -96,13 +93,13 @@ class GradientMessenger(Messenger):
         return self._name(choice)
 
     def _name(self, choice: Choice) -> Choice:
-        """Return the estimator that a name stands for here, or whatever else was chosen."""
+        """Return the estimator of a name; return other choices unchanged."""
         if isinstance(choice, str) and choice in CLASSES:
             return self._named.named(choice)
         return choice
 
     def _choices(self) -> list[Choice]:
-        """List the choices that are known before the guide runs: none of a callable's."""
+        """List the choices known before the guide runs; a callable has none."""
         if isinstance(self.config, Mapping):
             return list(self.config.values())
         return [self.config] if isinstance(self.config, (Estimator, str)) else []
@@ -112,17 +109,17 @@ class GradientMessenger(Messenger):
         if unknown in self._observed:
             raise ValueError(
                 f"config_gradient: site {unknown!r} is observed in the guide, and only latent "
-                f"sites have estimators: {self._names}. Leave {unknown!r} out of the config, or "
-                f"drop obs=... where it is sampled. {_VARYING}"
+                f"sites have estimators: {self._names}. Remove {unknown!r} from the config, or "
+                f"remove obs=... from its pyro.sample. {_VARYING}"
             )
         raise ValueError(
             f"config_gradient: the guide has no latent site {unknown!r}; its sites are "
-            f"{self._names}.{did_you_mean(unknown, self._names)} Sites that the model observes "
-            f"take no estimator. {_VARYING}"
+            f"{self._names}.{did_you_mean(unknown, self._names)} Observed sites of the model "
+            f"have no estimator. {_VARYING}"
         )
 
     def estimators(self) -> list[Estimator]:
-        """Return the estimators that the config names outright, or has made of names so far."""
+        """Return the config's estimators, and those made from its names so far."""
         named = [choice for choice in self._choices() if isinstance(choice, Estimator)]
         return named + list(self._named.made().values())
 
@@ -134,7 +131,7 @@ def _check_config(config: Config) -> Config:
     elif isinstance(config, (Estimator, type)) or not callable(config):
         if config is None:
             raise TypeError(
-                "config_gradient: config is missing; give an estimator, a name, a dict or a "
+                "config_gradient: config is missing; expected an estimator, a name, a dict or a "
                 "callable."
             )
         check_choice(config, "config_gradient: got")
@@ -144,40 +141,39 @@ def _check_config(config: Config) -> Config:
 def config_gradient(
     guide: Callable[..., Any] | None = None, config: Config | None = None
 ) -> Callable[..., Any]:
-    """Attach an estimator to each latent site of a guide.
+    """Attach a gradient estimator to each latent site of a guide.
 
-    A name in a config stands for one object, which belongs to the configured guide and keeps its
-    state from step to step. A copy of the configured guide (``copy.deepcopy``, ``pickle``) has
-    copies of guide and estimators. The parameters and the state of a configured guide are those of
-    the guide: ``Estimator_ELBO()(model, guide)`` is the module that holds the estimators' too.
+    Each name in a config makes one estimator, which belongs to the configured guide and keeps its
+    state between steps. A copy of the configured guide (``copy.deepcopy``, ``pickle``) has copies
+    of the guide and of its estimators. The configured guide has the guide's parameters and state,
+    without the estimators'. The module ``Estimator_ELBO()(model, guide)`` has both.
 
     Args:
-        guide: A function, a method or a module (``PyroModule``, autoguide). Left out, a decorator
-            is returned, for functions and for methods of a class; a decorated method shares its
-            estimators between all objects of the class. A module gives a module of the same class
-            with the same parameters and attributes: it shares all of them with the original, which
-            itself stays unconfigured.
+        guide: A function, a method or a module (``PyroModule``, autoguide). A configured module
+            has the class of the original and shares its parameters and attributes; the original
+            stays unconfigured. Without a guide, a decorator for functions and methods is returned.
+            All objects of a class share the estimators of a decorated method.
         config: One of
 
-            * an estimator, or a name such as ``"reinmax"``, for every site;
-            * a dict ``{site: estimator or name}``, other sites being left to the default of
-              ``Estimator_ELBO``;
+            * an estimator, or a name such as ``"reinmax"``, for all sites;
+            * a dict ``{site: estimator or name}``; other sites use the default of the ELBO;
             * a callable ``msg -> estimator, name or None``.
 
-            ``"auto"`` is pathwise where a site can and else the score function with leave-one-out
-            (two particles or more) or a moving average; ``"score"`` is the latter at every site.
-            Both leave the choice, and the state, to the ELBO. The outermost configuration wins,
-            also over ``pyro.sample(..., infer={"gradient": ...})``. It is for the losses of this
-            package: Pyro's own, such as ``Trace_ELBO``, ignore it and take their own gradient.
+            ``"auto"`` is pathwise at reparameterised sites. At other sites it is the score
+            function, with leave-one-out (two particles or more) or a moving average. ``"score"``
+            is this score function at all sites. For both names the ELBO holds the estimator and
+            its state. The outermost configuration wins, also over
+            ``pyro.sample(..., infer={"gradient": ...})``. Pyro's own losses, such as
+            ``Trace_ELBO``, ignore the configuration.
 
     Returns:
-        The configured guide: a module where the guide is one, else a callable object with the
-        guide's name, docstring, signature and attributes.
+        The configured guide. It is a module if the guide is one; otherwise it is a callable object
+        with the guide's name, docstring, signature and attributes.
 
     Raises:
-        TypeError: If the config is of another kind, or the guide is a class or not callable.
-        ValueError: If a name stands for no estimator; when the guide runs, if a site of the dict
-            is not in it, or observed there.
+        TypeError: If the config has another type, or the guide is a class or not callable.
+        ValueError: If a name is unknown; when the guide runs, if a site of the dict is missing or
+            observed.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -190,12 +186,13 @@ def config_gradient(
     """
     if isinstance(guide, type):
         raise TypeError(
-            f"config_gradient: got the class {guide.__name__}; configure an object, "
-            f"config_gradient({guide.__name__}(...), config), or decorate the method that samples."
+            f"config_gradient: expected a guide, got the class {guide.__name__}; configure an "
+            f"object, config_gradient({guide.__name__}(...), config), or decorate the method that "
+            "samples."
         )
     if guide is not None and (isinstance(guide, Estimator) or not callable(guide)):
         raise TypeError(
-            f"config_gradient: the first argument is the guide; got {guide!r}. "
+            f"config_gradient: expected the guide as the first argument, got {guide!r}. "
             "Write config_gradient(guide, config), or @config_gradient(config=...) as a "
             "decorator."
         )
@@ -214,12 +211,12 @@ def config_gradient(
 def resolve(
     msg: Message, auto: DefaultEstimators, default: Choice, num_particles: int
 ) -> Estimator:
-    """Find the estimator of a latent site and check that it can serve it.
+    """Return the estimator of a latent site, and check that it supports the site.
 
     Raises:
         TypeError: If ``infer["gradient"]`` is neither an estimator nor a name.
-        ValueError: If ``infer`` has an unknown option, or the estimator cannot serve the site or
-            the number of particles.
+        ValueError: If ``infer`` has an unknown option, or the estimator does not support the site
+            or the number of particles.
     """
     check_guide_site(msg)
     choice = cast(Choice, (msg["infer"] or {}).get("gradient", default))
@@ -227,7 +224,7 @@ def resolve(
     fn = unwrap(msg["fn"])
     estimator = auto.resolve(choice, fn, num_particles)
     if has_law_of(fn, Delta) and isinstance(estimator, Score):
-        # A point mass is a function of its parameters: its score does not see them.
+        # The score of a point mass has no gradient in its parameters.
         estimator = auto.resolve("pathwise", fn, num_particles)
     if not estimator.supports(fn):
         reasons = (f"it needs {estimator.sites}", explain_stranger(fn))
@@ -249,14 +246,14 @@ def _refuse(msg: Message, estimator: Estimator, reason: str) -> NoReturn:
     fn = unwrap(msg["fn"])
     wrapped = "" if fn is msg["fn"] else f" (inside {type(msg['fn']).__name__})"
     raise ValueError(
-        f"At site {msg['name']!r}, {estimator!r} cannot serve a {type(fn).__name__} "
+        f"At site {msg['name']!r}, {estimator!r} does not support a {type(fn).__name__} "
         f"site{wrapped}: {reason}.{_suggest(msg, estimator)}"
     )
 
 
 def _suggest(msg: Message, estimator: Estimator) -> str:
     name, fn, joined = msg["name"], unwrap(msg["fn"]), event_dims(msg["fn"])
-    serving = [
+    supporting = [
         known
         for known, make in CLASSES.items()
         if make().supports(fn) and make().why_unsupported(fn, joined) is None
@@ -265,12 +262,12 @@ def _suggest(msg: Message, estimator: Estimator) -> str:
     if is_relaxed(fn):
         family = "OneHotCategorical" if fn.event_dim else "Bernoulli"
         text = (
-            f" If the model's site is discrete, write {family}(logits=...) in the guide, too: "
-            "estimators that relax do so by themselves."
+            f" If the model's site is discrete, write {family}(logits=...) in the guide, too; "
+            "estimators such as GumbelSoftmax relax it themselves."
         )
-        where = " if it is relaxed"
-    text += f" What would work{where}: {', '.join([*serving, 'score'])}."
+        where = " of a relaxed site"
+    text += f" Supported estimators{where}: {', '.join([*supporting, 'score'])}."
     if not estimator.supports(fn):
-        instead = "pathwise" if "pathwise" in serving else "score"
+        instead = "pathwise" if "pathwise" in supporting else "score"
         text += f" Choose site by site: config_gradient(guide, {{{name!r}: {instead!r}, ...}})."
     return text

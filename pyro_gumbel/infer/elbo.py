@@ -1,4 +1,4 @@
-"""The evidence lower bound, its gradient passing through each site as the site chose."""
+"""The evidence lower bound with a gradient estimator for each site."""
 
 from __future__ import annotations
 
@@ -14,57 +14,55 @@ __all__ = ["Estimator_ELBO"]
 
 
 class Estimator_ELBO(ParticleELBO):  # noqa: N801
-    r"""The ELBO of a model and a guide whose sites choose their gradient estimators.
+    r"""The ELBO of a model and a guide with a gradient estimator for each latent site.
 
     .. math:: \mathcal L = E_{q_\phi(z)}[\log p_\theta(x, z) - \log q_\phi(z)]
 
-    The value is always an unbiased estimate of the true (discrete) bound, from exact draws and
-    exact masses, whichever estimators are attached; only the gradient differs. Estimators are
-    attached by :func:`~pyro_gumbel.infer.config_gradient` or by ``infer={"gradient": ...}`` at the
-    site.
+    The value is an unbiased estimate of the bound of the discrete model, from exact draws and
+    probability masses. Estimators only change the gradient. Attach them by
+    :func:`~pyro_gumbel.infer.config_gradient`, or by ``infer={"gradient": ...}`` at the site.
 
-    Training moves the state of estimators, evaluation does not. A pass that makes a gradient
-    advances every schedule and every moving average by one:
+    Training changes the state of estimators, evaluation does not. Each call that makes a gradient
+    advances every schedule and every moving average by one step:
 
     ================================================== ===============
-    call                                               moves the state
+    call                                               advances
     ================================================== ===============
-    ``SVI.step``, ``loss_and_grads``                   once
-    ``differentiable_loss``                            once
-    ``elbo(model, guide)`` as a module, in train mode  once
+    ``SVI.step``, ``loss_and_grads``                   yes
+    ``differentiable_loss``                            yes
+    ``elbo(model, guide)`` as a module, in train mode  yes
     the same after ``.eval()``                         no
     any of these under ``no_grad``, ``inference_mode`` no
     ``SVI.evaluate_loss``, ``loss``                    no
     ================================================== ===============
 
-    As in Pyro, a site in a plate is taken to influence its own element of the plate alone. Where a
-    later site of the guide gathers the elements outside of the plate, and sites of the plate
-    depend on that one in turn, write ``.to_event(1)`` in place of the plate.
+    As in Pyro, a site in a plate may only influence its own element of the plate. If a later site
+    of the guide, outside the plate, combines the elements, and sites of the plate depend on that
+    site, write ``.to_event(1)`` instead of the plate.
 
-    Two programs that were not met before run once more, for a *preflight*: it counts their plates,
-    checks that they fit one another and finds what each term depends on. It leaves random number
-    generators and the buffers of modules as they were.
+    A new pair of model and guide runs once more, for a *preflight*. It counts plates, checks that
+    model and guide match, and finds the dependence of each term on each site. It leaves random
+    number generators and buffers of modules unchanged.
 
     Args:
-        num_particles: Number of independent repetitions to average over.
-        default: Estimator, or name of one, for sites that have none: ``"auto"`` is pathwise where
-            a site can and else the score function with leave-one-out (two particles or more) or a
-            moving average.
-        vectorize_particles: Evaluate all particles at once, as rows of a plate left of the
-            programs' own; else one after the other, for programs that do not broadcast or whose
-            structure varies. The estimator is the same, but for the weights of several coupled
-            sites' paths in the loss.
-        max_plate_nesting: Bound on the number of nested plates; found by the preflight where it
-            is not given.
-        analytic_kl: Put the closed-form KL divergence in place of a site's sampled ``log p - log
-            q`` where it is known and the order of sites allows it.
+        num_particles: Number of independent samples to average over.
+        default: Estimator, or its name, for sites without one. ``"auto"`` is pathwise at
+            reparameterised sites. At other sites it is the score function, with leave-one-out (two
+            particles or more) or a moving average.
+        vectorize_particles: Evaluate all particles at once, in a plate left of the programs' own.
+            Otherwise particles run in a loop, for programs that do not broadcast or whose
+            structure varies. The estimator is the same, except for the weights in the loss of
+            branches of several coupled sites.
+        max_plate_nesting: Bound on the number of nested plates. By default the preflight finds it.
+        analytic_kl: Replace a site's sampled ``log p - log q`` by the closed-form KL divergence,
+            if it is known and the order of sites allows it.
         **kwargs: As for Pyro's ``ELBO``.
 
     Raises:
-        TypeError: If ``default`` is no estimator, or an argument is unknown.
-        ValueError: If ``num_particles`` is below 1 or ``default`` names no estimator; when run,
-            with the site's name, if an estimator cannot serve its site or the programs do not
-            match.
+        TypeError: If ``default`` is not an estimator or a name, or an argument is unknown.
+        ValueError: If ``num_particles`` is below 1 or ``default`` is an unknown name; when run,
+            with the site's name, if an estimator does not support its site or model and guide do
+            not match.
 
     References:
         Gradient Estimation Using Stochastic Computation Graphs (Schulman et al., 2015),

@@ -1,4 +1,4 @@
-"""The importance-weighted bound, for discrete and for reparameterised sites."""
+"""The importance-weighted bound for discrete and reparameterised sites."""
 
 from __future__ import annotations
 
@@ -29,41 +29,41 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
         \mathcal L_K = E\Bigl[\log \frac1K \sum_k w_k\Bigr], \qquad
         w_k = \frac{p_\theta(x, z_k)}{q_\phi(z_k)}
 
-    There is one bound for each element of the plates that every site is in (for each datum of a
-    variational auto-encoder), and their sum, scaled for subsampling, is the value. All other
-    scales are inside the logarithm, as in Pyro's ``RenyiELBO``: ``poutine.scale`` tempers the
-    weights, and a subsampled plate that some site is outside of makes them estimates, so that the
-    value need not bound the evidence.
+    Each element of the plates that contain all sites has its own bound, such as each datum of a
+    variational auto-encoder. The value is their sum, scaled for subsampling. All other scales are
+    inside the logarithm, as in Pyro's ``RenyiELBO``. ``poutine.scale`` tempers the weights. In a
+    subsampled plate that does not contain all sites, the weights are estimates, and the value may
+    exceed the evidence.
 
-    Reparameterised and straight-through sites differentiate the bound as it stands. Sites of the
-    score function, and what rejection sampling (``score_parts``) leaves to it, use VIMCO, whose
-    signal is what particle ``k`` adds to the bound:
+    Reparameterised and straight-through sites differentiate the bound. Score-function sites, and
+    the score terms of rejection sampling (``score_parts``), use VIMCO. Its signal is the
+    contribution of particle ``k`` to the bound:
 
     .. math::
         \Bigl(\mathcal L_K - \log \frac1K \bigl(\textstyle\sum_{j \ne k} w_j + \hat w_k\bigr)\Bigr)
         \nabla \log q_\phi(z_k), \qquad \log \hat w_k = \frac{1}{K-1} \sum_{j \ne k} \log w_j
 
-    Particles of weight zero are left out of :math:`\hat w_k`.
+    :math:`\hat w_k` omits particles of weight zero.
 
-    *Unbiased*: yes, at score-function and reparameterised sites. *Costs*: one evaluation a
+    *Unbiased*: yes, at score-function and reparameterised sites. *Cost*: one evaluation per
     particle.
 
     Args:
         num_particles: Number ``K`` of importance samples.
-        doubly_reparameterized: At reparameterised sites, drop the score and weight the path by
-            :math:`\tilde w_k^2`, so that the gradient's signal does not vanish as ``K`` grows.
-            Where scales and masks give :math:`\log q` the coefficient ``c``, the weight is
-            :math:`\tilde w_k - c\,(\tilde w_k - \tilde w_k^2)`. A site keeps the plain gradient
+        doubly_reparameterized: At reparameterised sites, omit the score and weight the path by
+            :math:`\tilde w_k^2`, so that the gradient's signal-to-noise ratio does not vanish as
+            ``K`` grows. If scales and masks give :math:`\log q` the coefficient ``c``, the weight
+            is :math:`\tilde w_k - c\,(\tilde w_k - \tilde w_k^2)`. A site keeps the plain gradient
             if the distribution of a later site of the guide depends on its value, or if a bound
-            of its support is learnt. Costs one more evaluation of :math:`\log q`, which needs the
-            inverse of a flow.
+            of its support is learnt. This costs another evaluation of :math:`\log q`, which needs
+            the inverse of a flow.
         **kwargs: As for :class:`~pyro_gumbel.infer.Estimator_ELBO`, without ``analytic_kl``.
 
     Raises:
-        TypeError: If ``analytic_kl`` is given: a bound of weights has no such part.
-        ValueError: When run, with the site's name, if a site's estimator has no
-            importance-weighted form, a score-function site meets a single particle, or a flow
-            without an inverse meets ``doubly_reparameterized=True``.
+        TypeError: If ``analytic_kl`` is given.
+        ValueError: When run, with the site's name, if the site's estimator has no
+            importance-weighted form, if a score-function site has a single particle, or if
+            ``doubly_reparameterized=True`` and a flow has no inverse.
 
     References:
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov, 2016),
@@ -81,12 +81,12 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
     ) -> None:
         if "analytic_kl" in kwargs:
             raise TypeError(
-                "ImportanceWeighted_ELBO takes no analytic_kl: its weights need each draw's own "
-                "log p and log q. Leave it out, or use Estimator_ELBO(analytic_kl=True)."
+                "ImportanceWeighted_ELBO does not support analytic_kl, since its weights need "
+                "log p and log q of each draw. Remove it, or use Estimator_ELBO(analytic_kl=True)."
             )
         super().__init__(num_particles, **kwargs)
         self.doubly_reparameterized = doubly_reparameterized
-        self.full_scores = True  # under the logarithm the score of q has no mean of zero
+        self.full_scores = True  # inside the logarithm the mean score of q is not zero
 
     def _value(self, paths: Passes) -> Tensor:
         return LogWeights(_mains(paths)).bound().sum()
@@ -112,8 +112,8 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
                 own = (self._auto.leave_one_out, self._auto.moving_average)
                 if estimator.baseline is not None and estimator not in own:
                     raise ValueError(
-                        f"At site {name!r}, ImportanceWeighted_ELBO has a baseline of its own "
-                        f"(VIMCO) and cannot use {estimator.baseline!r}; write Score()."
+                        f"At site {name!r}, ImportanceWeighted_ELBO uses its own baseline (VIMCO) "
+                        f"and does not support {estimator.baseline!r}; write Score()."
                     )
                 if self.num_particles < 2:
                     raise ValueError(
@@ -129,18 +129,18 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
             elif not estimator.pathwise or estimator.relaxed:
                 raise ValueError(
                     f"At site {name!r}, {estimator!r} has no importance-weighted form. Use "
-                    "Score() (VIMCO), a straight-through estimator such as ReinMax(), or, where "
-                    "the site is reparameterised, Pathwise()."
+                    "Score() (VIMCO), a straight-through estimator such as ReinMax(), or, at a "
+                    "reparameterised site, Pathwise()."
                 )
 
 
 def _mains(paths: Passes) -> list[Run]:
-    """The runs of the main path: one of all particles, or one each."""
+    """Return the runs of the main path: one of all particles, or one per particle."""
     return [group[0] for group in paths.groups]
 
 
 def _scores(weights: LogWeights) -> Tensor:
-    """Sum VIMCO's signal times the score of what each site drew without a path."""
+    """Sum VIMCO's signal times the score over sites without a pathwise gradient."""
     total = weights.value.new_zeros(())
     scored = [[name for name in run.estimators if _is_scored(run, name)] for run in weights.runs]
     if not any(scored):

@@ -1,4 +1,4 @@
-"""Learnable parameters of estimators: device, dtype and names in the parameter store."""
+"""Learnable parameters of estimators: devices, dtypes and the parameter store."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ __all__ = ["adopt_stored", "meet_site", "show_parameters"]
 def meet_site(site: str, estimator: Estimator, fn: Any) -> None:
     """Prepare an estimator's parameters for a draw at a site with distribution ``fn``.
 
-    At their first meeting they move to the distribution's device, and those of the default dtype
-    to its dtype if that is wider. Values that were loaded into the parameter store are taken over.
+    At the first draw the parameters move to the distribution's device, and those of the default
+    dtype to the distribution's dtype if it is wider. Values that were loaded into the parameter
+    store replace the estimator's.
     """
     if next(estimator.parameters(), None) is None:
         return
@@ -35,7 +36,7 @@ def meet_site(site: str, estimator: Estimator, fn: Any) -> None:
 
 
 def move_like(estimator: Estimator, like: Tensor) -> None:
-    """Move parameters and buffers to a tensor's device, and to its dtype where that is wider."""
+    """Move parameters and buffers to a tensor's device, and to its dtype if it is wider."""
     usual = torch.get_default_dtype()
     wide = torch.promote_types(usual, like.dtype)
     estimator._apply(
@@ -44,7 +45,7 @@ def move_like(estimator: Estimator, like: Tensor) -> None:
 
 
 def _tensor_of(fn: Any) -> Tensor | None:
-    """Find a floating tensor among a distribution's parameters."""
+    """Return a floating-point tensor among a distribution's parameters."""
     for value in getattr(fn, "__dict__", {}).values():
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
@@ -57,10 +58,10 @@ def _tensor_of(fn: Any) -> Tensor | None:
 
 @torch.no_grad()
 def adopt_stored(site: str, estimator: Estimator) -> None:
-    """Take over the values that were loaded into the store after those of the estimator.
+    """Copy values from the store that were loaded later than the estimator's own.
 
-    The store keeps them until the estimator's own are shown in their place. Frozen parameters
-    keep their values.
+    The store keeps them until ``show_parameters`` replaces them by the estimator's parameters.
+    Frozen parameters keep their values.
     """
     adopted = False
     for key, parameter in _parameters(site, estimator):
@@ -75,17 +76,17 @@ def adopt_stored(site: str, estimator: Estimator) -> None:
 
 
 def show_parameters(site: str, estimator: Estimator) -> None:
-    """Put the estimator's parameters into the store, in place of another estimator's."""
+    """Register the estimator's parameters in the store, replacing another estimator's."""
     store = pyro.get_param_store()
     for key, parameter in _parameters(site, estimator):
-        # Else the optimiser would step a tensor that nothing uses any more. (The store copies
-        # what is not contiguous, so that such a parameter is never found in it.)
+        # Otherwise the optimiser would step an unused tensor. (The store copies parameters that
+        # are not contiguous, so it never holds those themselves.)
         foreign = key in store and store[key].unconstrained() is not parameter
         if foreign and parameter.is_contiguous():
             del store[key]
         note_own(parameter)
     with warnings.catch_warnings():
-        # Parameters are frozen on purpose here, by learn=False or by the user.
+        # learn=False or the user freezes parameters on purpose.
         warnings.filterwarnings("ignore", ".* was not registered in the param store")
         pyro.module(f"{STORE_PREFIX}{site}", estimator)
 

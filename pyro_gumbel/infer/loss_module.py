@@ -1,4 +1,4 @@
-"""The loss of two programs that are modules, as a module with all that is trained."""
+"""The loss of a model and a guide as a module that holds all trained parameters."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["LossModule"]
 
 
 class LossModule(ELBOModule):
-    """Holds the programs' parameters and the estimators', which it does not put into the store.
+    """A loss with the parameters of model, guide and estimators, outside the parameter store.
 
-    Estimators that only a run finds are held from the first call on. A state that was loaded
-    before waits for them; a state that lacks an estimator leaves it as it is.
+    Estimators that only a run can find are registered at the first call. A state that was loaded
+    before is then applied to them. Loading a state without an estimator leaves it unchanged.
     """
 
     elbo: ParticleELBO

@@ -1,4 +1,4 @@
-"""A model's discrete latent as a continuous one: for HMC, autoguides and plain ELBOs."""
+"""Relax a discrete latent of a model, for HMC, autoguides and Pyro's ELBOs."""
 
 from __future__ import annotations
 
@@ -28,38 +28,37 @@ from pyro_gumbel.estimators.schedules import Schedule, check_temperature
 
 __all__ = ["RelaxReparam"]
 
-# What a coordinate of exactly zero starts from: off the boundary, and within 1e-6 of it.
+# The start of a coordinate that is exactly zero: inside the simplex, within 1e-6 of the boundary.
 _INTERIOR = 1e-6
 
 
 class RelaxReparam(Reparam):
-    r"""Turn a one-hot or Bernoulli latent into a relaxed one whose log-coordinates are sampled.
+    r"""Relax a one-hot or Bernoulli latent, and sample it in log-coordinates.
 
-    For ``poutine.reparam(model, {"z": RelaxReparam(0.5)})``. A one-hot site ``z`` becomes
+    Use it as ``poutine.reparam(model, {"z": RelaxReparam(0.5)})``. A one-hot site ``z`` becomes
 
     .. math:: u \sim \mathrm{ExpConcrete}(\phi, \tau), \qquad z = e^u \in \Delta^{C-1}
 
-    with a new latent site ``z_log`` for ``u``, a bit becomes :math:`z = \sigma(\ell)`,
-    :math:`\ell \sim \mathrm{Logistic}(\phi / \tau, 1 / \tau)`, with a new site ``z_logit``; ``z``
-    itself is a deterministic site then (``Predictive`` returns it for the draws of a chain).
-    Densities are stated in these coordinates, so they are exact at every temperature, and nothing
-    has to stay off the boundary of the simplex. The model runs on values between the categories,
-    and its posterior is that of the relaxed model, which tends to the discrete one's as
-    :math:`\tau \to 0` while its geometry gets harder.
+    with a new latent site ``z_log`` for ``u``. A Bernoulli site becomes :math:`z = \sigma(\ell)`,
+    :math:`\ell \sim \mathrm{Logistic}(\phi / \tau, 1 / \tau)`, with a new site ``z_logit``. The
+    site ``z`` becomes deterministic, and ``Predictive`` returns it for the draws of a chain.
+    Densities in these coordinates are exact at every temperature, and the coordinates have no
+    boundary. The model runs on values between the categories. The posterior of the relaxed model
+    tends to that of the discrete model as :math:`\tau \to 0`, while its geometry gets harder.
 
     With ``straight_through=True`` the model runs on the one-hot :math:`\mathrm{onehot}(\arg\max
-    u)`, the gradient being that of the relaxed value. By the Gumbel-max trick this leaves the law
-    of ``z`` exactly what it was, so that an ELBO of the new model bounds the evidence of the old
-    one. Meant for ELBOs: Hamiltonian dynamics do not see where such a model's density jumps.
+    u)`, with the gradient of the relaxed value. By the Gumbel-max trick the distribution of ``z``
+    is unchanged, so an ELBO of the new model bounds the evidence of the old one. Do not use it
+    with HMC, which ignores the jumps of such a model's density.
 
-    Initial values of ``z`` (``init_to_value(values={"z": ...})``) are taken over, from inside the
-    simplex exactly, one-hot ones up to 1e-6; other initialisation strategies choose ``z_log``.
-    Pyro's default strategies ask for a map from the reals to the discrete support before a
-    reparameteriser is heard. While a ``RelaxReparam`` is active they get one, and its outcome is
-    not used; at all other times they fail as before.
+    An initial value of ``z`` (``init_to_value(values={"z": ...})``) is kept: exactly inside the
+    simplex, within 1e-6 if it is one-hot. Other initialisation strategies choose ``z_log``. Pyro's
+    default strategies first need a map from the reals to the discrete support, which Pyro lacks.
+    While a ``RelaxReparam`` is active they get one, whose result is ignored. Otherwise they raise
+    as before.
 
-    Shapes: ``z_log`` has the shape of ``z``, ``z_logit`` too; ``to_event``, plates and ``mask``
-    are kept.
+    Shapes: ``z_log`` and ``z_logit`` have the shape of ``z``, with the same ``to_event``, plates
+    and ``mask``.
 
     Args:
         temperature: Positive number, or tensor that broadcasts against the site's batch shape.
@@ -86,9 +85,9 @@ class RelaxReparam(Reparam):
     def __init__(self, temperature: float | Tensor, *, straight_through: bool = False) -> None:
         if isinstance(temperature, Schedule):
             raise TypeError(
-                "RelaxReparam: temperature must be a number or a tensor, since nothing would "
-                f"advance a schedule inside a model; got {temperature!r}. Write "
-                "RelaxReparam(temperature.value), anew for each temperature."
+                "RelaxReparam: temperature must be a number or a tensor, since a schedule inside "
+                f"a model does not advance; got {temperature!r}. Write "
+                "RelaxReparam(temperature.value), with a new object for each temperature."
             )
         self.temperature = check_temperature(
             "RelaxReparam", "temperature", temperature, kinds=("number", "tensor")
@@ -104,10 +103,10 @@ class RelaxReparam(Reparam):
         base = unwrap(fn)
         _check_site(name, base, msg["is_observed"])
         if not getattr(value, "_pyro_custom_init", True):
-            value = None  # nobody's choice: the strategy will be asked about the new site
+            value = None  # a default: the strategy will initialise the new site instead
         relax = self._relax_bit if is_bit(base) else self._relax_one_hot
         relaxed = relax(name, fn, value)
-        # A value that came is handed back as it is: Pyro takes a new one for a failed round trip.
+        # Return a given value itself, since Pyro compares the two.
         result = relaxed if value is None else value
         return {
             "fn": dist.Delta(result, event_dim=fn.event_dim).mask(False),
@@ -138,7 +137,7 @@ class RelaxReparam(Reparam):
 
 
 def _sample(name: str, fn: Any, start: Tensor | None) -> Tensor:
-    # A value that is not observed: an initial one.
+    # obs with is_observed False sets an initial value.
     return pyro.sample(name, fn, obs=start, infer={"is_observed": False})
 
 
@@ -157,31 +156,30 @@ def _check_site(name: str, base: Any, is_observed: bool) -> None:
     if is_observed:
         raise ValueError(
             f"RelaxReparam: site {name!r} is observed, and only latent sites can be relaxed. "
-            f"Leave {name!r} out of poutine.reparam's config, or drop obs=... where it is sampled."
+            f"Remove {name!r} from poutine.reparam's config, or obs=... from its pyro.sample."
         )
     if is_one_hot(base) or is_bit(base):
         return
     if is_categorical(base):
         remedy = (
-            "an index has no values in between. Write OneHotCategorical(logits=...) and, where "
-            f"the model indexed with {name}, a product with the one-hot: {name} @ locs for "
-            f"locs[{name}]"
+            "an index cannot be relaxed. Write OneHotCategorical(logits=...), and replace "
+            f"indexing by a product with the one-hot: {name} @ locs for locs[{name}]"
         )
     elif is_relaxed(base):
         remedy = (
-            "it is a relaxed distribution already. Write the discrete one, OneHotCategorical("
+            "it is already relaxed. Write the discrete distribution, OneHotCategorical("
             "logits=...) or Bernoulli(logits=...)"
         )
     else:
         remedy = (
-            "RelaxReparam serves OneHotCategorical and Bernoulli; enumerate other discrete sites, "
-            f"or leave {name!r} out of poutine.reparam's config"
+            "RelaxReparam supports OneHotCategorical and Bernoulli. Enumerate other discrete "
+            f"sites, or remove {name!r} from poutine.reparam's config"
         )
     raise ValueError(f"RelaxReparam: site {name!r} is a {family}: {remedy}.")
 
 
 class _Round(Transform):
-    """From the reals to a discrete support, and back: what an initialisation strategy asks for."""
+    """A map from the reals to a discrete support, for initialisation strategies."""
 
     bijective = False
 
@@ -199,7 +197,7 @@ class _Round(Transform):
 
 
 def _round(support: constraints.Constraint) -> Transform:
-    """Answer initialisation strategies while a model is being relaxed, and nobody else."""
+    """Return a map to a discrete support while a model is relaxed; raise otherwise."""
     for handler in _PYRO_STACK:
         if isinstance(handler, ReparamMessenger):
             config = handler.config

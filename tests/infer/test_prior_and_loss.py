@@ -127,5 +127,5 @@ def test_who_is_left_out_above_refuses_the_site(kind, name):
     def program():
         pyro.sample("z", law(kind, probs=prior(kind)))
 
-    with pytest.raises(ValueError, match=r"At site 'z', .* cannot serve a .* site: it needs"):
+    with pytest.raises(ValueError, match=r"At site 'z', .* does not support a .* site: it needs"):
         Estimator_ELBO(4).loss_and_grads(program, config_gradient(program, name))

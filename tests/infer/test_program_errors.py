@@ -48,43 +48,43 @@ ROWS = {
     "reinmax on an index": (
         with_gradient(INDEX, ReinMax()),
         ValueError,
-        r"At site 'z', ReinMax\(1.0\) cannot serve a Categorical site: it needs one-hot or "
-        r"Bernoulli. What would work: .*enumerate, .*score",
+        r"At site 'z', ReinMax\(1.0\) does not support a Categorical site: it needs one-hot or "
+        r"Bernoulli. Supported estimators: .*enumerate, .*score",
     ),
     "reinmax on a normal": (
         with_gradient(NORMAL, ReinMax()),
         ValueError,
-        r"cannot serve a Normal site.*What would work: pathwise, score. Choose site by site: "
-        r"config_gradient\(guide, \{'z': 'pathwise', ...\}\)",
+        r"does not support a Normal site.*Supported estimators: pathwise, score. Choose site by "
+        r"site: config_gradient\(guide, \{'z': 'pathwise', ...\}\)",
     ),
     "reinmax on a relaxed one-hot": (
         step(ONE_HOT, config_gradient(RELAXED, ReinMax())),
         ValueError,
-        r"At site 'z', ReinMax\(1.0\) cannot serve a RelaxedOneHot site: .*If the model's "
-        r"site is discrete, write OneHotCategorical\(logits=...\) in the guide, too: .*What would "
-        r"work if it is relaxed: pathwise, score",
+        r"At site 'z', ReinMax\(1.0\) does not support a RelaxedOneHot site: .*If the model's "
+        r"site is discrete, write OneHotCategorical\(logits=...\) in the guide, too; .*Supported "
+        r"estimators of a relaxed site: pathwise, score",
     ),
     "reinmax on a relaxed bit": (
         step(BIT, config_gradient(PYRO_SOFT_BIT, ReinMax())),
         ValueError,
-        r"cannot serve a RelaxedBernoulli site.*write Bernoulli\(logits=...\) in the guide, too",
+        r"does not support a RelaxedBernoulli site.*write Bernoulli\(logits=...\) in the guide",
     ),
     "pathwise on a bit": (
         with_gradient(BIT, Pathwise()),
         ValueError,
-        r"cannot serve a Bernoulli site: it needs a reparameterised site \(has rsample\). "
-        r"What would work: .*reinmax, .*score",
+        r"does not support a Bernoulli site: it needs a reparameterised site \(has rsample\). "
+        r"Supported estimators: .*reinmax, .*score",
     ),
     "gapped on a bit": (
         with_gradient(BIT, GappedStraightThrough()),
         ValueError,
-        r"GappedStraightThrough\(0.5, gap=1.0\) cannot serve a Bernoulli site: it needs one-hot",
+        r"GappedStraightThrough\(0.5, gap=1.0\) does not support a Bernoulli site: it needs one-",
     ),
     "enumerate counts": (
         with_gradient(site(lambda: dist.Poisson(1.0)), Enumerate()),
         ValueError,
-        r"Enumerate\(\) cannot serve a Poisson site: it needs any site with enumerate_support. "
-        r"What would work: score",
+        r"Enumerate\(\) does not support a Poisson site: it needs any site with "
+        r"enumerate_support. Supported estimators: score",
     ),
     "enumerate an event": (
         with_gradient(site(lambda: dist.Bernoulli(P).to_event(1)), Enumerate()),

@@ -583,7 +583,10 @@ def test_handlers_go_around_and_inside():
 
 
 def test_a_class_is_not_a_guide():
-    match = r"config_gradient: got the class PyroNet; .*config_gradient\(PyroNet\(...\), config\)"
+    match = (
+        r"config_gradient: expected a guide, got the class PyroNet; "
+        r".*config_gradient\(PyroNet\(...\), config\)"
+    )
     with pytest.raises(TypeError, match=match):
         config_gradient(PyroNet, "reinmax")
     with pytest.raises(TypeError, match=match):

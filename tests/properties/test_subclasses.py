@@ -304,7 +304,7 @@ def test_other_laws_are_refused_by_name_with_the_way_to_opt_in(kind):
         with pytest.raises(ValueError, match="'z'.*overrides log_prob, sample.*super") as error:
             gradient(model, guide, estimator)
         assert ODD[kind].__name__ in str(error.value)
-        assert "What would work: enumerate, score" in str(error.value)
+        assert "Supported estimators: enumerate, score" in str(error.value)
 
 
 @pytest.mark.parametrize("estimator", SERVING_ONE_HOT, ids=repr)
