@@ -222,7 +222,8 @@ def plate_nesting(trace: Trace) -> int:
 
 def _check_nesting(trace: Trace, sampler: Sampler) -> None:
     nesting = plate_nesting(trace)
-    if sampler.adds_dimensions and nesting > cast(int, sampler.layout.plate_nesting):
+    counts = sampler.layout.vectorized or bool(sampler.enumerated)
+    if counts and nesting > cast(int, sampler.layout.plate_nesting):
         raise DeeperPlates(nesting)
 
 
@@ -258,7 +259,9 @@ def _particle_plate_is_in_the_way(error: Exception, layout: Layout) -> bool:
         traceback = traceback.tb_next
     if traceback is None or traceback.tb_frame.f_code is not _ALLOCATE:
         return False
-    return traceback.tb_frame.f_locals["dim"] == layout.particle_dim
+    asked = traceback.tb_frame.f_locals
+    # The particle plate of a loss within the programs has the name of ours: Pyro allows one.
+    return asked["dim"] == layout.particle_dim and asked["name"] != PARTICLE_PLATE
 
 
 def collect(

@@ -1,0 +1,77 @@
+"""Programs whose plates or course change from step to step, and losses within programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+
+from pyro_gumbel.infer import Estimator_ELBO, config_gradient
+
+
+def guide() -> None:
+    logits = pyro.param("logits", torch.tensor([0.4, -0.2, 0.1]))
+    with pyro.plate("data", 3):
+        pyro.sample("z", dist.Bernoulli(logits=logits))
+
+
+def model() -> None:
+    with pyro.plate("data", 3):
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(3))
+
+
+class Deepening:
+    """Two programs; after some steps their site is in one more plate."""
+
+    deep = False
+
+    def model(self) -> None:
+        with self.plates():
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.5))
+
+    def guide(self) -> None:
+        with self.plates():
+            pyro.sample("z", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.3))))
+
+    def plates(self) -> Any:
+        return pyro.plate_stack("data", [4, 3] if self.deep else [3])
+
+
+@pytest.mark.parametrize("estimator", ["score", "disarm", "local_expectation", "rebar", "reinmax"])
+@pytest.mark.parametrize("num_particles", [1, 2])
+def test_plates_that_come_up_later(estimator: str, num_particles: int) -> None:
+    programs = Deepening()
+    guide = config_gradient(programs.guide, estimator)
+    elbo = Estimator_ELBO(num_particles, vectorize_particles=True)
+    elbo.loss_and_grads(programs.model, guide)
+    programs.deep = True
+    for _ in range(2):
+        assert torch.isfinite(elbo.loss_and_grads(programs.model, guide))
+    assert elbo.loss(programs.model, guide) > 0
+
+
+@pytest.mark.parametrize("estimator", ["score", "disarm"])
+def test_too_few_plates_are_named(estimator: str) -> None:
+    elbo = Estimator_ELBO(vectorize_particles=True, max_plate_nesting=0)
+    with pytest.raises(ValueError, match="max_plate_nesting is 0, and the programs' plates take"):
+        elbo.loss_and_grads(model, config_gradient(guide, estimator))
+
+
+@pytest.mark.parametrize("nesting", [1, float("inf")])
+def test_a_vectorised_loss_within_another(nesting: float) -> None:
+    """Pyro has one plate of a name at a time."""
+
+    def outer() -> None:
+        with poutine.block():
+            Estimator_ELBO(2, vectorize_particles=True).loss(model, guide)
+        guide()
+
+    elbo = Estimator_ELBO(2, vectorize_particles=True, max_plate_nesting=nesting)
+    with pytest.raises(ValueError, match="duplicate plate"):
+        elbo.loss(model, outer)
