@@ -234,17 +234,22 @@ class ParticleELBO(ELBO):
     def plan(self, call: Call) -> Plan:
         """Return the plan of a step.
 
-        Programs that were not met before run once for it where particles are rows of a plate, and
-        the number of the programs' own plates is not given.
+        Programs that were not met before run once for it where values get dimensions left of
+        the programs' own plates, whose number is not given.
         """
         plans = self._plans.of(call)
         key = (self.max_plate_nesting, structure_of(call))
         if key not in plans:
             given = self.max_plate_nesting != float("inf")
             plans[key] = Plan(int(self.max_plate_nesting) if given else None)
-        if self.vectorize_particles and plans[key].plate_nesting is None:
+        if plans[key].plate_nesting is None and self._adds_dimensions(call.guide):
             self._find_nesting(call, plans[key])
         return plans[key]
+
+    def _adds_dimensions(self, guide: Any) -> bool:
+        """Return whether values are known to get dimensions left of the plates."""
+        enumerates = (estimator.enumerates for estimator in self.known_estimators(guide))
+        return self.vectorize_particles or any(enumerates)
 
     def _find_nesting(self, call: Call, plan: Plan) -> None:
         run, plan.plate_nesting = preflight(call, self._choose, Layout())

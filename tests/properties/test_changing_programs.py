@@ -9,7 +9,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from torch import nn
 
+from pyro_gumbel.estimators import Enumerate
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
 
@@ -75,3 +77,18 @@ def test_a_vectorised_loss_within_another(nesting: float) -> None:
     elbo = Estimator_ELBO(2, vectorize_particles=True, max_plate_nesting=nesting)
     with pytest.raises(ValueError, match="duplicate plate"):
         elbo.loss(model, outer)
+
+
+def test_enumeration_runs_programs_once_beside_the_preflight() -> None:
+    norm, runs = nn.BatchNorm1d(3), []
+
+    def encoding() -> None:
+        runs.append(1)
+        norm(torch.randn(5, 3))
+        guide()
+
+    elbo, configured = Estimator_ELBO(), config_gradient(encoding, Enumerate())
+    for _ in range(3):
+        elbo.loss_and_grads(model, configured)
+    assert len(runs) == 1 + 3
+    assert norm.num_batches_tracked == 3
