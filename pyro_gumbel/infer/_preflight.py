@@ -33,16 +33,18 @@ class Plan:
         branches: The branches that are rows of the main path's pass. They are those of the last
             run: a branch that a run turns out to lack or to need costs an evaluation, not the
             answer.
-        verify: Whether the next run's branches are verified at their owners.
+        passes: Number of passes so far that made a gradient.
         checked: The sites whose costs have been found to be as their estimators need them.
+        next_check: The number of passes at which all costs are checked again.
         feeding: The sites whose value reaches a later site of the guide through a jump.
         followed: Whether those have been found.
     """
 
     plate_nesting: int | None
     branches: tuple[Path, ...] = ()
-    verify: bool = True
+    passes: int = 0
     checked: set[tuple[str, type[Estimator]]] = field(default_factory=set)
+    next_check: float = float("inf")
     feeding: set[str] = field(default_factory=set)
     followed: bool = False
 

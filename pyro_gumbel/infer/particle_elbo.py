@@ -293,7 +293,7 @@ class ParticleELBO(ELBO):
     ) -> list[Run]:
         """Run the pass with the main path, then the branches that did not fit into it."""
         memory = Memory()
-        verify = plan.verify and not exact
+        verify = plan.passes == 0 and not exact
 
         def run(paths: tuple[Path, ...]) -> Run:
             here = Layout(layout.plate_nesting, paths, layout.repetitions, layout.vectorized)
@@ -315,20 +315,21 @@ class ParticleELBO(ELBO):
     def _check_costs(self, call: Call, plan: Plan, main: Run) -> None:
         """Check once for each site and estimator that the cost is as the estimator needs it.
 
-        Programs that read values into Python are checked in every step: other values may lead
-        them elsewhere.
+        Other values may lead programs that read numbers into Python elsewhere. They are checked
+        again after 2, 4, 8, ... passes: following the values costs several passes, and a program
+        that only prints a statistic should not pay it in every step.
         """
+        plan.passes += 1
         sites = {
             (name, type(estimator))
             for name, estimator in main.estimators.items()
             if estimator.needs_linked_value or estimator.moves_plates
         }
-        if not sites <= plan.checked:
+        if not sites <= plan.checked or plan.passes >= plan.next_check:
             run, dependence = self._follow(call, main)
             check_costs(run.estimators, run.frames(), run.reached_terms(dependence))
-            if not dependence.reads_values:
-                plan.checked.update(sites)
-        plan.verify = not sites <= plan.checked
+            plan.checked.update(sites)
+            plan.next_check = 2 * plan.passes if dependence.reads_values else float("inf")
 
     def _follow(self, call: Call, main: Run) -> tuple[Run, Dependence]:
         """Follow the values of a pass through a run that leaves nothing behind.

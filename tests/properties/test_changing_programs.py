@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -9,9 +10,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from torch import nn
+from torch import Tensor, nn
 
-from pyro_gumbel.estimators import Enumerate
+from pyro_gumbel.estimators import Enumerate, LocalExpectation, Rebar, ReinMax
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
 
@@ -92,3 +93,39 @@ def test_enumeration_runs_programs_once_beside_the_preflight() -> None:
         elbo.loss_and_grads(model, configured)
     assert len(runs) == 1 + 3
     assert norm.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("make", [ReinMax, LocalExpectation])
+def test_programs_that_read_numbers_are_followed_ever_more_rarely(
+    make: Callable[[], Any],
+) -> None:
+    runs = []
+
+    def reading(x: Tensor) -> None:
+        runs.append(x.mean().item())
+        model()
+
+    elbo, configured = Estimator_ELBO(), config_gradient(lambda x: guide(), make())
+    branches = 2 if make is LocalExpectation else 1
+    for _ in range(16):
+        elbo.loss_and_grads(reading, configured, torch.ones(2))
+    assert len(runs) == 16 * branches + 5  # followed in passes 1, 2, 4, 8 and 16
+
+
+def test_a_jump_that_later_data_meet() -> None:
+    table = torch.tensor([-1.0, 0.5])
+
+    def reading(x: Tensor) -> None:
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            mean = z if x.sum() > 0 else table[z.long()]
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=torch.zeros(3))
+
+    elbo, configured = Estimator_ELBO(), config_gradient(lambda x: guide(), Rebar())
+    for _ in range(5):
+        elbo.loss_and_grads(reading, configured, torch.ones(2))
+    for _ in range(2):  # passes 6 and 7
+        elbo.loss_and_grads(reading, configured, -torch.ones(2))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="site 'x' depends on the value without one"):
+            elbo.loss_and_grads(reading, configured, -torch.ones(2))
