@@ -67,8 +67,13 @@ class Dependence(TorchFunctionMode):
     result with a jump; reads by the code of distributions, such as their validation, do not
     count. Gradient mode must be on to find smooth paths.
 
-    On exit, tensors that existed before are restored as by :class:`Undo`. No tensor is kept
-    alive.
+    No tensor is kept alive.
+
+    Args:
+        restore: Whether the run is for following alone: tensors that existed before are restored
+            on exit, as by :class:`Undo`, and values without a gradient get one for the time. Else
+            the run counts and is left as it is; a value without a gradient then counts as
+            reaching everything through a jump.
 
     Attributes:
         reads_values: Whether the program read any number into Python. If so, its control flow may
@@ -83,7 +88,7 @@ class Dependence(TorchFunctionMode):
         ({'z': <Mark.SMOOTH: 1>}, {'z': <Mark.JUMP: 2>})
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, restore: bool = True) -> None:
         super().__init__()
         hide_from_compiler(self)
         self.reads_values = False
@@ -92,7 +97,8 @@ class Dependence(TorchFunctionMode):
         self._read: Marks = {}
         self._stretch = 0  # counts stretches of operations without gradient mode
         self._followed: list[Tensor] = []
-        self._undo = Undo()
+        self._undo = Undo(restore=restore)
+        self._restore = restore
 
     def __enter__(self) -> Dependence:
         self._undo.__enter__()
@@ -118,13 +124,18 @@ class Dependence(TorchFunctionMode):
         """
         with torch._C.DisableTorchFunction():
             carried = dict.fromkeys(self._marks(value), Mark.SMOOTH) if value.requires_grad else {}
-            if not value.requires_grad and (value._base is not None or value.is_inference()):
-                value = value.clone()
-            if _is_continuous(value) and not value.requires_grad:
-                value = _Root.apply(value, value.new_zeros((), requires_grad=True))
-                self._followed.append(value)
+            if self._restore and not value.requires_grad:
+                value = self._with_gradient(value)
             own = Mark.SMOOTH if _is_continuous(value) else Mark.JUMP
             self._memories[_key(value)] = _Memory({**carried, name: own}, None)
+        return value
+
+    def _with_gradient(self, value: Tensor) -> Tensor:
+        if value._base is not None or value.is_inference():
+            value = value.clone()
+        if _is_continuous(value):
+            value = _Root.apply(value, value.new_zeros((), requires_grad=True))
+            self._followed.append(value)
         return value
 
     def marks(self, tensor: Tensor) -> Marks:

@@ -37,7 +37,6 @@ class Plan:
         checked: The sites whose costs have been found to be as their estimators need them.
         next_check: The number of passes at which all costs are checked again.
         feeding: The sites whose value reaches a later site of the guide through a jump.
-        followed: Whether those have been found.
     """
 
     plate_nesting: int | None
@@ -46,7 +45,6 @@ class Plan:
     checked: set[tuple[str, type[Estimator]]] = field(default_factory=set)
     next_check: float = float("inf")
     feeding: set[str] = field(default_factory=set)
-    followed: bool = False
 
     def layout(self, *, repetitions: int, vectorized: bool, exact: bool) -> Layout:
         """Lay out the first pass of a step."""

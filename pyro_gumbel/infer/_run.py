@@ -134,6 +134,14 @@ class Run:
             reached.append(ReachedTerm(term.site, dependence.marks(score), frames))
         return reached
 
+    def shows_lost_gradients(self) -> bool:
+        """Whether each value whose estimator needs the cost's gradient has one."""
+        return all(
+            self.value(name).requires_grad
+            for name, estimator in self.estimators.items()
+            if estimator.needs_linked_value
+        )
+
     def cost(self, name: str, *, live: bool = False) -> Tensor:
         """The downstream cost of a site, shaped like its ``log_prob``, detached unless live."""
         like = self.log_prob(name)

@@ -39,9 +39,10 @@ class Undo(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, restore: bool = True) -> None:
         super().__init__()
         hide_from_compiler(self)
+        self._restore = restore
         self._made: set[StorageWeakRef] = set()
         self._copies: dict[StorageWeakRef, tuple[UntypedStorage, UntypedStorage]] = {}
         self._without_gradient: dict[int, Tensor] = {}
@@ -54,6 +55,8 @@ class Undo(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not self._restore:
+            return func(*args, **kwargs)
         for tensor in written_arguments(func, args, kwargs):
             self._remember(tensor)
         result = func(*args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -295,29 +296,40 @@ class ParticleELBO(ELBO):
         memory = Memory()
         verify = plan.passes == 0 and not exact
 
-        def run(paths: tuple[Path, ...]) -> Run:
+        def run(paths: tuple[Path, ...], dependence: Dependence | None = None) -> Run:
             here = Layout(layout.plate_nesting, paths, layout.repetitions, layout.vectorized)
-            sampler = Sampler(here, self._choose, memory, exact=exact, verify=verify)
-            traces = run_programs(call, sampler, subsample)
-            return collect(
-                *traces, sampler, analytic_kl=self.analytic_kl, full_scores=self.full_scores
+            sampler = Sampler(
+                here, self._choose, memory, exact=exact, dependence=dependence, verify=verify
             )
+            with dependence or nullcontext():
+                traces = run_programs(call, sampler, subsample)
+                run = collect(
+                    *traces, sampler, analytic_kl=self.analytic_kl, full_scores=self.full_scores
+                )
+                if dependence:
+                    run.score_guide()
+            return run
 
         if exact:
             return [run(layout.paths)]
-        main = run(layout.paths)
+        follow = plan.passes == 0 and torch.is_grad_enabled()
+        dependence = Dependence(restore=False) if follow else None
+        main = run(layout.paths, dependence)
         if torch.is_grad_enabled():
-            self._check_costs(call, plan, main)
+            self._check_costs(call, plan, main, dependence)
         if self.vectorize_particles:
             plan.branches = main_branches(main)
         return [main, *self._run_branches(main, run)]
 
-    def _check_costs(self, call: Call, plan: Plan, main: Run) -> None:
+    def _check_costs(
+        self, call: Call, plan: Plan, main: Run, dependence: Dependence | None
+    ) -> None:
         """Check once for each site and estimator that the cost is as the estimator needs it.
 
-        Other values may lead programs that read numbers into Python elsewhere. They are checked
-        again after 2, 4, 8, ... passes: following the values costs several passes, and a program
-        that only prints a statistic should not pay it in every step.
+        The first pass of two programs is followed for it. Other values may lead programs that read
+        numbers into Python elsewhere. They are checked again after 2, 4, 8, ... passes: following
+        the values costs several passes, and a program that only prints a statistic should not pay
+        it in every step.
         """
         plan.passes += 1
         sites = {
@@ -326,19 +338,21 @@ class ParticleELBO(ELBO):
             if estimator.needs_linked_value or estimator.moves_plates
         }
         if not sites <= plan.checked or plan.passes >= plan.next_check:
-            run, dependence = self._follow(call, main)
+            run = main
+            if dependence is None or not main.shows_lost_gradients():
+                run, dependence = self._follow(call, main)
             check_costs(run.estimators, run.frames(), run.reached_terms(dependence))
             plan.checked.update(sites)
             plan.next_check = 2 * plan.passes if dependence.reads_values else float("inf")
 
     def _follow(self, call: Call, main: Run) -> tuple[Run, Dependence]:
-        """Follow the values of a pass through a run that leaves nothing behind.
+        """Follow the values of a pass through a run of its own, which leaves nothing behind.
 
-        It is not the pass itself, since a value that is followed has a gradient, which would stay
-        in what the programs keep. Values that have one are drawn again, so that they depend on
-        earlier ones.
+        A pass that counts shows a lost gradient only at values that have one. To give others a
+        gradient there would leave it in whatever the programs keep of them.
         """
         values = {name: main.value(name) for name in main.estimators}
+        # Those with a gradient are drawn anew, so that they depend on earlier ones.
         values = {name: x.clone() for name, x in values.items() if not x.requires_grad}
         dependence = Dependence()
         run, _ = preflight(call, self._choose, main.layout, values=values, dependence=dependence)
