@@ -44,8 +44,8 @@ def check_guide_site(msg: Message) -> None:
         return
     infer: dict[str, Any] = msg["infer"] or {}
     for key in infer:
-        if key == "enumerate" and "gradient" in infer:
-            continue  # set by Pyro's config_enumerate or an autoguide; 'gradient' overrides it
+        if key == "enumerate" and (infer[key] is None or "gradient" in infer):
+            continue  # off, or set by Pyro's config_enumerate and overridden by 'gradient'
         if key != "gradient" and key not in _PYROS_OWN and not key.startswith("_"):
             raise ValueError(
                 f"At site {msg['name']!r}, infer[{key!r}] has no effect in Estimator_ELBO; "

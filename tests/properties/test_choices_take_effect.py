@@ -143,6 +143,12 @@ def test_pyros_options_of_a_guides_sites_are_allowed(key):
     Estimator_ELBO().loss_and_grads(model_with(), guide_with(option, option))
 
 
+def test_enumeration_that_is_switched_off_is_allowed():
+    """As ``config_enumerate(guide, default=None)`` leaves it."""
+    option = {"enumerate": None}
+    Estimator_ELBO().loss_and_grads(model_with(option, option), guide_with(option, option))
+
+
 def test_an_uncondition_ed_guide_runs():
     def guide():
         logits = pyro.param("logits", torch.zeros(2))
