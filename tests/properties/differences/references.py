@@ -8,8 +8,9 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.infer.enum import get_importance_trace
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from user_programs import Program, Setup
@@ -69,11 +70,11 @@ def _importance_step(setup: Setup, count: int, *, vectorized: bool) -> Step:
     """
     dim = -setup.nesting - 1
 
-    def weigh(guide: Any) -> tuple[Tensor, Tensor, float]:
+    def weigh() -> tuple[Tensor, Tensor, float]:
         """Log weights and the scores of sites that are not reparameterised; the plates' scale."""
-        model = poutine.trace(poutine.replay(setup.model, trace=guide)).get_trace()
-        model.compute_log_prob()
-        guide.compute_log_prob()
+        with pyro.validation_enabled(False):  # the plate of particles is around both
+            traces = get_importance_trace("flat", math.inf, setup.model, setup.guide, (), {})
+        model, guide = traces
         sites = [(site, 1.0) for site in _sample_sites(model)]
         sites += [(site, -1.0) for site in _sample_sites(guide)]
         frames = frozenset.intersection(*(frozenset(s["cond_indep_stack"]) for s, _ in sites))
@@ -90,16 +91,10 @@ def _importance_step(setup: Setup, count: int, *, vectorized: bool) -> Step:
     def particles() -> tuple[Tensor, Tensor, float]:
         if vectorized:
             with pyro.plate("particles", count, dim=dim):
-                weight, score, scale = weigh(poutine.trace(setup.guide).get_trace())
+                weight, score, scale = weigh()
             return weight.movedim(dim, 0), score.movedim(dim, 0), scale
-        guide = poutine.trace(setup.guide).get_trace()
-        batches = guide.copy()  # every particle has the minibatch of the first
-        for name, site in guide.nodes.items():
-            if site["type"] != "sample" or not site_is_subsample(site):
-                batches.remove_node(name)
-        again = poutine.replay(setup.guide, trace=batches)
-        guides = [guide] + [poutine.trace(again).get_trace() for _ in range(count - 1)]
-        weights, scores, (scale, *_) = zip(*map(weigh, guides), strict=True)
+        with _OneMinibatch():
+            weights, scores, (scale, *_) = zip(*(weigh() for _ in range(count)), strict=True)
         return torch.stack(weights), torch.stack(scores), scale
 
     def compute() -> Tensor:
@@ -112,12 +107,24 @@ def _importance_step(setup: Setup, count: int, *, vectorized: bool) -> Step:
     return gradient_step(compute)
 
 
+class _OneMinibatch(Messenger):
+    """Gives every particle of a step the minibatch of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._indices: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None:
+            msg["value"] = self._indices.get(msg["name"])
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            self._indices[msg["name"]] = msg["value"]
+
+
 def _sample_sites(trace: Any) -> list[Any]:
-    return [
-        site
-        for site in trace.nodes.values()
-        if site["type"] == "sample" and not site_is_subsample(site)
-    ]
+    return [site for site in trace.nodes.values() if site["type"] == "sample"]
 
 
 def _keep(value: Tensor, dims: set[int]) -> Tensor:

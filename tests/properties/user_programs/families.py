@@ -8,7 +8,7 @@ import torch
 from pyro.distributions import constraints
 from pyro.distributions import transforms as T
 
-from user_programs.program import bit, copies, normal, one_hot, param, program, table
+from user_programs.program import NOT_RECORDED, bit, copies, normal, one_hot, param, program, table
 
 FEW_OR_MANY = table(0.05, 5.0)
 
@@ -152,7 +152,7 @@ def binomial_and_negative_binomial(n):
     return model, guide
 
 
-@program(reference="trace")
+@program(reference="trace", refused=NOT_RECORDED)
 def von_mises_after_bit(n):
     """Drawn by rejection, not reparameterised."""
 
@@ -271,7 +271,7 @@ def truncated_latent(n):
     return model, guide
 
 
-@program(reference="trace")
+@program(reference="trace", refused=NOT_RECORDED)
 def flow_beside_bit(n):
     """A spline and an affine autoregressive flow, both of which remember their inputs."""
 

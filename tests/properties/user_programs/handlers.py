@@ -180,7 +180,7 @@ def named_by_scope(n):
     return model, guide
 
 
-@program(reference="enum")
+@program(reference="enum", importance=False)
 def choice_by_infer_config(n):
     """An estimator chosen by Pyro's ``infer_config``."""
 

@@ -14,6 +14,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 
 PROGRAMS: dict[str, Program] = {}
+NOT_RECORDED = ("captured*",)  # these draw until a value is accepted, or select by a mask
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
 
 

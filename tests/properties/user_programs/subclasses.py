@@ -10,7 +10,17 @@ import torch
 from pyro.distributions import constraints
 from pyro.distributions.testing.rejection_gamma import RejectionGamma, ShapeAugmentedBeta
 
-from user_programs.program import bit, category, copies, normal, one_hot, param, program, table
+from user_programs.program import (
+    NOT_RECORDED,
+    bit,
+    category,
+    copies,
+    normal,
+    one_hot,
+    param,
+    program,
+    table,
+)
 
 
 class MaskedCategorical(dist.Categorical):
@@ -237,7 +247,7 @@ def without_expand(n):
     return model, guide
 
 
-@program(reference="enum")
+@program(reference="enum", refused=NOT_RECORDED)
 def rejection_sampler(n):
     """Its gradient has a part of the score."""
 
@@ -268,7 +278,7 @@ def rejection_sampler(n):
     return model, guide
 
 
-@program(reference="trace")
+@program(reference="trace", refused=NOT_RECORDED)
 def rejection_gamma_and_beta(n):
     def model():
         with copies(n):
