@@ -29,6 +29,7 @@ _FEWEST = 8  # draws that a comparison rests on
 _DESPERATE = 4  # draws, where the budget is far too small
 _MOST = 20_000
 _FINALISTS = 3
+_CHAINS = 4  # turns of the finalists
 _HORIZON = 100  # draws of the cheapest candidate that noise is averaged over, by default
 
 
@@ -265,25 +266,22 @@ class Search:
                     self._measure(mixture, share, self.seeds[2], limit=3 * share)
 
     def _compare_finalists(self) -> None:
-        """Spend what is left on the best few, timed in turns."""
-        if self.budget.unit == "seconds":
-            self._time_together(self.order()[: 2 * _FINALISTS])
-        finalists = self.order()[:_FINALISTS]
-        for number, trial in enumerate(finalists):
-            self._measure(trial, self.budget.left() / (len(finalists) - number), self.seeds[3])
+        """Spend what is left on the best few.
 
-    def _time_together(self, trials: list[Trial]) -> None:
-        """Draw in turns, so that what else the machine does slows all of them alike."""
-        share = 0.15 * self.budget.left() - sum(trial.overhead for trial in trials)
-        number = int(share / (4 * sum(trial.cost for trial in trials)))
-        if number < 2:
-            return
-        choices = {str(place): self._choice(trial) for place, trial in enumerate(trials)}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # they were noted before
-            timed = self._gradients(choices, min(number, _MOST), self.seeds[0], num_chains=4)
-        for trial, draws in zip(trials, timed.values(), strict=True):
-            trial.retime({name: draws.attrs[name] for name in ("seconds", "seconds_mcse")})
+        A part of it goes to draws in turns: what else the machine does slows all of them alike.
+        """
+        finalists = self.order()[:_FINALISTS]
+        share = 0.2 * self.budget.left() - sum(trial.overhead for trial in finalists)
+        number = int(share / (_CHAINS * sum(trial.cost for trial in finalists)))
+        if self.budget.unit == "seconds" and number > 1:
+            choices = {str(place): self._choice(trial) for place, trial in enumerate(finalists)}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # they were noted before
+                timed = self._gradients(choices, number, self.seeds[0], num_chains=_CHAINS)
+            for trial, draws in zip(finalists, timed.values(), strict=True):
+                trial.retime({name: draws.attrs[name] for name in ("seconds", "seconds_mcse")})
+        for place, trial in enumerate(finalists):
+            self._measure(trial, self.budget.left() / (len(finalists) - place), self.seeds[3])
 
     def _measure(
         self, trial: Trial, budget: float, seed: int, *, limit: float | None = None
