@@ -1,4 +1,4 @@
-"""How a gradient passes through a sample site: one class a choice."""
+"""Gradient estimators of sample sites, with their baselines and schedules."""
 
 from pyro_gumbel.estimators.antithetic import ARMS, DisARM, DisARMTree
 from pyro_gumbel.estimators.base import Call, Estimator, Site, SiteReader

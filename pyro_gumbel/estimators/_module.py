@@ -1,4 +1,4 @@
-"""The base of estimators, baselines and schedules: a module to rebuild, pickle and load."""
+"""The base module of estimators, baselines and schedules."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["STORE_PREFIX", "StatefulModule", "is_newer", "note_own", "note_store
 
 _UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
-STORE_PREFIX = "gradient$"  # of the names that estimators' parameters have in the parameter store
+STORE_PREFIX = "gradient$"  # of the names of estimators' parameters in the parameter store
 
-# When each tensor of the store was first noticed: a load of an estimator notices all that are
-# there, an estimator's own are as old as can be, and others are unknown until then.
+# The time when each tensor of the store was first seen. Loading an estimator's state records all
+# tensors in the store at that time. An estimator's own tensors have time 0.
 _noticed = WeakTensorKeyDictionary()
 _clock = itertools.count(1)
 
 
 def note_stored() -> int:
-    """Notice the tensors that the store has for estimators, and return the time."""
+    """Record the tensors that the store has for estimators, and return the time."""
     now = next(_clock)
     for name, stored in pyro.get_param_store()._params.items():
         if name.startswith(STORE_PREFIX):
@@ -33,12 +33,12 @@ def note_stored() -> int:
 
 
 def note_own(parameter: Tensor) -> None:
-    """Notice a tensor that an estimator itself puts into the store."""
+    """Record a tensor that an estimator puts into the store."""
     _noticed[parameter] = 0
 
 
 def is_newer(stored: Tensor, module: nn.Module) -> bool:
-    """Return whether a tensor came into the store after the values that a module has."""
+    """Return whether a tensor entered the store after the module's values were loaded."""
     loads = [part.loaded_at for part in module.modules() if isinstance(part, StatefulModule)]
     return _noticed.get(stored, math.inf) > max(loads, default=0)
 
@@ -46,12 +46,12 @@ def is_newer(stored: Tensor, module: nn.Module) -> bool:
 class StatefulModule(nn.Module):
     """A module whose ``repr`` is the constructor call that makes it.
 
-    It pickles after Pyro has trained it, and knows whether a state was loaded into it.
+    It can be pickled after Pyro has trained it, and records when a state was loaded.
 
     Attributes:
         loaded_at: When a state was last loaded, by a clock of this process; 0 if never.
-        has_met_site: Whether its parameters are on the device, and of the dtype, of a site. A copy
-            may go elsewhere, and has to meet its own.
+        has_met_site: Whether its parameters have the device and dtype of a site. A copy may be
+            used at another site, so it starts without.
     """
 
     loaded_at = 0
@@ -69,8 +69,7 @@ class StatefulModule(nn.Module):
 
     def __getstate__(self) -> Any:
         for parameter in self.parameters():
-            # Pyro leaves a weak reference there, which cannot be pickled; it puts another when
-            # the parameter is next used.
+            # Pyro's weak reference cannot be pickled. Pyro makes a new one at the next use.
             parameter.__dict__.pop("unconstrained", None)
         return {name: value for name, value in vars(self).items() if name != "has_met_site"}
 

@@ -1,4 +1,4 @@
-"""Score-function gradients from antithetic draws: unbiased."""
+"""Unbiased score-function gradients from antithetic draws."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["ARMS", "DisARM", "DisARMTree"]
 
 
 class DisARM(Estimator):
-    r"""Antithetic pairs of bits, the uniform noise integrated out given both (also called U2G).
+    r"""Antithetic pairs of Bernoulli draws, with the noise integrated out (also called U2G).
 
     .. math::
         b = 1[u < \theta],\ \tilde b = 1[1 - u < \theta], \qquad
         \hat g = \tfrac12 (f(b) - f(\tilde b))\,(b - \tilde b)\,\sigma(|\phi|)
 
-    *Unbiased*: yes. *Requires*: Bernoulli sites; nothing of the cost. *Costs*: two evaluations.
+    *Unbiased*: yes. *Requires*: Bernoulli sites; any cost. *Cost*: two evaluations.
 
     References:
         DisARM: An Antithetic Gradient Estimator for Binary Latent Variables (Dong, Mnih, Tucker,
@@ -63,15 +63,15 @@ class DisARM(Estimator):
 
 
 class ARMS(Estimator):
-    r"""Several bits coupled by a Dirichlet copula, each pair of them negatively correlated.
+    r"""Several Bernoulli draws with pairwise negative correlation by a Dirichlet copula.
 
     .. math::
         \hat g = \frac{\rho}{K - 1} \sum_k (f_k - \bar f)(b_k - \theta), \qquad
         \rho = \frac{\theta (1 - \theta)}{p - P_{11}}, \quad p = \min(\theta, 1 - \theta)
 
     where :math:`P_{11} = \max(0, 2 p^{1/(K-1)} - 1)^{K-1}` is the probability that two draws both
-    take their rarer value. With two samples it is :class:`DisARM`. *Unbiased*: yes. *Requires*:
-    Bernoulli sites; nothing of the cost. *Costs*: ``num_samples`` evaluations.
+    take their rarer value. With two samples it equals :class:`DisARM`. *Unbiased*: yes.
+    *Requires*: Bernoulli sites; any cost. *Cost*: ``num_samples`` evaluations.
 
     Args:
         num_samples: Number ``K`` of draws, at least 2.
@@ -103,7 +103,7 @@ class ARMS(Estimator):
         noise = -torch.log(uniform(probs, (self.num_samples,)))
         share = noise / noise.sum(0)
         copula = (1 - share) ** (self.num_samples - 1)
-        # Negative dependence holds for the rarer value: above one half the copula is turned round.
+        # Dependence is negative for the rarer value, so reflect the copula above one half.
         copula = torch.where(probs > 0.5, 1 - copula, copula)
         return (copula < probs).to(value_dtype(fn))
 
@@ -114,7 +114,7 @@ class ARMS(Estimator):
         both = (2 * rarer ** (1 / (self.num_samples - 1)) - 1).clamp(min=0) ** (
             self.num_samples - 1
         )
-        # A certain bit has no gradient; its 0/0 is set to its limit, one.
+        # The gradient of a certain variable is zero; its 0/0 is set to its limit, one.
         spread = (rarer - both).clamp(min=torch.finfo(probs.dtype).tiny)
         rho = torch.where(rarer > 0, probs * (1 - probs) / spread, 1.0)
         advantage = site.per_variable(site.cost - site.cost.mean(0)) / (self.num_samples - 1)
@@ -122,10 +122,10 @@ class ARMS(Estimator):
 
 
 class DisARMTree(Estimator):
-    r"""Antithetic pairs of categories, drawn as walks down a balanced binary tree.
+    r"""Antithetic pairs of categories, drawn by walks down a balanced binary tree.
 
-    Each node is a bit with logit :math:`\alpha` (log-odds of its right half). The two walks use
-    antithetic noise; with :math:`b, \tilde b` their turns at a node,
+    Each node is a Bernoulli variable with logit :math:`\alpha`, the log-odds of its right half.
+    The two walks use antithetic noise. With :math:`b, \tilde b` their values at a node,
 
     .. math::
         \hat g_\alpha = \tfrac12 (f(z) - f(\tilde z)) \cdot
@@ -133,8 +133,7 @@ class DisARMTree(Estimator):
         b - \sigma(\alpha) & \text{on the first alone} \\
         -(\tilde b - \sigma(\alpha)) & \text{on the second alone} \end{cases}
 
-    *Unbiased*: yes. *Requires*: one-hot or categorical sites; nothing of the cost. *Costs*: two
-    evaluations.
+    *Unbiased*: yes. *Requires*: one-hot or categorical sites; any cost. *Cost*: two evaluations.
 
     References:
         Coupled Gradient Estimators for Discrete Latent Variables (Dong, Mnih, Tucker, 2021),
@@ -172,7 +171,7 @@ class DisARMTree(Estimator):
 
 
 def _tree(logits: Tensor) -> list[Tensor]:
-    """Log-odds of every node, root first: one tensor ``(..., 2^depth)`` for each level."""
+    """Return log-odds of all nodes by level, root first; each level is ``(..., 2^depth)``."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # Finite, so that subtrees of impossible leaves keep finite gradients.
     low = torch.finfo(logits.dtype).min / 1e8
@@ -187,7 +186,7 @@ def _tree(logits: Tensor) -> list[Tensor]:
 
 
 def _level(alpha: Tensor, first: Tensor, second: Tensor, height: int) -> Tensor:
-    """One level's part of the surrogate, for nodes ``height`` turns above the leaves."""
+    """Return a level's term of the surrogate, for nodes ``height`` levels above the leaves."""
     nodes = torch.stack([first, second]) >> height
     turns = (torch.stack([first, second]) >> (height - 1)) & 1
     met = alpha.expand(nodes.shape[0], *alpha.shape).gather(-1, nodes.unsqueeze(-1)).squeeze(-1)

@@ -1,4 +1,4 @@
-"""The contract: how a gradient passes through one sample site."""
+"""The base class of gradient estimators, and the view of a site that they get."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["Call", "Estimator", "Site", "SiteReader"]
 
 @dataclass(frozen=True)
 class Call:
-    """The programs of one step and what they were called with.
+    """The programs of one step and their arguments.
 
-    An estimator or baseline finds it as ``site.call``.
+    Estimators and baselines read it as ``site.call``.
 
     Attributes:
         model: The model.
@@ -42,7 +42,7 @@ class Call:
 
 
 class SiteReader(Protocol):
-    """Where a :class:`Site` has its tensors from."""
+    """The source of the tensors of a :class:`Site`."""
 
     def values(self) -> Tensor: ...
     def cost(self, *, live: bool) -> Tensor: ...
@@ -56,29 +56,29 @@ class SiteReader(Protocol):
 
 
 class Site:
-    """What an estimator sees of its site after the programs have run.
+    """A site after the programs have run, as an estimator sees it.
 
-    ``K`` is the number of coupled values that the estimator draws, ``R`` the number of particles.
-    Both lead every tensor, whether particles are vectorised or looped; the site's batch shape
-    follows. Tensors are put together when they are first asked for.
+    ``K`` is the number of coupled values that the estimator draws, and ``R`` the number of
+    particles. Tensors have these two dimensions before the site's batch shape, for vectorised and
+    for looped particles. Each tensor is computed at its first use.
 
     Attributes:
         name: The site's name in the guide.
         fn: The main path's distribution without ``to_event`` and ``mask``.
-        event_dims: How many of its batch dimensions ``to_event`` joined.
+        event_dims: Number of its batch dimensions that ``to_event`` joined.
         call: The programs and their arguments.
         training: Whether this pass may change the state of estimators and baselines.
         values: The coupled values, ``(K, R) + batch_shape + event_shape``.
-        cost: The detached cost that each value met, ``(K, R) + batch_shape``.
-        live_cost: The same with its gradient.
+        cost: The detached cost of each value, ``(K, R) + batch_shape``.
+        live_cost: The cost with its gradient.
         totals: The whole ELBO of each value's path, with gradient, ``(K, R)``.
-        later_scores: What ``totals`` lacks for its gradient to be an expectation's, ``(K,)``.
+        later_scores: Terms for an unbiased gradient of the mean of ``totals``, ``(K,)``.
         log_prob: ``log q`` of the first value, ``(R,) + batch_shape``.
         logits: Of a discrete site, with gradient: ``(R,) + batch_shape + joined + (C,)``.
 
     Example:
-        The score function without a baseline. A user's estimator meets sites like this one in
-        its :meth:`~Estimator.surrogate`.
+        The score function without a baseline. The ELBO calls :meth:`~Estimator.surrogate` of a
+        user's estimator with such a site.
 
         >>> class Plain(Estimator):
         ...     unbiased, sites = True, "any distribution"
@@ -123,30 +123,30 @@ class Site:
 
     @cached_property
     def cost(self) -> Tensor:
-        """For each value the detached cost that it met, ``(K, R) + batch_shape``.
+        """The detached cost of each value, ``(K, R) + batch_shape``.
 
-        The cost is the sum of the ``log p - log q`` terms that the site's plates let it influence,
-        scaled and masked as in the ELBO.
+        The cost is the sum of the ``log p - log q`` terms that the site can influence according to
+        its plates, scaled and masked as in the ELBO.
         """
         return self._reader.cost(live=False)
 
     @cached_property
     def live_cost(self) -> Tensor:
-        """The same with its gradient."""
+        """The cost of each value with its gradient, ``(K, R) + batch_shape``."""
         return self._reader.cost(live=True)
 
     @cached_property
     def totals(self) -> Tensor:
-        """For each value the whole ELBO of its path, with gradient, ``(K, R)``."""
+        """The whole ELBO of each value's path, with gradient, ``(K, R)``."""
         return self._reader.totals()
 
     @cached_property
     def later_scores(self) -> Tensor:
-        """What :attr:`totals` lacks for its gradient to be that of an expectation, ``(K,)``.
+        """Terms that, added to :attr:`totals`, give its mean an unbiased gradient, ``(K,)``.
 
-        It is the sum over particles, and over later sites of the guide whose values carry no
-        gradient, of the detached cost times ``log q``: their law depends on this site's value too.
-        Only its gradient has a meaning.
+        They sum the detached cost times ``log q`` over particles, and over later sites of the
+        guide whose values have no gradient. The distributions of these sites depend on this site's
+        value, too. Only the gradient of the terms is meaningful.
         """
         return self._reader.later_scores()
 
@@ -157,10 +157,10 @@ class Site:
 
     @cached_property
     def score_function(self) -> Tensor:
-        """The log-density of the noise behind the first value, ``(R,) + batch_shape``.
+        """The log-density of the first value's accepted noise, ``(R,) + batch_shape``.
 
-        Only of distributions whose ``score_parts`` leave something to the score function, such as
-        Pyro's ``Rejector``.
+        This is defined for distributions with their own ``score_parts``, such as Pyro's
+        ``Rejector``.
         """
         return self._reader.score_function()
 
@@ -169,7 +169,8 @@ class Site:
         """Logits of a one-hot, categorical or Bernoulli site, with gradient.
 
         The shape is ``(R,) + batch_shape + joined + (C,)``, where ``joined`` are the dimensions
-        that ``to_event`` joined; a bit has two categories, the first standing for 1.
+        that ``to_event`` joined. A Bernoulli variable has two categories; the first is the value
+        1.
         """
         return self._reader.logits()
 
@@ -182,38 +183,39 @@ class Site:
         return cost.reshape(cost.shape + (1,) * (self.event_dims + self.fn.event_dim))
 
     def value_gradients(self) -> Tensor:
-        """Differentiate each path's ELBO with respect to its value, shaped like ``values``."""
+        """Return the gradient of each path's ELBO in its value, shaped like ``values``."""
         return self._reader.value_gradients()
 
     def logits_gradients(self, output: Tensor, *, create_graph: bool = False) -> Tensor:
-        """Differentiate a scalar in the logits that the values were drawn from.
+        """Return the gradient of a scalar in the logits of the values, shaped like ``fn.logits``.
 
-        The shape is that of ``fn.logits``. Needs an estimator with ``draws_from_logits = True``.
+        This needs an estimator with ``draws_from_logits = True``.
         """
         return self._reader.logits_gradients(output, create_graph=create_graph)
 
 
 class Estimator(StatefulModule):
-    r"""How the gradient of an expected cost passes through one kind of sample site.
+    r"""An estimator of the gradient of an expected cost in the parameters of a sample site.
 
-    An estimator is two steps. :meth:`draw` draws a value at the guide's site, or a block of
-    ``num_values`` coupled ones. :meth:`surrogate` then turns the cost that each value met
-    downstream into a scalar whose gradient is the estimate. Where the value itself carries the
-    gradient (``pathwise = True``) there is nothing left for the second step to do.
+    An estimator has two parts. :meth:`draw` draws a value at the guide's site, or a block of
+    ``num_values`` coupled values. :meth:`surrogate` then returns a scalar of the values' costs
+    whose gradient is the estimate. If the values carry the gradient (``pathwise = True``), it
+    returns None.
 
     Class attributes that a subclass sets:
 
-    * ``unbiased``: whether the gradient's expectation is that of the exact gradient;
-    * ``sites``: in words, what the estimator needs of a distribution;
-    * ``num_values``: how many coupled values it draws, one program evaluation each; if more than
-      one, :meth:`draw` stacks them along a new first dimension, a draw of the guide first;
+    * ``unbiased``: whether the estimate's expectation is the exact gradient;
+    * ``sites``: a description of the supported distributions;
+    * ``num_values``: the number of coupled values, with one program evaluation each. If it is more
+      than one, :meth:`draw` stacks them along a new first dimension, with a draw of the guide
+      first;
     * ``pathwise``: whether values carry the gradient.
 
-    Hyper-parameters are kept as attributes under the constructor's names, so that ``repr``
-    rebuilds the object. One estimator may serve several sites; state is kept by site name.
+    Keep hyper-parameters as attributes under the constructor's names, so that ``repr`` can rebuild
+    the object. Several sites may share an estimator, so keep state by site name.
 
     Example:
-        A complete estimator for bits: pairs of draws from the same noise, turned round.
+        A complete estimator for Bernoulli sites, with pairs of antithetic draws.
 
         >>> from pyro_gumbel.distributions.families import is_bit
         >>> class AntitheticPair(Estimator):
@@ -231,7 +233,7 @@ class Estimator(StatefulModule):
         ...         weight = (first - second) * logits.detach().abs().sigmoid() / 2
         ...         return site.per_variable(site.cost[0] - site.cost[1]) * weight * logits
 
-        ``pyro_gumbel.diagnostics.check_unbiased`` tells whether it is what it says.
+        Check it with ``pyro_gumbel.diagnostics.check_unbiased``.
     """
 
     unbiased: ClassVar[bool]
@@ -240,21 +242,21 @@ class Estimator(StatefulModule):
     relaxed: ClassVar[bool] = False  # the program runs on values outside the support
     enumerates: ClassVar[bool] = False  # a value is the whole support
     differentiates: ClassVar[bool] = False  # the surrogate uses the cost's gradient in the value
-    branches_are_draws: ClassVar[bool] = True  # every coupled value has the guide's law
-    moves_plates: ClassVar[bool] = False  # other values' laws differ, in all elements at once
-    draws_from_logits: ClassVar[bool] = False  # values carry a gradient to logits of their own
-    needs_linked_value: ClassVar[bool] = False  # wrong where the cost has no gradient in the value
-    branches_have_graph: ClassVar[bool] = True  # more than the cost's number is wanted of them
+    branches_are_draws: ClassVar[bool] = True  # every coupled value is a draw of the guide
+    moves_plates: ClassVar[bool] = False  # other values are no draws, in all elements at once
+    draws_from_logits: ClassVar[bool] = False  # values carry a gradient to a copy of the logits
+    needs_linked_value: ClassVar[bool] = False  # needs the cost's gradient in the value
+    branches_have_graph: ClassVar[bool] = True  # branches are differentiated
     num_values: int = 1
-    chunk_size: int | None = None  # branches without graph that are evaluated at once
+    chunk_size: int | None = None  # number of branches without graph to evaluate at once
     min_particles: int = 1
 
     def supports(self, fn: Distribution) -> bool:
-        """Tell whether it can serve ``fn`` (given without ``to_event`` and ``mask``)."""
+        """Return whether it supports ``fn``, a distribution without ``to_event`` and ``mask``."""
         raise NotImplementedError
 
     def why_unsupported(self, fn: Distribution, event_dims: int) -> str | None:
-        """Say what of a site of a supported family stands in the way, if anything."""
+        """Return why a site of a supported family is unsupported, or ``None``."""
         return None
 
     def draw(self, fn: Distribution) -> Tensor:
@@ -262,33 +264,33 @@ class Estimator(StatefulModule):
         return sample_detached(fn)
 
     def block_size(self, fn: Distribution, event_dims: int) -> int:
-        """Count the coupled values of a site whose last ``event_dims`` dimensions are joined."""
+        """Return the number of coupled values if ``to_event`` joined ``event_dims`` dimensions."""
         return self.num_values
 
     def draw_block(self, fn: Distribution, event_dims: int) -> Tensor:
-        """Draw the coupled values: ``(K,)`` before the shape of one, if ``K`` is more than one."""
+        """Draw the coupled values, with a first dimension ``K`` if it is more than one."""
         return self.draw(fn)
 
     def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
-        """Score ``value`` with the gradient that the estimator wants, ``fn.batch_shape``."""
+        """Return ``log q`` with the gradient that the estimator needs, ``fn.batch_shape``."""
         return log_mass(fn, value)
 
     def surrogate(self, site: Site) -> Tensor | None:
-        """Build a tensor whose sum, divided by ``R``, has the estimate as its gradient."""
+        """Return a tensor whose sum, divided by ``R``, has the estimate as its gradient."""
         return None
 
     def shares_noise(self, fn: Distribution) -> bool:
-        """Return whether branches may draw with the main path's noise: where draws are plain."""
+        """Return whether branches may reuse the main path's noise, as plain draws can."""
         kind = type(self)
         return kind.draw is Estimator.draw and kind.draw_block is Estimator.draw_block
 
     def draw_from_noise(self, fn: Distribution, noise: Tensor) -> Tensor:
-        """Draw a value by noise of :func:`~pyro_gumbel.distributions.families.base_noise`."""
+        """Draw a value from noise of :func:`~pyro_gumbel.distributions.families.base_noise`."""
         return from_noise(fn, noise).detach()
 
     @property
     def keeps_score_gradient(self) -> bool:
-        """Whether :meth:`log_prob` enters the ELBO's terms with its gradient."""
+        """True if :meth:`log_prob` enters the ELBO with its gradient."""
         return self.pathwise or self.enumerates or self.differentiates
 
     def schedules(self) -> list[Schedule]:

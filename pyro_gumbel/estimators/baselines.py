@@ -1,4 +1,4 @@
-"""Baselines, subtracted from a cost to lower the variance of the score function."""
+"""Baselines, which reduce the variance of the score function."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["Baseline", "LeaveOneOut", "MovingAverage", "NeuralBaseline"]
 
 
 class Baseline(StatefulModule):
-    """A number subtracted from a particle's cost, independent of the particle's own draw.
+    """A term subtracted from a particle's cost, independent of the particle's own draw.
 
-    A baseline with state changes it where ``site.training`` is true, and nowhere else.
+    A baseline changes its state only if ``site.training`` is true.
 
     Example:
-        One of your own: the least cost of any other particle, for each element of a plate.
+        A custom baseline: the lowest cost of the other particles, for each element of a plate.
 
         >>> class LeastOfOthers(Baseline):
         ...     min_particles = 2
@@ -38,7 +38,7 @@ class Baseline(StatefulModule):
     min_particles: int = 1
 
     def forward(self, site: Site) -> tuple[Tensor | float, Tensor | None]:
-        """Return a baseline, broadcastable to ``(R,) + batch_shape``, and its loss if any."""
+        """Return a baseline that broadcasts to ``(R,) + batch_shape``, and its loss or None."""
         raise NotImplementedError
 
 
@@ -47,17 +47,17 @@ class LeaveOneOut(Baseline):
 
     .. math:: b_r = \frac{1}{R - 1} \sum_{s \ne r} f_s
 
-    No state, no network; each element of a plate has its own. Needs ``num_particles >= 2``; where
-    structure varies, a particle that is alone in having the site has no baseline. For one bit that
-    is 1 with probability :math:`\theta`, whose costs are :math:`f_0, f_1`, the variance in the
-    logit is
+    It has no state and no network. Each element of a plate has its own baseline. It needs
+    ``num_particles >= 2``. In programs of varying structure, a site that only one particle has
+    gets no baseline. For a Bernoulli variable that is 1 with probability :math:`\theta` and costs
+    :math:`f_0, f_1`, the variance of the gradient in the logit is
 
     .. math::
         \frac{v}{R} \Bigl((1 - 2 \theta)^2 + \frac{2 v}{R - 1}\Bigr) (f_1 - f_0)^2, \quad
         v = \theta (1 - \theta),
 
-    which near :math:`\theta = 1/2` falls faster than :math:`1 / R`. The plain score function's is
-    :math:`\frac{v}{R} (\theta f_0 + (1 - \theta) f_1)^2`, so it grows with what the costs share.
+    which near :math:`\theta = 1/2` falls faster than :math:`1 / R`. Without a baseline it is
+    :math:`\frac{v}{R} (\theta f_0 + (1 - \theta) f_1)^2`, which grows with a constant in the cost.
 
     References:
         Buy 4 REINFORCE Samples, Get a Baseline for Free! (Kool, van Hoof, Welling, 2019),
@@ -73,21 +73,20 @@ class LeaveOneOut(Baseline):
     def forward(self, site: Site) -> tuple[Tensor | float, None]:
         cost = site.cost[0]
         others = cost.shape[0] - 1
-        if others == 0:  # where structure varies, no other particle may have come by this site
+        if others == 0:  # varying structure: no other particle has this site
             return 0.0, None
         return (cost.sum(0) - cost) / others, None
 
 
 class MovingAverage(Baseline):
-    """An exponential moving average of past costs, one number a site.
+    """An exponential moving average of past costs, one number per site.
 
-    The average never contains the draw it is subtracted from, and is corrected for its start from
-    nothing (the first step has no baseline). It moves in training only. It does not depend on
-    positions in a minibatch, so minibatches may differ in size. The state is part of
-    ``state_dict``.
+    The average does not include the current draws, and is corrected for its initial value of zero;
+    the first step has no baseline. It only changes in training. It is one number for all elements
+    of a minibatch, so minibatches may differ in size. The state is part of ``state_dict``.
 
     Args:
-        decay: Weight of the past, from 0 (the last step alone) to below 1.
+        decay: Weight of the past, from 0 (only the last step) to below 1.
 
     Raises:
         TypeError: If ``decay`` is not a number.
@@ -107,7 +106,7 @@ class MovingAverage(Baseline):
         self.decay = check_number("MovingAverage", "decay", decay, example=0.9)
         if not 0 <= self.decay < 1:
             raise ValueError(f"MovingAverage: decay must lie in [0, 1); got {decay!r}.")
-        # The sum of past costs and of their weights, as tensors: no step waits for the device.
+        # Sums of past costs and of their weights, as tensors, to avoid device synchronisation.
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
 
@@ -122,7 +121,7 @@ class MovingAverage(Baseline):
             baseline = past / weight
         if not site.training:
             return baseline, None
-        # One infinite cost must not stay in the average for good (inf - inf is not zero).
+        # An infinite cost would stay in the average for ever (inf - inf is not zero).
         mean = torch.where(mean - mean == 0, mean, baseline)
         self._sums[site.name] = torch.lerp(past, mean, 1 - self.decay)
         self._weights[site.name] = self.decay * weight + (1 - self.decay)
@@ -136,16 +135,16 @@ class MovingAverage(Baseline):
 
 
 class NeuralBaseline(Baseline):
-    """A network's prediction of the cost, trained through the user's own optimiser.
+    """A network's prediction of the cost, which the user's optimiser trains.
 
     Args:
-        module: Maps the input to a prediction that broadcasts to the site's batch shape (a
-            trailing dimension of one is dropped where it does not fit).
+        module: Maps the input to a prediction that broadcasts to the site's batch shape. A
+            trailing dimension of one is dropped if necessary.
         input: The name of an argument of the guide or the model, or a callable of their arguments.
 
     Raises:
         TypeError: If ``module`` is not a module, or ``input`` neither a name nor a callable.
-        ValueError: If no argument has that name, or the prediction does not fit the site.
+        ValueError: If no argument has that name, or the prediction does not broadcast.
 
     References:
         Neural Variational Inference and Learning in Belief Networks (Mnih, Gregor, 2014),
@@ -174,7 +173,7 @@ class NeuralBaseline(Baseline):
     def forward(self, site: Site) -> tuple[Tensor, Tensor]:
         prediction = self._fit(self.module(self._converted(self._read_input(site))), site)
         error = site.cost[0] - prediction
-        # The mean over particles; the sum over plates is scaled like the cost itself.
+        # The mean over particles and the sum over plates, scaled as the cost is.
         return prediction.detach(), (error**2).sum() / error.shape[0]
 
     def _read_input(self, site: Site) -> Any:
@@ -189,13 +188,13 @@ class NeuralBaseline(Baseline):
             {name for program in (call.guide, call.model) for name in _bind(program, call)}
         )
         raise ValueError(
-            f"NeuralBaseline at site {site.name!r}: input={self.input!r} names no argument of the "
-            "guide or the model; "
-            f"they have {names}. Name one of these, or give a callable of the arguments."
+            f"NeuralBaseline at site {site.name!r}: guide and model have no argument "
+            f"{self.input!r}; their arguments are {names}. Use one of these as input, or a "
+            "callable of the arguments."
         )
 
     def _converted(self, value: Any) -> Any:
-        """Convert a floating input to the module's dtype, which may be that of the site."""
+        """Convert a floating-point input to the module's dtype."""
         weight = next(self.module.parameters(), None)
         both = (value, weight)
         if all(isinstance(one, Tensor) and one.is_floating_point() for one in both):
@@ -212,9 +211,8 @@ class NeuralBaseline(Baseline):
                 continue
         raise ValueError(
             f"NeuralBaseline at site {site.name!r}: the module returned shape "
-            f"{tuple(prediction.shape)}, which does not "
-            f"broadcast to the site's batch shape {tuple(shape)}; return one prediction for each "
-            "element of the plate."
+            f"{tuple(prediction.shape)}, which does not broadcast to the site's batch shape "
+            f"{tuple(shape)}; return one prediction for each element of the plate."
         )
 
 

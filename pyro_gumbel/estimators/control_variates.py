@@ -1,4 +1,4 @@
-"""Score functions with control variates made of the cost's own gradient: unbiased."""
+"""Unbiased score-function gradients with control variates from the cost's gradient."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["DoubleControlVariate", "MuProp", "Rodeo", "lower"]
 
 
 class DifferentiatingEstimator(Estimator):
-    """Common part: values whose cost is differentiated, at one-hot or Bernoulli sites."""
+    """Base of estimators that differentiate the cost in one-hot or Bernoulli values."""
 
     unbiased = True
     sites = "one-hot or Bernoulli"
@@ -36,14 +36,14 @@ class DifferentiatingEstimator(Estimator):
 
 
 class MuProp(DifferentiatingEstimator):
-    r"""The cost's first-order expansion around the mean as control variate.
+    r"""The first-order expansion of the cost around the mean as a control variate.
 
     .. math::
         \hat g = \bigl(f(b) - f(\mu) - \nabla f(\mu)^\top (b - \mu)\bigr) \nabla \log q(b)
         + \nabla_\phi\, \mu^\top \nabla f(\mu)
 
     *Unbiased*: yes. *Requires*: one-hot or Bernoulli sites and a cost differentiable at the mean,
-    which is not a value of the site. *Costs*: two evaluations and one more backward pass.
+    which is outside the site's support. *Cost*: two evaluations and another backward pass.
 
     References:
         MuProp: Unbiased Backpropagation for Stochastic Neural Networks (Gu, Levine, Sutskever,
@@ -63,16 +63,16 @@ class MuProp(DifferentiatingEstimator):
         return torch.stack([sample_detached(fn), mean]).requires_grad_()
 
     def surrogate(self, site: Site) -> Tensor:
-        slope = site.value_gradients()[1]
+        grad = site.value_gradients()[1]
         value, mean = site.values.detach()
-        linear = _sum_event(slope * (value - mean), site)
+        linear = _sum_event(grad * (value - mean), site)
         advantage = site.cost[0] - site.cost[1] - linear
         score = (advantage * site.log_prob).sum()
-        return score + (slope * _mean(site)).sum()
+        return score + (grad * _mean(site)).sum()
 
 
 class DoubleControlVariate(DifferentiatingEstimator):
-    r"""Leave-one-out whose costs are corrected by the gradients of the *other* samples.
+    r"""Leave-one-out with costs corrected by the cost's gradients at the *other* samples.
 
     .. math::
         c_k = \alpha\, \bar\nabla_{-k}^\top (b_k - \theta), \qquad
@@ -81,13 +81,12 @@ class DoubleControlVariate(DifferentiatingEstimator):
 
     with :math:`\bar\nabla_{-k}` the mean of the cost's gradients at the other samples. *Unbiased*:
     yes, for every :math:`\alpha`. *Requires*: one-hot or Bernoulli sites and a cost differentiable
-    at their values.
-    *Costs*: ``num_samples`` evaluations and one more backward pass.
+    at their values. *Cost*: ``num_samples`` evaluations and another backward pass.
 
     Args:
         num_samples: Number ``K`` of independent draws, at least 2.
-        learn: Train :math:`\alpha`, which starts at zero (plain leave-one-out), to lower the
-            variance, through the user's optimiser.
+        learn: Train :math:`\alpha` to reduce the variance, by the user's optimiser. It starts at
+            zero, which is plain leave-one-out.
 
     Raises:
         ValueError: If ``num_samples`` is below 2.
@@ -112,24 +111,24 @@ class DoubleControlVariate(DifferentiatingEstimator):
         return independent_draws(fn, self.num_samples).requires_grad_()
 
     def surrogate(self, site: Site) -> Tensor:
-        slopes = site.value_gradients()
-        # Sums of the steep slopes of impossible values overflow in half precision.
-        slopes = slopes.to(noise_dtype(slopes.dtype))
+        grads = site.value_gradients()
+        # Sums of the large gradients of impossible values overflow in half precision.
+        grads = grads.to(noise_dtype(grads.dtype))
         values = site.values.detach()
         mean = _mean(site)
         deviation = values - mean.detach()
-        others = (slopes.sum(0) - slopes) / (self.num_samples - 1)
+        others = (grads.sum(0) - grads) / (self.num_samples - 1)
         correction = _sum_event(others * deviation, site)
-        base, slope = (_leave_one_out(cost) for cost in (site.cost, correction))
+        plain, change = (_leave_one_out(cost) for cost in (site.cost, correction))
         alpha = self.alpha.detach()
         scores = _log_probs(site, values)
-        surrogate = ((base + alpha * slope) * scores).mean(0).sum()
-        surrogate = surrogate - alpha * (slopes.mean(0) * mean).sum()
+        surrogate = ((plain + alpha * change) * scores).mean(0).sum()
+        surrogate = surrogate - alpha * (grads.mean(0) * mean).sum()
         if not self.learn:
             return surrogate
-        fixed = (site.per_event(base) * deviation).mean(0)
-        moving = (site.per_event(slope) * deviation).mean(0) - _jacobian_product(
-            site, slopes.mean(0)
+        fixed = (site.per_event(plain) * deviation).mean(0)
+        moving = (site.per_event(change) * deviation).mean(0) - _jacobian_product(
+            site, grads.mean(0)
         )
         loss = ((fixed + self.alpha * moving) ** 2).sum()
         return surrogate + lower(loss, [self.alpha])
@@ -138,22 +137,22 @@ class DoubleControlVariate(DifferentiatingEstimator):
 class Rodeo(DifferentiatingEstimator):
     r"""Leave-one-out with discrete Stein operators as control variates.
 
-    For sample ``k`` a small network :math:`h = (h^1, h^2)` of the other samples' linearised costs
-    is turned into functions of mean zero by :math:`(A h)(x) = \frac1D \sum_i q(\bar x_i) (h(\bar
-    x^{(i)}) - h(x))`, where :math:`\bar x^{(i)}` has bit ``i`` flipped:
+    For sample ``k`` a small network :math:`h = (h^1, h^2)` reads the other samples' linearised
+    costs. The operator :math:`(A h)(x) = \frac1D \sum_i q(\bar x_i) (h(\bar x^{(i)}) - h(x))`, in
+    which :math:`\bar x^{(i)}` has variable ``i`` flipped, makes functions of mean zero:
 
     .. math::
         \hat g = \tfrac1K \sum_k \Bigl(f_k - \tfrac{1}{K-1} \sum_{j \ne k} (f_j + \alpha (A
         h^1_{-j})(b_j)) \Bigr) (b_k - \theta) + \beta\, (A\, h^2_{-k} (\cdot - \theta))(b_k)
 
-    *Unbiased*: yes, whatever the network. *Requires*: Bernoulli sites and a cost differentiable at
-    their values. *Costs*: ``num_samples`` evaluations, one more backward pass, and a network
-    evaluated once for each bit.
+    *Unbiased*: yes, for every network. *Requires*: Bernoulli sites and a cost differentiable at
+    their values. *Cost*: ``num_samples`` evaluations, another backward pass, and one evaluation of
+    the network for each variable.
 
     Args:
         num_samples: Number ``K`` of independent draws, at least 2.
-        learn: Train :math:`\alpha, \beta` (zero at first: plain leave-one-out) and the network to
-            lower the variance, through the user's optimiser.
+        learn: Train :math:`\alpha, \beta` and the network to reduce the variance, by the user's
+            optimiser. :math:`\alpha, \beta` start at zero, which is plain leave-one-out.
         hidden: Width of the network.
 
     Raises:
@@ -192,9 +191,9 @@ class Rodeo(DifferentiatingEstimator):
         logits = _flatten_event(site.logits[..., 0], site)
         probs = logits.detach().sigmoid()
         values = _flatten_event(site.values.detach(), site)
-        slopes = _flatten_event(site.value_gradients(), site)
+        grads = _flatten_event(site.value_gradients(), site)
         deviation = values - probs
-        first, second = self._stein(values, probs, slopes, site.cost)
+        first, second = self._stein(values, probs, grads, site.cost)
         plain = _leave_one_out(site.cost)
         shift = -(first.sum(0) - first) / (self.num_samples - 1)
         alpha, beta = self.scales.to(logits.dtype)
@@ -206,9 +205,9 @@ class Rodeo(DifferentiatingEstimator):
         return surrogate + lower((estimate**2).sum(), list(self.parameters()))
 
     def _stein(
-        self, values: Tensor, probs: Tensor, slopes: Tensor, cost: Tensor
+        self, values: Tensor, probs: Tensor, grads: Tensor, cost: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """``A h1``, ``(K, R) + batch_shape``, and ``A h2 (x - theta)``, the same and the bits."""
+        """Return ``A h1``, ``(K, R) + batch_shape``, and ``A h2 (x - theta)``, ``(..., D)``."""
         flip = torch.where(values > 0, 1 - probs, probs)  # probability of the other value
         turn = 1 - 2 * values
         scale = 1 / (values.shape[-1] * (self.num_samples - 1))
@@ -218,10 +217,10 @@ class Rodeo(DifferentiatingEstimator):
             for j in range(self.num_samples):
                 if j == k:
                     continue
-                linear = (slopes[j] * (values[k] - values[j])).sum(-1, keepdim=True)
+                linear = (grads[j] * (values[k] - values[j])).sum(-1, keepdim=True)
                 here = self._network(linear, cost[j])
-                there = self._network(linear + slopes[j] * turn[k], cost[j])
-                change = flip[k] * (there - here).movedim(-1, 0)  # (2, R, ..., bits)
+                there = self._network(linear + grads[j] * turn[k], cost[j])
+                change = flip[k] * (there - here).movedim(-1, 0)  # (2, R, ..., D)
                 first = first + change[0].sum(-1)
                 second = second + flip[k] * turn[k] * there[..., 1]
                 second = second + (values[k] - probs) * change[1].sum(-1, keepdim=True)
@@ -235,14 +234,14 @@ class Rodeo(DifferentiatingEstimator):
 
 
 def independent_draws(fn: Distribution, count: int) -> Tensor:
-    """Draw ``count`` times from ``fn``, stacked along a new first dimension, without gradient."""
+    """Draw ``count`` values without gradient, stacked along a new first dimension."""
     return torch.stack([sample_detached(fn) for _ in range(count)])
 
 
 def lower(loss: Tensor, parameters: list[Tensor]) -> Tensor:
-    """A term that, added to a surrogate that is raised, lowers ``loss`` in ``parameters`` alone.
+    """Return a zero term of a surrogate whose maximisation minimises ``loss``.
 
-    The loss may depend on the programs' parameters too; their gradient is left as it is.
+    It only has a gradient in ``parameters``, although the loss may depend on other parameters.
     """
     gradients = torch.autograd.grad(
         loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -256,19 +255,19 @@ def lower(loss: Tensor, parameters: list[Tensor]) -> Tensor:
 
 
 def _leave_one_out(cost: Tensor) -> Tensor:
-    """Each cost minus the mean of the others."""
+    """Return each cost minus the mean of the others."""
     count = cost.shape[0]
     return (cost - cost.mean(0)) * (count / (count - 1))
 
 
 def _mean(site: Site) -> Tensor:
-    """The mean value of the site, with gradient, shaped like one value."""
+    """Return the mean of the site, with gradient, shaped like one value."""
     probs = site.logits.softmax(-1)
     return probs[..., 0] if is_bit(site.fn) else probs
 
 
 def _log_probs(site: Site, values: Tensor) -> Tensor:
-    """Score each of the coupled values, ``(K, R) + batch_shape``, with gradient."""
+    """Return ``log q`` of the coupled values, ``(K, R) + batch_shape``, with gradient."""
     log_probs = site.logits.log_softmax(-1)
     if is_bit(site.fn):
         values = torch.stack([values, 1 - values], -1)
@@ -286,15 +285,15 @@ def _sum_joined(tensor: Tensor, site: Site) -> Tensor:
 
 
 def _flatten_event(tensor: Tensor, site: Site) -> Tensor:
-    """Join the event's dimensions of a tensor of bits into one, the last."""
+    """Join the event's dimensions of a tensor of a Bernoulli site into one, the last."""
     if not site.event_dims:
         return tensor.unsqueeze(-1)
     return tensor.flatten(tensor.dim() - site.event_dims)
 
 
-def _jacobian_product(site: Site, slope: Tensor) -> Tensor:
-    """Multiply the Jacobian of the site's mean in its logits with ``slope``."""
+def _jacobian_product(site: Site, vector: Tensor) -> Tensor:
+    """Multiply the Jacobian of the site's mean in its logits with ``vector``."""
     probs = _mean(site).detach()
     if is_bit(site.fn):
-        return probs * (1 - probs) * slope
-    return probs * (slope - (probs * slope).sum(-1, keepdim=True))
+        return probs * (1 - probs) * vector
+    return probs * (vector - (probs * vector).sum(-1, keepdim=True))

@@ -1,4 +1,4 @@
-"""Sums over the support in place of draws."""
+"""Sums over the support instead of draws."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = ["Enumerate", "LocalExpectation"]
 
 
 class Enumerate(Estimator):
-    r"""The exact gradient, by summing over every value of the site.
+    r"""The exact gradient, by a sum over all values of the site.
 
     .. math:: \nabla_\phi \sum_z q_\phi(z)\, f(z)
 
-    Values go to a new dimension left of all plates, as in Pyro's parallel enumeration, so that
-    several enumerated sites cost the product of their cardinalities and each element of a plate is
-    summed on its own. *Unbiased*: exact. *Requires*: a finite support; programs that broadcast;
-    nothing outside the site's plates may depend on it. *Costs*: one evaluation of everything
-    downstream for each value.
+    As in Pyro's parallel enumeration, values are in a new dimension left of all plates. The cost
+    of several enumerated sites is the product of their cardinalities. Each element of a plate is
+    summed separately. *Unbiased*: exact. *Requires*: a finite support; programs that broadcast;
+    no dependence on the site outside its plates. *Cost*: one evaluation of everything downstream
+    for each value.
 
     References:
         Tensor Variable Elimination for Plated Factor Graphs (Obermeyer et al., 2019),
@@ -50,8 +50,8 @@ class Enumerate(Estimator):
     def why_unsupported(self, fn: Distribution, event_dims: int) -> str | None:
         if joins_variables(fn, event_dims):
             return (
-                "to_event joins its variables, and their joint support is a product; put them in "
-                "a pyro.plate or in a site each"
+                "to_event joins its variables, and their joint support is a product; use a "
+                "pyro.plate or separate sites"
             )
         return None
 
@@ -60,19 +60,19 @@ class Enumerate(Estimator):
 
 
 class LocalExpectation(Estimator):
-    r"""Each variable summed over its own values, the others held at one joint draw.
+    r"""A sum over the values of each variable, with the others fixed at one joint draw.
 
     .. math::
         \hat g_d = \pi_d \odot (F_d - \pi_d^\top F_d), \qquad F_{d,c} = f(z \text{ with } z_d := c)
 
-    One draw serves all variables of the site. *Unbiased*: yes. *Requires*: one-hot, Bernoulli or
-    categorical sites; nothing outside the site's plates that depends on it. *Costs*: ``1 + D (C -
-    1)`` evaluations for ``D`` variables (those that ``to_event`` joined) of ``C`` categories, all
-    but one without gradient.
+    All variables of the site share the draw. *Unbiased*: yes. *Requires*: one-hot, Bernoulli or
+    categorical sites; no dependence on the site outside its plates. *Cost*: ``1 + D (C - 1)``
+    evaluations for ``D`` variables (those that ``to_event`` joined) of ``C`` categories, all but
+    one without gradient.
 
     Args:
-        chunk_size: How many of these evaluations to make at once where particles are vectorised;
-            ``None`` for all.
+        chunk_size: Number of these evaluations at once, with vectorised particles; ``None`` for
+            all.
 
     Raises:
         ValueError: If ``chunk_size`` is not an integer or is below 1; at a site, if a site outside
@@ -114,7 +114,7 @@ class LocalExpectation(Estimator):
         logits = one_hot_logits(fn)
         categories, joined = logits.shape[-1], _joined(fn, event_dims)
         index = to_index(fn, sample_detached(fn))
-        # shifts[d, j] moves variable d on by j + 1 categories and leaves the others alone.
+        # shifts[d, j] adds j + 1 to the category of variable d.
         one = torch.eye(joined.numel(), dtype=torch.long, device=logits.device)
         steps = torch.arange(1, categories, device=logits.device)
         shifts = (one[:, None] * steps[None, :, None]).reshape(-1, *joined)
@@ -129,13 +129,13 @@ class LocalExpectation(Estimator):
         index = to_index(site.fn, site.values[0])
         steps = torch.arange(1, categories, device=index.device)
         moved = (index.unsqueeze(-1) + steps) % categories
-        # Differences from the main path's cost: probabilities sum to one, rounding stays small.
+        # Differences from the main path's cost, for small rounding errors; weights sum to one.
         joined = index.shape[index.dim() - site.event_dims :]
         gain = (site.cost[1:] - site.cost[0]).unflatten(0, (joined.numel(), categories - 1))
         gain = gain.movedim((0, 1), (-2, -1))
         gain = gain.reshape(gain.shape[:-2] + joined + (categories - 1,))
         weight = probs.gather(-1, moved)
-        # What is never drawn may have an infinite cost: 0 * inf would be nan, the gradient's too.
+        # Impossible values may have infinite cost, and 0 * inf would be nan.
         return (weight * gain.masked_fill(weight == 0, 0.0)).sum(-1)
 
 

@@ -1,4 +1,4 @@
-"""Gradients through the value itself, where the distribution is reparameterised."""
+"""Reparameterised (pathwise) gradients."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class Pathwise(Estimator):
 
     .. math:: \nabla_\phi\, E_{q_\phi}[f(z)] = E_\epsilon[\nabla_\phi f(g_\phi(\epsilon))]
 
-    Distributions whose draws are accepted or rejected (Pyro's ``Rejector``, or others with
-    ``score_parts``) leave to the score function what the density of the accepted noise adds.
+    For distributions with rejection sampling (Pyro's ``Rejector``, or others with
+    ``score_parts``), a score-function term adds the gradient of the accepted noise's density.
 
     *Unbiased*: yes. *Requires*: a distribution with ``rsample`` and a cost differentiable in the
-    value. *Costs*: one evaluation.
+    value. *Cost*: one evaluation.
 
     Args:
-        sticking_the_landing: Drop the part of ``log q``'s gradient that passes through its
-            parameters alone. Its mean is zero; without it the gradient's variance vanishes where
-            a guide of one site equals the posterior. It is kept where a bound of the support is
-            learnt (``Uniform(low, high)``), as its mean is not zero there. Costs one more
+        sticking_the_landing: Omit the score, the gradient of ``log q`` in its parameters at a
+            fixed value, whose mean is zero. Without it the variance vanishes if a guide of one
+            site equals the posterior. The score is kept if a bound of the support is learnt
+            (``Uniform(low, high)``), since its mean is then not zero. This costs another
             evaluation of ``log q``, which needs the inverse of a flow.
 
     References:
@@ -77,19 +77,19 @@ class Pathwise(Estimator):
         return score_given(fn, value, instead="vectorize_particles=False")
 
     def surrogate(self, site: Site) -> Tensor | None:
-        """Charge the noise with the cost, where its density depends on the parameters too."""
+        """Return the score-function term of noise whose density depends on the parameters."""
         if not has_score_parts(site.fn):
             return None
-        # Of mean zero without the cost, as any log-density, so that a baseline may be had.
+        # The score of a log-density has mean zero, so a baseline is allowed.
         baseline, _ = LeaveOneOut()(site)
         return (site.cost[0] - baseline) * site.score_function
 
 
 def has_score_of_mean_zero(fn: Distribution) -> bool:
-    """Return whether dropping the score of ``fn`` leaves a gradient unbiased.
+    """Return whether the score of ``fn`` has mean zero, so that it may be omitted.
 
-    A Delta's log_density is the Jacobian of a value drawn upstream, and so part of the path. Where
-    a bound of the support is learnt, the density at the bound adds to the score's mean.
+    A Delta's log_density is the Jacobian of a value drawn upstream, so it is part of the path. If
+    a bound of the support is learnt, the density at the bound enters the score's mean.
     """
     if has_law_of(fn, Delta):
         return False
@@ -100,7 +100,7 @@ def has_score_of_mean_zero(fn: Distribution) -> bool:
 
 
 def _bounds(fn: Distribution) -> list[Tensor]:
-    """The bounds of a support's coordinates, where it has any."""
+    """Return the bounds of a support, if it has any."""
     try:
         support = fn.support
     except NotImplementedError:
@@ -119,14 +119,15 @@ def _transformed(fn: TransformedDistribution, bound: Tensor) -> Tensor:
 
 
 def path_of_score(fn: Distribution, value: Tensor, *, instead: str) -> Tensor:
-    """A tensor of value zero with the gradient of ``log_prob`` in the value alone.
+    """Return a zero tensor with the gradient of ``log_prob`` in the value only.
 
-    The gradient passes through the value to what it was drawn by, and not through what it is
-    scored by. A transform that caches would score the noise in the value's place, so the value is
-    scored as if it had been given.
+    The gradient passes through the value to the parameters that drew it, and not through the
+    parameters of ``log_prob``. A detached copy of the value is scored, since a caching transform
+    would differentiate ``log_prob`` through its cached input.
 
     Raises:
-        ValueError: If the distribution scores nothing but its own draws; write ``instead``.
+        ValueError: If the distribution can only score its own draws; the message recommends
+            ``instead``.
     """
     if not value.requires_grad:
         return torch.zeros((), dtype=value.dtype, device=value.device)
@@ -135,15 +136,15 @@ def path_of_score(fn: Distribution, value: Tensor, *, instead: str) -> Tensor:
         score = score_given(fn, given, instead=instead).sum()
     if not score.requires_grad:
         return torch.zeros_like(score)
-    (slope,) = torch.autograd.grad(score, given, allow_unused=True, materialize_grads=True)
-    return sum_rightmost(slope * (value - value.detach()), fn.event_dim)
+    (grad,) = torch.autograd.grad(score, given, allow_unused=True, materialize_grads=True)
+    return sum_rightmost(grad * (value - value.detach()), fn.event_dim)
 
 
 def score_given(fn: Distribution, value: Tensor, *, instead: str) -> Tensor:
-    """Score a value that need not be the tensor that ``fn`` drew last.
+    """Return the log-density of any value, not only of the tensor that ``fn`` drew last.
 
     Raises:
-        ValueError: If a transform without an inverse would be needed; write ``instead``.
+        ValueError: If a transform has no inverse; the message recommends ``instead``.
     """
     try:
         return log_mass(fn, value)
@@ -152,6 +153,6 @@ def score_given(fn: Distribution, value: Tensor, *, instead: str) -> Tensor:
             raise
         transforms = ", ".join(type(transform).__name__ for transform in fn.transforms)
         raise ValueError(
-            f"{transforms} has no inverse and scores only the tensor that it drew last. Write "
-            f"{instead}, or a flow that has an inverse."
+            f"{transforms} has no inverse, so it can only score the tensor that it drew last. "
+            f"Write {instead}, or use a flow with an inverse."
         ) from error

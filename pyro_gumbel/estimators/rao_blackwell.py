@@ -1,4 +1,4 @@
-"""Gumbel-softmax gradients averaged over the noise that the hard draw leaves open."""
+"""Gumbel-softmax gradients averaged over the noise, conditional on the hard draw."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ __all__ = ["GumbelRao", "ReinMaxRao", "conditional_scores"]
 def conditional_scores(
     log_probs: Tensor, hard: Tensor, sample_shape: tuple[int, ...] = ()
 ) -> Tensor:
-    r"""Draw perturbed logits :math:`\log p + G` given that their largest is at ``hard``.
+    r"""Draw perturbed logits :math:`\log p + G`, conditional on ``hard`` as their arg max.
 
-    With :math:`E_j \sim \mathrm{Exp}(1)` and the drawn category :math:`i`: coordinate ``i`` is
-    :math:`-\log E_i`, every other :math:`-\log(E_j / p_j + E_i)`.
+    With :math:`E_j \sim \mathrm{Exp}(1)` and the drawn category :math:`i`, coordinate ``i`` is
+    :math:`-\log E_i`, and every other is :math:`-\log(E_j / p_j + E_i)`.
 
     Args:
         log_probs: Normalised log-probabilities, ``batch_shape + (C,)``.
@@ -46,27 +46,27 @@ def conditional_scores(
         -gumbel_noise((*sample_shape, *log_probs.shape), log_probs.dtype, log_probs.device)
     ).exp()
     top = (noise * hard).sum(-1, keepdim=True)
-    # A category of probability zero waits for ever; the clamp keeps gradients finite.
+    # A category of probability zero never arrives; the clamp keeps gradients finite.
     waits = noise * (-log_probs).clamp(max=80.0).exp()
     scores = -torch.where(hard > 0, top, waits + top).log()
     return scores.masked_fill(log_probs == -math.inf, -math.inf)
 
 
-_AT_ONCE = 1 << 17  # numbers of which a few copies are held while draws are made
+_AT_ONCE = 1 << 17  # size of a chunk of draws, which bounds temporary memory
 
 
 def matrix_product(vector: Tensor, jacobian: Tensor) -> Tensor:
-    r"""Multiply by a mean of :math:`\mathrm{diag}(y) - y y^\top`, kept as ``(..., C, C)``.
+    r"""Multiply by a mean of :math:`\mathrm{diag}(y) - y y^\top`, of shape ``(..., C, C)``.
 
-    One matrix for each variable, so that memory does not grow with the number of draws.
+    One matrix per variable is stored, so memory does not grow with the number of draws.
     """
     return (jacobian @ vector.unsqueeze(-1)).squeeze(-1)
 
 
 def sampled_product(vector: Tensor, draws: Tensor, scale: Tensor) -> Tensor:
-    """The same from the draws ``y_k`` themselves, ``(K,) + batch_shape + (C,)``.
+    """Multiply by this mean, from the draws ``y_k``, ``(K,) + batch_shape + (C,)``.
 
-    They are smaller than the matrices where there are fewer draws than categories.
+    The draws take less memory than the matrices if there are fewer draws than categories.
     """
     inner = torch.einsum("k...c,...c->k...", draws, vector)
     mean = torch.einsum("k...,k...c->...c", inner, draws) / len(draws)
@@ -77,7 +77,7 @@ Product = Callable[..., Tensor]
 
 
 class _WithJacobian(torch.autograd.Function):
-    """Forward the hard draw; backward a symmetric Jacobian that is kept."""
+    """The hard draw in the forward pass, and a stored symmetric Jacobian in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, hard: Tensor, product: Product, *kept: Tensor) -> Tensor:
@@ -112,15 +112,15 @@ def mean_softmax_jacobian(
         num_samples: Number of conditional draws.
 
     Returns:
-        One matrix for each variable, ``batch_shape + (C, C)``.
+        One matrix per variable, ``batch_shape + (C, C)``.
     """
     categories = log_probs.shape[-1]
     mean = torch.zeros_like(log_probs)
     second = log_probs.new_zeros((*log_probs.shape, categories))
-    # A chunk of draws takes no more memory than the matrices do.
+    # A chunk of draws takes at most the memory of the matrices.
     for size in _chunks(num_samples, categories):
         soft = (conditional_scores(log_probs, hard, (size,)) / temperature).softmax(-1)
-        mean = mean + soft.sum(0)  # in place would not do where the noise alone has a vmap
+        mean = mean + soft.sum(0)  # not in place, which fails if vmap batches only the noise
         second = second + torch.einsum("k...i,k...j->...ij", soft, soft)
     jacobian = (torch.diag_embed(mean) - second) / num_samples
     if isinstance(temperature, Tensor) and temperature.dim() > 0:
@@ -150,7 +150,7 @@ def _chunks(total: int, size: int) -> list[int]:
 
 
 class _Rao(OneHotEstimator):
-    """Common part of the two: a temperature and a number of conditional draws."""
+    """Base class of both estimators, with a temperature and a number of conditional draws."""
 
     def __init__(self, temperature: float | Tensor | Schedule, *, num_samples: int) -> None:
         super().__init__()
@@ -158,15 +158,15 @@ class _Rao(OneHotEstimator):
         temperature = check_temperature(name, "temperature", temperature)
         if isinstance(temperature, Tensor) and temperature.requires_grad:
             raise ValueError(
-                f"{name}: temperature requires a gradient, and Jacobians averaged over draws pass "
-                f"none to it. Write {name}(temperature.detach()), or use GumbelStraightThrough or "
-                "ReinMax, which can learn theirs."
+                f"{name}: temperature requires a gradient, but the estimator does not provide "
+                f"one. Write {name}(temperature.detach()), or use GumbelStraightThrough or "
+                "ReinMax, which can learn their temperature."
             )
         self.temperature = temperature
         self.num_samples = check_num_samples(type(self).__name__, num_samples, least=1)
 
     def _average(self, logits: Tensor, log_probs: Tensor, hard: Tensor) -> Tensor:
-        """Return ``hard`` with the mean Jacobian over scores given it, by the smaller record."""
+        """Return ``hard`` with the mean Jacobian, stored as draws or matrices (the smaller)."""
         temperature = current_temperature(self.temperature, log_probs, type(self).__name__)
         if self.num_samples < log_probs.shape[-1]:
             draws = conditional_softmaxes(log_probs, hard, temperature, self.num_samples)
@@ -177,15 +177,15 @@ class _Rao(OneHotEstimator):
 
 
 class GumbelRao(_Rao):
-    r"""Gumbel straight-through, Rao-Blackwellised over the noise given the draw.
+    r"""Gumbel straight-through, Rao-Blackwellised over the noise conditional on the draw.
 
     .. math::
         \hat g = \frac1K \sum_k \tfrac1\tau J(\mathrm{softmax}(z_k / \tau))\, \nabla_D f(D), \qquad
         z_k \sim (\phi + G \mid \arg\max = D)
 
-    *Unbiased*: no; its mean is that of :class:`GumbelStraightThrough`, its variance never larger.
-    *Requires*: a cost differentiable at one-hot values. *Costs*: one evaluation, and
-    ``num_samples`` softmaxes at the site; kept of them are ``min(num_samples, C)`` vectors a
+    *Unbiased*: no. Its mean is that of :class:`GumbelStraightThrough`, and its variance is never
+    larger. *Requires*: a cost differentiable at one-hot values. *Cost*: one evaluation, and
+    ``num_samples`` softmaxes at the site, with memory for ``min(num_samples, C)`` vectors per
     variable.
 
     Args:
@@ -216,17 +216,18 @@ class GumbelRao(_Rao):
 
 
 class ReinMaxRao(_Rao):
-    r"""ReinMax with its midpoint Jacobian averaged over Gumbel noise given the draw.
+    r"""ReinMax with its midpoint Jacobian averaged over Gumbel noise conditional on the draw.
 
     .. math::
         \hat g = \frac2K \sum_k \tfrac1\tau J(\mathrm{softmax}(z_k / \tau))\, \nabla_D f(D)
         - \tfrac12 J(\pi)\, \nabla_D f(D), \qquad
         z_k \sim (\log \pi_D + G \mid \arg\max = D)
 
-    with :math:`\pi_D = (\pi + D) / 2`. *Unbiased*: no; less noise than :class:`ReinMax` and more
-    bias, which is least at a temperature of about 0.6: colder or hotter, gradients shrink, of
-    linear costs by half as it tends to 0. *Requires*: a cost differentiable at one-hot values.
-    *Costs*: one evaluation, and ``num_samples`` softmaxes at the site.
+    with :math:`\pi_D = (\pi + D) / 2`. *Unbiased*: no. It has a lower variance than
+    :class:`ReinMax` and a larger bias. The bias is smallest at a temperature of about 0.6; at
+    other temperatures gradients shrink, for linear costs by half as the temperature tends to 0.
+    *Requires*: a cost differentiable at one-hot values. *Cost*: one evaluation, and
+    ``num_samples`` softmaxes at the site.
 
     Args:
         temperature: Positive number, tensor without gradient, or schedule.

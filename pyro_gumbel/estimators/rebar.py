@@ -1,4 +1,4 @@
-"""Control variates from relaxed draws that share the hard draw's noise: unbiased."""
+"""Unbiased gradients with control variates from relaxed draws that share the noise."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Rebar", "Relax"]
 
 
 class Rebar(DifferentiatingEstimator):
-    r"""The cost at a relaxed draw as control variate for the cost at the hard one.
+    r"""The cost at a relaxed draw as a control variate for the cost at the hard draw.
 
     With :math:`z = \phi + G`, :math:`b = \mathrm{onehot}(\arg\max z)`, :math:`\tilde z \sim p(z
     \mid b)` and :math:`c(z) = \eta\, f(\mathrm{softmax}(z / \lambda))`,
@@ -31,18 +31,18 @@ class Rebar(DifferentiatingEstimator):
         z)
 
     *Unbiased*: yes, for every :math:`\eta, \lambda`. *Requires*: one-hot or Bernoulli sites and a
-    cost that is defined and differentiable at relaxed values. *Costs*: three evaluations and one
-    more backward pass; with ``learn``, second derivatives.
+    cost that is defined and differentiable at relaxed values. *Cost*: three evaluations and
+    another backward pass; with ``learn``, second derivatives.
 
     Args:
-        temperature: Positive number :math:`\lambda` to start from.
-        learn: Train :math:`\eta` (one at first) and :math:`\lambda` to lower the variance, through
+        temperature: Initial value of :math:`\lambda`, a positive number.
+        learn: Train :math:`\eta`, initially one, and :math:`\lambda` to reduce the variance, by
             the user's optimiser.
 
     Raises:
         TypeError: If the temperature is not a number.
-        ValueError: If the temperature is not positive; at a site, if the model reads relaxed
-            values in a way that has no gradient, such as an index.
+        ValueError: If the temperature is not positive; at a site, if the model uses relaxed values
+            without a gradient, such as by an index.
 
     References:
         REBAR: Low-variance, unbiased gradient estimates for discrete latent variable models
@@ -97,7 +97,7 @@ class Rebar(DifferentiatingEstimator):
         return surrogate + lower((estimate**2).sum(), list(self.parameters()))
 
     def _extra(self, site: Site) -> Tensor | None:
-        """The term added to ``c(z)`` and ``c(z~)``, ``(2, R) + batch_shape``."""
+        """Return the term added to ``c(z)`` and ``c(z~)``, ``(2, R) + batch_shape``, or None."""
         return None
 
 
@@ -106,20 +106,20 @@ class Relax(Rebar):
 
     .. math:: c(z) = \eta\, f(\mathrm{softmax}(z / \lambda)) + r(\mathrm{softmax}(z / \lambda))
 
-    *Unbiased*: yes, whatever the network. *Requires* and *costs*: as :class:`Rebar`, and the
-    network at two values.
+    *Unbiased*: yes, for every network. *Requires*: as :class:`Rebar`. *Cost*: as :class:`Rebar`,
+    and two evaluations of the network.
 
     Args:
-        critic: The network ``r``. It gets relaxed values, ``(R,) + batch_shape + event_shape``,
-            and returns ``(R,) + batch_shape``, with or without a trailing one.
-        temperature: Positive number to start from.
-        learn: Train network, scale and temperature to lower the variance, through the user's
+        critic: The network ``r``, from relaxed values, ``(R,) + batch_shape + event_shape``, to
+            ``(R,) + batch_shape``, with or without a trailing one.
+        temperature: Initial temperature, a positive number.
+        learn: Train network, scale and temperature to reduce the variance, by the user's
             optimiser.
 
     Raises:
-        TypeError: If ``critic`` is not a module, or the temperature not a number.
-        ValueError: If the temperature is not positive; at a site, if the critic's output does not
-            fit.
+        TypeError: If ``critic`` is not a module, or the temperature is not a number.
+        ValueError: If the temperature is not positive; at a site, if the critic's output has a
+            wrong shape.
 
     References:
         Backpropagation through the Void (Grathwohl, Choi, Wu, Roeder, Duvenaud, 2018),
@@ -153,20 +153,20 @@ class Relax(Rebar):
             raise ValueError(
                 f"At site {site.name!r}, Relax: the critic returned shape {tuple(output.shape)} "
                 f"for values of shape {tuple(value.shape)}; it must return one number for each "
-                f"element, {tuple(shape)} or {(*shape, 1)}. End it with nn.Flatten(-2) before a "
-                "Linear(..., 1) if its event has two dimensions."
+                f"element, {tuple(shape)} or {(*shape, 1)}. If the event has two dimensions, end "
+                "the critic with nn.Flatten(-2) and Linear(..., 1)."
             )
         return output
 
 
 def _score(site: Site) -> Tensor:
-    """The gradient of ``log q`` of the hard value in the logits."""
+    """Return the gradient of ``log q`` of the hard value in the logits."""
     probs = site.logits.detach().softmax(-1)
     return site.values[0].detach() - (probs[..., 0] if is_bit(site.fn) else probs)
 
 
 def _project(site: Site, gradient: Tensor) -> Tensor:
-    """Turn a gradient in normalised log-probabilities into one in free logits."""
+    """Convert a gradient in normalised log-probabilities to one in unnormalised logits."""
     if is_bit(site.fn):
         return gradient
     probs = site.logits.detach().softmax(-1)

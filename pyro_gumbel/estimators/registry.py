@@ -1,4 +1,4 @@
-"""Estimators by name: one class for each name, and one object for each name in use."""
+"""Names of estimators, and the objects that they stand for."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ __all__ = [
 
 Choice = Estimator | str | None
 
-_ONE_WORD = ("DisARM", "MuProp", "ReinMax")  # acronyms that capitals do not split
+_ONE_WORD = ("DisARM", "MuProp", "ReinMax")  # names that stay one word in snake case
 
 
 def snake_case(name: str) -> str:
-    """Write the name of a class in lower case, with ``_`` between its words."""
+    """Convert the name of a class to snake case."""
     for word in _ONE_WORD:
         name = name.replace(word, word.capitalize())
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 def _is_complete(kind: Any) -> bool:
-    """Return whether a class makes an estimator without any argument."""
+    """Return whether a class is an estimator without required arguments."""
     if not (isinstance(kind, type) and issubclass(kind, Estimator) and kind is not Estimator):
         return False
     parameters = inspect.signature(kind).parameters.values()
@@ -45,7 +45,7 @@ def _is_complete(kind: Any) -> bool:
     return all(one.default is not one.empty for one in named)
 
 
-# ``Score`` has a name too, but which baseline it stands for depends on the number of particles.
+# ``"score"`` is a name as well, whose baseline depends on the number of particles.
 CLASSES: dict[str, type[Estimator]] = {
     snake_case(name): getattr(estimators, name)
     for name in sorted(estimators.__all__, key=snake_case)
@@ -54,23 +54,25 @@ CLASSES: dict[str, type[Estimator]] = {
 
 
 class NamedEstimators:
-    """One estimator for each name, made when the name is first used.
+    """One estimator per name, made at the first use of the name.
 
-    A name always stands for its class with default hyper-parameters. What it learns belongs to
-    whoever holds this object: a name in a config to the configured guide, a name in
-    ``infer={"gradient": ...}`` or ``default=`` to the ELBO. The attributes are the estimators made
-    so far, by name.
+    A name is its class with default hyper-parameters. The state belongs to the owner of this
+    object: for a name in a config this is the configured guide, for a name in
+    ``infer={"gradient": ...}`` or ``default=`` it is the ELBO. The attributes are the estimators
+    made so far, by name.
     """
 
     def named(self, name: str) -> Estimator:
-        """Return the estimator that a name stands for here.
+        """Return the estimator of a name.
 
         Raises:
-            ValueError: If there is no such name.
+            ValueError: If the name is unknown.
         """
         if name not in vars(self):
             if name not in CLASSES:
-                raise ValueError(f"No estimator is named {name!r}; names are {estimator_names()}.")
+                raise ValueError(
+                    f"Unknown estimator name {name!r}; the names are {estimator_names()}."
+                )
             setattr(self, name, CLASSES[name]())
         return cast(Estimator, getattr(self, name))
 
@@ -86,18 +88,18 @@ class NamedEstimators:
         """Restore what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If the state names an estimator that does not exist.
+            ValueError: If a name in the state is unknown.
         """
         for name, part in state.items():
             self.named(name).load_state_dict(part)
 
 
 class DefaultEstimators(NamedEstimators):
-    """The estimators of an ELBO: those of names, and those of ``"auto"`` and ``"score"``.
+    """The estimators of an ELBO by name, including ``"auto"`` and ``"score"``.
 
-    ``"auto"`` is :class:`~pyro_gumbel.estimators.Pathwise` where a site is reparameterised, else
-    the score function. Its baseline is :class:`~pyro_gumbel.estimators.LeaveOneOut` with two
-    particles or more, else :class:`~pyro_gumbel.estimators.MovingAverage`.
+    ``"auto"`` is :class:`~pyro_gumbel.estimators.Pathwise` at reparameterised sites, else
+    ``"score"``. The baseline of ``"score"`` is :class:`~pyro_gumbel.estimators.LeaveOneOut` with
+    two particles or more, else :class:`~pyro_gumbel.estimators.MovingAverage`.
     """
 
     def __init__(self) -> None:
@@ -106,15 +108,15 @@ class DefaultEstimators(NamedEstimators):
         self.moving_average = Score(MovingAverage())
 
     def score(self, num_particles: int) -> Estimator:
-        """Choose the score function's baseline."""
+        """Return the score function with its baseline for this number of particles."""
         return self.leave_one_out if num_particles > 1 else self.moving_average
 
     def __call__(self, fn: Any, num_particles: int) -> Estimator:
-        """Choose for distribution ``fn``."""
+        """Return the estimator ``"auto"`` for distribution ``fn``."""
         return self.pathwise if fn.has_rsample else self.score(num_particles)
 
     def resolve(self, choice: Choice, fn: Any, num_particles: int) -> Estimator:
-        """Return the estimator that a choice stands for at a site with distribution ``fn``."""
+        """Return the estimator of a choice at a site with distribution ``fn``."""
         if choice is None or choice == "auto":
             return self(fn, num_particles)
         if choice == "score":
@@ -123,7 +125,7 @@ class DefaultEstimators(NamedEstimators):
 
 
 def estimator_names() -> list[str]:
-    """Return every name that stands for an estimator.
+    """Return all names of estimators.
 
     Example:
         >>> "reinmax" in estimator_names()
@@ -133,14 +135,14 @@ def estimator_names() -> list[str]:
 
 
 def did_you_mean(name: Any, names: Iterable[str]) -> str:
-    """Suggest the name that is closest in all but case, or return nothing if none is close."""
+    """Return a hint with the closest name, ignoring case, or an empty string."""
     folded = {known.casefold(): known for known in names}
     close = difflib.get_close_matches(str(name).casefold(), folded, n=1)
     return f" Did you mean {folded[close[0]]!r}?" if close else ""
 
 
 def check_choice(choice: Any, prefix: str) -> None:
-    """Raise ``TypeError`` or ``ValueError``, begun by ``prefix``, unless it is a choice."""
+    """Raise an error that starts with ``prefix``, unless ``choice`` is an estimator or a name."""
     if choice is None or isinstance(choice, Estimator):
         return
     if isinstance(choice, str):
@@ -162,5 +164,5 @@ def _check_name(name: str, prefix: str) -> None:
     if name == "relax":
         hint = " Relax needs a network: write Relax(critic)."
     raise ValueError(
-        f"{prefix} {name!r}, which names no estimator; names are {estimator_names()}.{hint}"
+        f"{prefix} {name!r}, an unknown estimator name; the names are {estimator_names()}.{hint}"
     )

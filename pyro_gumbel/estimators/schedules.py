@@ -1,4 +1,4 @@
-"""Temperatures that change as training goes."""
+"""Schedules of temperatures during training."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["Exponential", "Linear", "Schedule"]
 
 
 class Schedule(StatefulModule):
-    """A hyper-parameter as a function of the number of optimisation steps taken.
+    """A hyper-parameter as a function of the number of optimisation steps.
 
-    :class:`~pyro_gumbel.infer.Estimator_ELBO` advances every schedule of the estimators it used by
-    one, once for each call that computes a gradient; evaluating a loss does not advance it. The
-    count is part of ``state_dict``.
+    Each call of :class:`~pyro_gumbel.infer.Estimator_ELBO` that computes a gradient advances the
+    schedules of its estimators by one step. Evaluating a loss does not advance them. The count is
+    part of ``state_dict``.
 
     Example:
-        One of your own has a ``value`` that depends on ``step_count``.
+        A custom schedule defines ``value`` as a function of ``step_count``.
 
         >>> class InverseRoot(Schedule):
         ...     def __init__(self, start):
@@ -51,9 +51,9 @@ class Schedule(StatefulModule):
 
     @property
     def current(self) -> float | Tensor:
-        """The number to compute with: :attr:`value`, as a tensor while a step is recorded.
+        """The value to compute with: a number, or a tensor while a step is recorded.
 
-        A recorded step would keep a number for ever; a tensor is one of its inputs.
+        A number would be a constant of the recorded step; a tensor is an input.
         """
         return self.value if self.stand_in is None else self.stand_in
 
@@ -69,18 +69,19 @@ class Schedule(StatefulModule):
 
 
 class Exponential(Schedule):
-    r"""Decay (or growth) by a constant rate towards a bound.
+    r"""Exponential decay or growth towards a bound.
 
     .. math::
-        \tau_t = \mathrm{start} \cdot e^{-\mathrm{rate} \cdot t}, \text{ never past } \mathrm{end}
+        \tau_t = \mathrm{start} \cdot e^{-\mathrm{rate} \cdot t},
+        \text{ clipped at } \mathrm{end}
 
     Args:
         start: Value before the first step, positive.
-        end: Bound, positive: the floor where ``rate > 0``, the ceiling where ``rate < 0``.
-        rate: Decay per optimisation step; at 0 the value stays at ``start``.
+        end: Bound, positive: the minimum if ``rate > 0``, the maximum if ``rate < 0``.
+        rate: Decay per optimisation step; with 0 the value stays at ``start``.
 
     Raises:
-        TypeError: If one of them is not a number.
+        TypeError: If an argument is not a number.
         ValueError: If ``start`` or ``end`` is not positive, or ``rate`` leads away from ``end``.
 
     References:
@@ -107,13 +108,13 @@ class Exponential(Schedule):
 
     @property
     def value(self) -> float:
-        exponent = min(max(-self.rate * self.step_count, -700.0), 700.0)  # exp must not overflow
+        exponent = min(max(-self.rate * self.step_count, -700.0), 700.0)  # to avoid overflow
         least, most = sorted((self.start, self.end))
         return min(max(self.start * math.exp(exponent), least), most)
 
 
 class Linear(Schedule):
-    r"""Move from one value to another in equal steps, then stay.
+    r"""Linear change from one value to another, then constant.
 
     .. math:: \tau_t = \mathrm{start} + (\mathrm{end} - \mathrm{start}) \min(t / \mathrm{steps}, 1)
 
@@ -145,7 +146,7 @@ class Linear(Schedule):
     @property
     def value(self) -> float:
         if self.step_count >= self.steps:
-            return self.end  # the sum below would round it, a small one to zero
+            return self.end  # exact, without the rounding of the sum below
         return self.start + (self.end - self.start) * (self.step_count / self.steps)
 
 
@@ -166,10 +167,10 @@ def check_temperature(
     """Check that a temperature is positive and of an allowed kind.
 
     Returns:
-        The temperature, a number as Python's own.
+        The temperature; numbers are converted to float.
 
     Raises:
-        TypeError: If it is of none of the ``kinds``.
+        TypeError: If it is not of one of the ``kinds``.
         ValueError: If it is not positive.
     """
     if "tensor" not in kinds:

@@ -1,4 +1,4 @@
-"""The score function, with its baselines."""
+"""The score-function estimator."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Score(Estimator):
     .. math:: \nabla_\phi\, E_{q_\phi}[f(z)] = E_{q_\phi}[(f(z) - b)\, \nabla_\phi \log q_\phi(z)]
 
     *Unbiased*: yes, for every baseline ``b`` that does not depend on the particle's own draw.
-    *Requires*: a ``log_prob`` differentiable in its parameters; nothing of the cost. *Costs*: one
-    evaluation a particle.
+    *Requires*: a ``log_prob`` differentiable in its parameters; any cost. *Cost*: one evaluation
+    per particle.
 
     Args:
         baseline: :class:`LeaveOneOut`, :class:`MovingAverage`, :class:`NeuralBaseline`, or
@@ -62,5 +62,5 @@ class Score(Estimator):
         surrogate = (cost - baseline) * site.log_prob
         if loss is None:
             return surrogate
-        # Particles are averaged by the caller; the loss is lowered where the surrogate is raised.
+        # The caller averages particles. It maximises the surrogate, so the loss has a minus sign.
         return surrogate.sum() - cost.shape[0] * loss

@@ -1,4 +1,4 @@
-"""Estimators that run on one-hot values and differentiate soft ones: biased, of low variance."""
+"""Biased low-variance estimators that differentiate soft values at one-hot draws."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ __all__ = [
 
 
 class OneHotEstimator(Estimator):
-    """A biased estimator whose one-hot value carries a gradient with respect to the site's logits.
+    """A biased estimator whose one-hot value carries a gradient to the site's logits.
 
-    A subclass writes :meth:`draw_one_hot`. A Bernoulli site is served as a one-hot of two
-    categories. The score of the guide enters the cost with its parameters held fixed: their part
-    of the gradient has mean zero, and dropping it spares the noise that it would add, all of it
-    where a guide of one site equals the posterior.
+    A subclass defines :meth:`draw_one_hot`. A Bernoulli variable is a one-hot vector of two
+    categories. ``log q`` enters the cost with detached parameters, since its gradient in them has
+    mean zero and would only add variance. If a guide of one site equals the posterior, the
+    gradient then has no variance.
     """
 
     unbiased = False
@@ -50,8 +50,8 @@ class OneHotEstimator(Estimator):
         return is_one_hot(fn) or is_bit(fn)
 
     def draw(self, fn: Distribution) -> Tensor:
-        # The logits are float32 or better: half precision would distort softmax and its Jacobian.
-        # The value itself is exact in any dtype.
+        # Logits are in float32 or better, for an accurate softmax and Jacobian. The one-hot value
+        # is exact in any dtype.
         value = self.draw_one_hot(one_hot_logits(fn)).to(value_dtype(fn))
         return value[..., 0] if is_bit(fn) else value
 
@@ -63,22 +63,22 @@ class OneHotEstimator(Estimator):
         return log_mass_of_value(fn, value)
 
     def why_unsupported(self, fn: Distribution, event_dims: int) -> str | None:
-        # Particles may become rows of the batch, which a temperature must not fit by chance: the
-        # first run is without them.
+        # Checked in the first run, which has no particle dimension that the temperature could
+        # match by chance.
         named = (getattr(self, name, None) for name in ("temperature", "backward_temperature"))
         return next(filter(None, (_misfit(value, fn.batch_shape) for value in named)), None)
 
     def _tempered(self, logits: Tensor, temperature: float | Tensor | Schedule) -> Tensor:
         divisor = current_temperature(temperature, logits, type(self).__name__)
         if not isinstance(divisor, Tensor) and divisor == 1:
-            return logits  # two passes less, one forward and one backward
+            return logits  # skip a division in the forward and the backward pass
         return logits / divisor
 
 
 def current_temperature(
     temperature: float | Tensor | Schedule, logits: Tensor, owner: str
 ) -> float | Tensor:
-    """Read a temperature as a divisor: tensors broadcast against the batch, not the categories."""
+    """Return a temperature that divides logits; a tensor broadcasts against the batch shape."""
     if isinstance(temperature, Schedule):
         return temperature.current
     if not isinstance(temperature, Tensor):
@@ -90,7 +90,7 @@ def current_temperature(
 
 
 def _misfit(temperature: float | Tensor | Schedule | None, batch: torch.Size) -> str | None:
-    """Explain why a temperature does not fit a batch shape, if it does not."""
+    """Return why a temperature does not broadcast to a batch shape, or ``None``."""
     if not isinstance(temperature, Tensor):
         return None
     shape = temperature.shape
@@ -107,15 +107,15 @@ def _misfit(temperature: float | Tensor | Schedule | None, batch: torch.Size) ->
 
 
 class StraightThrough(OneHotEstimator):
-    r"""The straight-through estimator: the softmax's Jacobian in place of the draw's.
+    r"""The straight-through estimator, which differentiates the softmax instead of the draw.
 
     .. math::
         \hat g = \tfrac{1}{\tau} J(\mathrm{softmax}(\phi / \tau))\, \nabla_D f(D), \qquad
         J(p) = \mathrm{diag}(p) - p p^\top
 
     *Unbiased*: no (exact at ``temperature=1`` for costs linear in the one-hot). *Requires*: a cost
-    differentiable at one-hot values. *Costs*: one evaluation. The least noise of its family, and
-    the most bias.
+    differentiable at one-hot values. *Cost*: one evaluation. It has the lowest variance and the
+    largest bias of its family.
 
     Args:
         temperature: Positive number, tensor (broadcast against the batch) or schedule.
@@ -143,14 +143,14 @@ class StraightThrough(OneHotEstimator):
 
 
 class GumbelSoftmax(OneHotEstimator):
-    r"""The relaxed draw itself: the program runs on the soft value.
+    r"""The pathwise gradient of a relaxed draw; the program runs on the soft value.
 
     .. math:: y = \mathrm{softmax}((\phi + G) / \tau)
 
-    *Unbiased*: no; it is the pathwise gradient of a relaxed objective, in which log-masses are
-    scored by their multilinear extension and every parameter is trained on soft values. The loss
-    that is reported is the discrete one. *Requires*: a cost defined at relaxed values. *Costs*:
-    one evaluation with gradient, and one without for the loss.
+    *Unbiased*: no. It is the gradient of a relaxed objective, in which log-masses have their
+    multilinear extension and all parameters are trained on soft values. The reported loss is that
+    of the discrete model. *Requires*: a cost defined at relaxed values. *Cost*: one evaluation
+    with gradient, and one without for the loss.
 
     Args:
         temperature: Positive number, tensor or schedule.
@@ -180,24 +180,23 @@ class GumbelSoftmax(OneHotEstimator):
         return softmax(self._tempered(scores, self.temperature))
 
     def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
-        # The relaxed objective is differentiated as it stands: here log q's parameters have no
-        # mean-zero part to drop.
+        # In the relaxed objective the score of log q does not have mean zero, so it is kept.
         return log_mass(fn, value)
 
 
 class GumbelStraightThrough(OneHotEstimator):
-    r"""Straight-through Gumbel-softmax: hard forward, relaxed by the same noise backward.
+    r"""Gumbel-softmax with a hard forward pass and a relaxed backward pass, by the same noise.
 
     .. math::
         D = \mathrm{onehot}(\arg\max(\phi + G)), \qquad
         \hat g = \tfrac{1}{\tau} J(\mathrm{softmax}((\phi + G) / \tau))\, \nabla_D f(D)
 
-    *Unbiased*: no. *Requires*: a cost differentiable at one-hot values. *Costs*: one evaluation.
+    *Unbiased*: no. *Requires*: a cost differentiable at one-hot values. *Cost*: one evaluation.
 
     Args:
         temperature: Positive number, tensor or schedule.
-        backward_temperature: Temperature of the backward pass where it is to differ. The hard draw
-            is the same at every temperature, so the backward one alone decides the gradient.
+        backward_temperature: Temperature of the backward pass, ``temperature`` by default. The
+            hard draw does not depend on the temperature, so only this one affects the gradient.
 
     Raises:
         TypeError: If a temperature is of another kind.
@@ -240,20 +239,20 @@ class GumbelStraightThrough(OneHotEstimator):
 
 
 class GappedStraightThrough(OneHotEstimator):
-    r"""Straight-through with the drawn category lifted to the top by a gap, without Gumbel noise.
+    r"""Straight-through with the drawn logit shifted to the top by a gap, without Gumbel noise.
 
     .. math:: \hat g = \tfrac{1}{\tau} J(\mathrm{softmax}((\phi + m) / \tau))\, \nabla_D f(D)
 
-    where ``m`` (held fixed) raises the drawn logit to the largest one and lowers every other that
-    is closer than ``gap`` to it. *Unbiased*: no. *Requires*: a cost differentiable at one-hot
-    values. *Costs*: one evaluation.
+    where ``m`` (detached) raises the drawn logit to the largest one and lowers the others to at
+    least ``gap`` below it. *Unbiased*: no. *Requires*: a cost differentiable at one-hot values.
+    *Cost*: one evaluation.
 
     Args:
         temperature: Positive number, tensor or schedule.
-        gap: Least distance of the drawn logit from the others after the shift, not negative.
+        gap: Minimum distance of the drawn logit from the others after the shift, not negative.
 
     Raises:
-        TypeError: If the temperature is of another kind, or the gap no number.
+        TypeError: If the temperature is of another kind, or the gap is not a number.
         ValueError: If the temperature is not positive, or the gap is negative.
 
     References:
@@ -286,17 +285,18 @@ class GappedStraightThrough(OneHotEstimator):
 
 
 class ReinMax(OneHotEstimator):
-    r"""The second-order straight-through estimator (Heun's rule in place of Euler's).
+    r"""The second-order straight-through estimator, by Heun's instead of Euler's method.
 
     .. math::
         \hat g = 2 J(\pi_D)\, \nabla_D f(D) - \tfrac12 J(\pi)\, \nabla_D f(D), \qquad
         \pi_D = \tfrac12 (\mathrm{softmax}(\phi / \tau) + D)
 
     *Unbiased*: no, but exact at ``temperature=1`` for costs quadratic in the one-hot. *Requires*:
-    a cost differentiable at one-hot values. *Costs*: one evaluation.
+    a cost differentiable at one-hot values. *Cost*: one evaluation.
 
     Args:
-        temperature: Positive number, tensor or schedule; above one it trades bias for variance.
+        temperature: Positive number, tensor or schedule. Values above one reduce the variance and
+            increase the bias.
 
     Raises:
         TypeError: If the temperature is of another kind.
@@ -323,12 +323,12 @@ class ReinMax(OneHotEstimator):
 
 
 def reinmax_midpoint(tempered: Tensor, hard: Tensor) -> Tensor:
-    """The probabilities halfway between the (tempered) softmax and the draw."""
+    """Return the mean of the (tempered) softmax and the draw."""
     return (softmax(tempered) + hard) / 2
 
 
 def softmax_at(probs: Tensor, logits: Tensor) -> Tensor:
-    """A tensor of value ``probs`` whose Jacobian in ``logits`` is that of a softmax there."""
+    """Return ``probs`` with the Jacobian, in ``logits``, of a softmax of value ``probs``."""
     smallest = torch.finfo(probs.dtype).tiny
     anchor = probs.clamp(min=smallest).log()
     finite = logits.clamp(min=torch.finfo(logits.dtype).min)

@@ -1,4 +1,4 @@
-"""Draws without replacement, so that no value is evaluated twice."""
+"""Unbiased gradients from draws without replacement."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from pyro_gumbel.estimators.enumeration import joins_variables
 
 __all__ = ["SumAndSample", "UnorderedSet"]
 
-_LARGEST_SET = 10  # the weights take 2^k sums
+_LARGEST_SET = 10  # the weights need 2^k sums
 
 
 class _WithoutReplacement(Estimator):
-    """Common part of the two: ``K`` categories by the Gumbel top-k trick, in the order drawn."""
+    """Base of estimators that draw ``K`` ordered categories by the Gumbel top-k trick."""
 
     unbiased = True
-    sites = "one-hot or categorical, one variable an element"
+    sites = "one-hot or categorical, one variable per element"
     branches_are_draws = False
     moves_plates = True
     branches_have_graph = False
@@ -41,7 +41,7 @@ class _WithoutReplacement(Estimator):
         if joins_variables(fn, event_dims):
             return (
                 "to_event joins its variables, and they cannot be drawn jointly without "
-                "replacement; put them in a pyro.plate or in a site each"
+                "replacement; use a pyro.plate or separate sites"
             )
         categories = one_hot_logits(fn).shape[-1]
         if self.num_values > categories:
@@ -56,10 +56,10 @@ class _WithoutReplacement(Estimator):
         return from_index(fn, index)
 
     def _drawn(self, site: Site) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and costs of the drawn categories, ``(K, R) + batch_shape``.
+        """Return log-probabilities and costs of the drawn categories, ``(K, R) + batch_shape``.
 
-        Where more are drawn than are possible, the impossible ones come last. They get the least
-        finite log-probability, without gradient, and no cost: infinities would meet zeros.
+        If more categories are drawn than are possible, impossible ones are last. They get the
+        lowest finite log-probability, without gradient, and zero cost, to avoid 0 * inf.
         """
         index = to_index(site.fn, site.values)
         log_probs = site.logits.log_softmax(-1).movedim(-1, 0).gather(0, index)
@@ -71,18 +71,18 @@ class _WithoutReplacement(Estimator):
 
 
 class SumAndSample(_WithoutReplacement):
-    r"""All but the last of a few different draws are summed; the last stands for the rest.
+    r"""A sum over all but the last of several distinct draws; the last represents the rest.
 
     .. math::
         \hat g = \sum_{i < k} f(s_i) \nabla p(s_i)
         + \Bigl(1 - \sum_{i < k} p(s_i)\Bigr) f(s_k) \nabla \log p(s_k)
 
     with :math:`s_1, \dots, s_k` drawn without replacement. *Unbiased*: yes. *Requires*: one-hot or
-    categorical sites, one variable an element; nothing outside the site's plates that depends on
-    it. *Costs*: ``num_sum + 1`` evaluations, all but one without gradient.
+    categorical sites with one variable per element; no dependence on the site outside its plates.
+    *Cost*: ``num_sum + 1`` evaluations, all but one without gradient.
 
     Args:
-        num_sum: How many values to sum, at least 1.
+        num_sum: Number of values to sum, at least 1.
 
     Raises:
         ValueError: If ``num_sum`` is below 1; at a site, if it has too few categories or a site
@@ -111,15 +111,15 @@ class SumAndSample(_WithoutReplacement):
 
 
 class UnorderedSet(_WithoutReplacement):
-    r"""A few different draws, weighted as the set that they are, with a built-in baseline.
+    r"""Several distinct draws, weighted as an unordered set, with a built-in baseline.
 
     .. math::
         \hat g = \sum_{s \in S} p(s) R(S, s) \Bigl(f(s) - \sum_{t \in S} p(t) R^{D \setminus s}(S,
         t) f(t) \Bigr) \nabla \log p(s)
 
-    where :math:`R(S, s)` is the probability of drawing the rest of ``S`` once ``s`` is drawn, over
-    that of drawing ``S``. *Unbiased*: yes. *Requires*: one-hot or categorical sites, one variable
-    an element; nothing outside the site's plates that depends on it. *Costs*: ``num_samples``
+    where :math:`R(S, s)` is the probability of drawing the rest of ``S`` after ``s``, divided by
+    that of drawing ``S``. *Unbiased*: yes. *Requires*: one-hot or categorical sites with one
+    variable per element; no dependence on the site outside its plates. *Cost*: ``num_samples``
     evaluations, all but one without gradient, and :math:`2^{k}` sums for the weights.
 
     Args:
@@ -144,7 +144,7 @@ class UnorderedSet(_WithoutReplacement):
         if num_samples > _LARGEST_SET:
             raise ValueError(
                 f"UnorderedSet: num_samples must be at most {_LARGEST_SET}, since the weights "
-                f"take 2^num_samples sums; got {num_samples!r}."
+                f"need 2^num_samples sums; got {num_samples!r}."
             )
         self.num_samples = num_samples
         self.num_values = num_samples
@@ -160,10 +160,10 @@ class UnorderedSet(_WithoutReplacement):
 
 
 def leave_out_ratios(probs: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Ratios of set probabilities with one or two members drawn already.
+    r"""Return ratios of set probabilities after drawing one or two members.
 
-    Let :math:`Q(U)` be the probability that, the members ``U`` being drawn, the next draws are the
-    rest of the set in any order: :math:`Q(U) = \sum_{s \notin U} p(s) / (1 - p(U)) \, Q(U + s)`.
+    Let :math:`Q(U)` be the probability that, after the members ``U``, the next draws are the rest
+    of the set in any order: :math:`Q(U) = \sum_{s \notin U} p(s) / (1 - p(U)) \, Q(U + s)`.
 
     Args:
         probs: Probabilities of the members, ``(k, ...)``.
@@ -179,7 +179,7 @@ def leave_out_ratios(probs: Tensor) -> tuple[Tensor, Tensor]:
     for size in range(k - 1, -1, -1):
         for drawn in map(frozenset, itertools.combinations(range(k), size)):
             left = sorted(everything - drawn)
-            # 1 - p(U), as a sum of what is left: no cancellation.
+            # 1 - p(U), as a sum of the remaining probabilities, without cancellation.
             remaining = probs[left].sum(0) + rest
             chance[drawn] = sum(
                 (probs[s] / remaining * chance[drawn | {s}] for s in left), torch.zeros_like(rest)

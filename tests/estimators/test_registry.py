@@ -70,7 +70,7 @@ def test_a_name_stands_for_one_object_of_its_holder():
     assert first.named("rebar") is first.named("rebar")
     assert first.named("rebar") is not second.named("rebar")
     assert list(first.made()) == ["rebar"]
-    with pytest.raises(ValueError, match=r"No estimator is named 'rebarr'; names are \["):
+    with pytest.raises(ValueError, match=r"Unknown estimator name 'rebarr'; the names are \["):
         first.named("rebarr")
 
 
@@ -123,5 +123,5 @@ def test_the_state_of_names_is_restored(holder):
     other.load_state_dict(one.state_dict())
     assert other.named("rebar").scale.item() == 3.0
     assert set(other.made()) == set(one.made())
-    with pytest.raises(ValueError, match="No estimator is named 'nonsense'"):
+    with pytest.raises(ValueError, match="Unknown estimator name 'nonsense'"):
         other.load_state_dict({"nonsense": {}})

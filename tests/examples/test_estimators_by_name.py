@@ -37,7 +37,7 @@ def test_auto_is_pathwise_where_it_can_be() -> None:
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("reinmx", "names no estimator.*Did you mean 'reinmax'"),
+        ("reinmx", "unknown estimator name.*Did you mean 'reinmax'"),
         ("score@0.5", "score has no temperature"),
         ("reinmax:0", "at least 1"),
         ("ReinMax()", "write NAME, NAME@TEMPERATURE or NAME:K"),

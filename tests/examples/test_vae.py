@@ -218,7 +218,7 @@ def test_vae_command(tmp_path: Path) -> None:
     ("flags", "match"),
     [
         (["--data", "nowhere"], "nowhere is not a folder"),
-        (["--gradient", "reinmx"], "names no estimator"),
+        (["--gradient", "reinmx"], "unknown estimator name"),
         (["--compare", "reinmax,reinmx"], "Did you mean 'reinmax'"),
         (["--compare", "reinmax,reinmax"], "'reinmax,reinmax' lists an estimator twice"),
         (["--gradient", "pathwise"], "does not support a OneHotCategorical"),

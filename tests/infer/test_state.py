@@ -396,7 +396,7 @@ def test_the_default_s_state_can_be_saved_and_put_back():
     param.grad = None
     fresh.loss_and_grads(model, guide)
     assert param.grad.item() != grads[0]
-    with pytest.raises(ValueError, match="No estimator is named 'nonsense'"):
+    with pytest.raises(ValueError, match="Unknown estimator name 'nonsense'"):
         fresh.load_state_dict({"nonsense": {}})
 
 
