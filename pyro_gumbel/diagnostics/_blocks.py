@@ -232,8 +232,7 @@ def _pass_over(dataset: xr.Dataset, names: list[str], parts: dict[str, int]) -> 
         part: Block(means[i], variances[i], moments.spread(i), norms[..., i])
         for i, part in enumerate(parts)
     }
-    whole = (moments.mean.numpy(), moments.variance.numpy(), moments.spread())
-    return blocks | {"all": Block(*whole, np.sqrt((norms**2).sum(-1)))}
+    return blocks | {"all": _joined(list(blocks.values()), moments.spread())}
 
 
 def _stored(dataset: xr.Dataset, names: list[str]) -> dict[str, Block]:
@@ -257,14 +256,26 @@ def _stored(dataset: xr.Dataset, names: list[str]) -> dict[str, Block]:
             for statistic in ("mean", "variance")
         )
         blocks[name] = Block(mean, variance, spreads[name], norms.sel(parameter=name).values)
-    return blocks | {
-        "all": Block(
-            np.concatenate([block.mean for block in blocks.values()]),
-            np.concatenate([block.variance for block in blocks.values()]),
-            spreads["all"],
-            dataset.coords["grad_norm"].values,
+    whole = spreads["all"] if len(names) == len(norms.parameter) else None
+    return blocks | {"all": _joined(list(blocks.values()), whole)}
+
+
+def _joined(blocks: list[Block], spread: Spread | None) -> Block:
+    """Join blocks; their joint scatter is bounded by those of each where it is not known."""
+    if spread is None:
+        parts = [block.scatter for block in blocks]
+        spread = Spread(
+            parts[0].count,
+            sum(part.trace for part in parts),
+            sum(math.sqrt(part.trace_variance) for part in parts) ** 2,
+            sum(math.sqrt(part.square_trace) for part in parts) ** 2,
         )
-    }
+    return Block(
+        np.concatenate([block.mean for block in blocks]),
+        np.concatenate([block.variance for block in blocks]),
+        spread,
+        np.sqrt(sum(block.norms**2 for block in blocks)),
+    )
 
 
 def rounding_of(dataset: xr.Dataset, size: Any) -> Any:

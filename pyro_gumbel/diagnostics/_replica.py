@@ -8,6 +8,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from pyro.infer.elbo import ELBO
 from pyro.infer.util import torch_item
 from pyro.ops.jit import CompiledFunction
+from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
@@ -71,8 +73,9 @@ class Replica:
         self.call = call
         self.elbo = _own(elbo, call)
         self.counter = EvaluationCounter()
-        self.model = self.counter.count(call.model)
-        guide = call.guide if config is None else config_gradient(call.guide, config)
+        counted = self.counter.count(call)
+        self.model = counted.model
+        guide = counted.guide if config is None else config_gradient(counted.guide, config)
         # The outermost configuration sees what the inner ones chose, and puts copies in its place.
         self.guide = config_gradient(guide, self._replace)
         self.on_site: Callable[[str], None] | None = None
@@ -152,11 +155,14 @@ class EvaluationCounter(Messenger):
         super().__init__()
         self.total = 0
 
-    def count(self, model: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a model to be run in place of ``model``, whose runs are counted."""
-        if isinstance(model, nn.Module):  # estimators look at its signature and parameters
-            return configure_module(model, self)
-        return functools.wraps(model)(functools.partial(self.run, model))
+    def count(self, call: Call) -> Call:
+        """Return the programs; runs of the model, or of a guide that runs it, are counted."""
+        if isinstance(call.guide, GuideMessenger):
+            return replace(call, guide=configure_module(call.guide, self))
+        if isinstance(call.model, nn.Module):  # estimators look at its signature and parameters
+            return replace(call, model=configure_module(call.model, self))
+        counted = functools.partial(self.run, call.model)
+        return replace(call, model=functools.update_wrapper(counted, call.model))
 
     def run(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the model once, and count."""

@@ -180,7 +180,7 @@ def recommend(
     max_states = integer("recommend: max_states", max_states, 1)
     counter = EvaluationCounter()
     budget = Budget(unit, amount, counter)
-    call = Call(counter.count(model), guide, args, kwargs)
+    call = counter.count(Call(model, guide, args, kwargs))
     with preserved() as keep:
         # Made once, so that every candidate is measured at the same parameters.
         seed_everything(seeds(seed, 1)[0])

@@ -11,7 +11,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import ReweightedWakeSleep, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoNormalMessenger
 from pyro.nn import PyroModule, PyroParam
 from toys import bits, chain, draw
 
@@ -20,6 +21,7 @@ from pyro_gumbel.diagnostics import (
     exact_gradient,
     gradient_draws,
     guide_khat,
+    train,
 )
 from pyro_gumbel.diagnostics._state import seeds
 from pyro_gumbel.estimators import ReinMax, Score, StraightThrough
@@ -121,6 +123,34 @@ def test_evaluations_of_a_module() -> None:
     assert drawn["e"].attrs["evaluations"] == 4
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
+
+
+def test_evaluations_of_a_guide_that_runs_the_model() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.4))
+
+    guide = AutoNormalMessenger(model)
+    estimators = {"ours": Estimator_ELBO(3), "Pyro's": Trace_ELBO(2)}
+    drawn = gradient_draws(model, guide, estimators=estimators, num_draws=3, progress=False)
+    assert drawn["ours"].attrs["evaluations"] == 3
+    assert drawn["Pyro's"].attrs["evaluations"] == 2
+
+
+def test_losses_that_are_pairs() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.4))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.2))))
+
+    estimators = {"rws": ReweightedWakeSleep(num_particles=2)}
+    drawn = gradient_draws(model, guide, estimators=estimators, num_draws=3, progress=False)
+    assert np.isfinite(drawn["rws"].coords["loss"]).all()
+    optim = pyro.optim.SGD({"lr": 0.1})
+    history = train(model, guide, estimators=estimators, optim=optim, num_steps=2, progress=False)
+    assert np.isfinite(history.elbo).all()
 
 
 def test_elbos_of_pyro() -> None:

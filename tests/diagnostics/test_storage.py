@@ -71,6 +71,19 @@ def test_names_of_dimensions(dims: Any, error: type[Exception], match: str) -> N
         exact_gradient(problem.model, problem.guide, dims=dims)
 
 
+def test_projections_of_more_parameters_are_a_reference() -> None:
+    """Only the parameters of the draws count, not the noise of the others."""
+    problem = chain()
+    problem.reset(torch.float64)
+    options = {"num_draws": 60, "num_chains": 1}
+    draws = draw(problem, {"s": "score"}, params=["w"], **options)
+    everything = draw(problem, {"s": "score"}, seed=1, project=1, **options)["s"]
+    alone = draw(problem, {"s": "score"}, seed=1, project=1, params=["w"], **options)["s"]
+    columns = ["bias", "bias_mcse", "bias_z", "mse", "cosine"]
+    one, other = (compare_gradients(draws, r)[columns] for r in (everything, alone))
+    np.testing.assert_allclose(one, other, rtol=1e-9)
+
+
 def test_projections_are_not_cut() -> None:
     """Their moments are kept for all draws at once."""
     problem = bits()
