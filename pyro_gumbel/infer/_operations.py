@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from pyro_gumbel.infer._undo import leaves, written_arguments
 
-__all__ = ["Operation", "calling_module", "detached", "is_library", "tensors"]
+__all__ = ["Operation", "calling_module", "detached", "is_library", "tensors", "version"]
 
 
 def _named(names: str) -> frozenset[str]:
@@ -85,7 +85,7 @@ class Operation:
         self.below_autograd = isinstance(func, OpOverload)
         self.inputs = tensors((args, kwargs))
         self.sources = tensors(self._used())
-        self._versions = [] if self.below_autograd else [_version(x) for x in self.inputs]
+        self._versions = [] if self.below_autograd else [version(x) for x in self.inputs]
 
     def _used(self) -> Any:
         if self.name in _VALIDITY:
@@ -149,7 +149,7 @@ class Operation:
         if self.below_autograd:
             return written_arguments(self.func, self.args, self.kwargs)
         pairs = zip(self.inputs, self._versions, strict=True)
-        return [tensor for tensor, version in pairs if _version(tensor) != version]
+        return [tensor for tensor, before in pairs if version(tensor) != before]
 
 
 _NUMBERS = (bool, int, float, complex, np.ndarray, np.generic)
@@ -162,7 +162,8 @@ def _name(func: Any) -> str:
     return name.split(".")[0].strip("_")
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was written to, as far as torch counts it."""
     return 0 if tensor.is_inference() else tensor._version
 
 

@@ -300,6 +300,8 @@ def collect(
         if name in kls:
             continue
         estimator = sampler.estimators.get(name)
+        if estimator is not None:
+            sampler.check_unchanged(name, site["value"])
         if estimator is None:  # a value that the guide itself fixed, or a factor
             _check_factor(site)
             raw = _observed_log_prob(site)

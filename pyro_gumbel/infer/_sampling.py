@@ -24,6 +24,7 @@ from pyro_gumbel.distributions.families import (
 from pyro_gumbel.estimators import Estimator
 from pyro_gumbel.infer._dependence import Dependence
 from pyro_gumbel.infer._layout import MAIN, Layout, Path, left_filled
+from pyro_gumbel.infer._operations import version
 from pyro_gumbel.infer._site_options import check_guide_site
 from pyro_gumbel.infer.learnable import meet_site
 
@@ -92,6 +93,7 @@ class Sampler(Messenger):
         self.sizes: dict[str, int] = {}
         self.enumerated: dict[str, int] = {}
         self.logits: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
         self._choose = choose
         self._memory = memory
 
@@ -115,8 +117,23 @@ class Sampler(Messenger):
         if self.verify and self.sizes[name] > 1:
             self._verify_owner(name, estimator, msg["fn"])
         value = self._value(name, estimator, msg["fn"])
-        msg["value"] = self.dependence.follow(name, value) if self.dependence else value
+        value = self.dependence.follow(name, value) if self.dependence else value
+        msg["value"] = value
+        self._versions[name] = version(value)
         self.estimators[name] = estimator
+
+    def check_unchanged(self, name: str, value: Tensor) -> None:
+        """Check that the programs left a site's value as it was drawn.
+
+        Values that were changed on purpose, as by ``clamp_``, can be scored where they move with
+        the distribution's parameters. Others were drawn with another probability.
+        """
+        if version(value) != self._versions[name] and not self.estimators[name].pathwise:
+            raise ValueError(
+                f"The value of site {name!r} was changed in place after it was drawn. Write an "
+                "operation that makes a new tensor, such as z * 2 for z.mul_(2), or "
+                "z.masked_fill(mask, 0) for z[mask] = 0."
+            )
 
     def _value(self, name: str, estimator: Estimator, fn: Any) -> Tensor:
         if estimator.enumerates and self.enumerate:

@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_gumbel.estimators import Enumerate, LocalExpectation, Rebar, ReinMax
-from pyro_gumbel.infer import Estimator_ELBO, config_gradient
+from pyro_gumbel.infer import Estimator_ELBO, ImportanceWeighted_ELBO, config_gradient
 
 
 def guide() -> None:
@@ -129,3 +129,65 @@ def test_a_jump_that_later_data_meet() -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match="site 'x' depends on the value without one"):
             elbo.loss_and_grads(reading, configured, -torch.ones(2))
+
+
+def test_doubly_reparameterized_bounds_follow_them_as_rarely() -> None:
+    runs = []
+
+    def reading(x: Tensor) -> None:
+        runs.append(x.mean().item())
+        pyro.sample("y", dist.Normal(0.0, 1.0))
+
+    def proposal(x: Tensor) -> None:
+        pyro.sample("y", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 1.0))
+
+    elbo = ImportanceWeighted_ELBO(2, doubly_reparameterized=True)
+    for _ in range(8):
+        elbo.loss_and_grads(reading, proposal, torch.ones(2))
+    assert len(runs) == 8 * 2 + 5  # followed in passes 1, 2, 4, 8 and 16
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+@pytest.mark.parametrize("place", ["model", "guide"])
+@pytest.mark.parametrize("estimator", ["score", "disarm", "enumerate", "local_expectation"])
+def test_values_that_are_changed_in_place(estimator: str, place: str, vectorize: bool) -> None:
+    def sample(logits: Tensor, program: str) -> None:
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Bernoulli(logits=logits))
+            if place == program:
+                z[..., :1] = 0.0
+
+    configured = config_gradient(
+        lambda: sample(pyro.param("logits", torch.zeros(3)), "guide"), estimator
+    )
+    elbo = Estimator_ELBO(2, vectorize_particles=vectorize)
+    with pytest.raises(ValueError, match="site 'z' was changed in place"):
+        elbo.loss_and_grads(lambda: sample(torch.ones(3), "model"), configured)
+    with pytest.raises(ValueError, match="site 'z' was changed in place"):
+        elbo.loss(lambda: sample(torch.ones(3), "model"), configured)
+
+
+@pytest.mark.parametrize("estimator", ["disarm", "local_expectation", "reinmax"])
+def test_the_first_step_under_a_function_transform(estimator: str) -> None:
+    class Guide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logits = nn.Parameter(torch.tensor([0.4, -0.2, 0.1]))
+
+        def forward(self) -> None:
+            with pyro.plate("data", 3):
+                pyro.sample("z", dist.Bernoulli(logits=self.logits))
+
+    class Model(nn.Module):
+        def forward(self) -> None:
+            model()
+
+    loss = Estimator_ELBO()(Model(), config_gradient(Guide(), estimator))
+    parameters = {name: tensor.detach() for name, tensor in loss.named_parameters()}
+    gradients = []
+    for _ in range(2):
+        pyro.set_rng_seed(0)
+        step = torch.func.grad(lambda values: torch.func.functional_call(loss, values, ()))
+        gradients.append(step(parameters)["guide.logits"])
+    assert (gradients[0] != 0).any()
+    torch.testing.assert_close(*gradients)
