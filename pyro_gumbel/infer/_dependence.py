@@ -233,9 +233,12 @@ class _Root(torch.autograd.Function):
     """Makes a tensor require a gradient. It remains the same object and may be written to."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, value: Tensor, root: Tensor) -> Tensor:
-        ctx.mark_dirty(value)
+    def forward(value: Tensor, root: Tensor) -> Tensor:
         return value
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.mark_dirty(inputs[0])
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[None, None]:
