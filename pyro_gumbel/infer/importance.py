@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_gumbel.distributions._score_parts import has_score_parts
 from pyro_gumbel.distributions.families import unwrap
-from pyro_gumbel.estimators import Call, Pathwise, Score
+from pyro_gumbel.estimators import Call, Estimator, Pathwise, Score
 from pyro_gumbel.infer._dependence import Dependence
 from pyro_gumbel.infer._doubly_reparameterized import (
     doubly_reparameterize,
@@ -100,12 +100,12 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
         bound = weights.bound().sum()
         return bound, bound + _scores(weights)
 
-    def _check_costs(
-        self, call: Call, plan: Plan, main: Run, dependence: Dependence | None
-    ) -> None:
-        super()._check_costs(call, plan, main, dependence)
-        if dependence is not None:
-            plan.feeding |= feeding_through_jumps(main, dependence)
+    def _restricts_cost(self, estimator: Estimator) -> bool:
+        return self.doubly_reparameterized or super()._restricts_cost(estimator)
+
+    def _examine(self, plan: Plan, run: Run, dependence: Dependence) -> None:
+        super()._examine(plan, run, dependence)
+        plan.feeding |= feeding_through_jumps(run, dependence)
 
     def _check(self, paths: Passes) -> None:
         for name, estimator in paths.estimators.items():

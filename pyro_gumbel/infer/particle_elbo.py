@@ -335,15 +335,23 @@ class ParticleELBO(ELBO):
         sites = {
             (name, type(estimator))
             for name, estimator in main.estimators.items()
-            if estimator.needs_linked_value or estimator.moves_plates
+            if self._restricts_cost(estimator)
         }
         if not sites <= plan.checked or plan.passes >= plan.next_check:
             run = main
             if dependence is None or not main.shows_lost_gradients():
                 run, dependence = self._follow(call, main)
-            check_costs(run.estimators, run.frames(), run.reached_terms(dependence))
+            self._examine(plan, run, dependence)
             plan.checked.update(sites)
             plan.next_check = 2 * plan.passes if dependence.reads_values else float("inf")
+
+    def _restricts_cost(self, estimator: Estimator) -> bool:
+        """Return whether the gradient at a site depends on how its value reaches the cost."""
+        return estimator.needs_linked_value or estimator.moves_plates
+
+    def _examine(self, plan: Plan, run: Run, dependence: Dependence) -> None:
+        """Check the costs of a run whose values were followed."""
+        check_costs(run.estimators, run.frames(), run.reached_terms(dependence))
 
     def _follow(self, call: Call, main: Run) -> tuple[Run, Dependence]:
         """Follow the values of a pass through a run of its own, which leaves nothing behind.
