@@ -1,10 +1,11 @@
 """Gumbel and one-hot distributions, and their relaxations.
 
-* :class:`Gumbel`, :class:`TruncatedGumbel`: the noise behind the Gumbel-max trick.
+* :class:`Gumbel`, :class:`TruncatedGumbel`: the noise of the Gumbel-max trick.
 * :class:`OneHot`: a categorical whose log-mass is differentiable in its one-hot value.
-* :class:`RelaxedOneHot`, :class:`ExpRelaxedOneHot`, :class:`RelaxedBernoulli`: Concrete laws.
+* :class:`RelaxedOneHot`, :class:`ExpRelaxedOneHot`, :class:`RelaxedBernoulli`: Concrete
+  distributions.
 * :func:`draw_one_hot`, :func:`gumbel_noise`, :func:`multilinear_log_prob`,
-  :func:`straight_through`: the parts that they are made of.
+  :func:`straight_through`: their building blocks.
 """
 
 from __future__ import annotations

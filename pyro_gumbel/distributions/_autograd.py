@@ -1,4 +1,4 @@
-"""What torch does at each call of an autograd function, done once."""
+"""Reduce the overhead of torch's autograd functions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ F = TypeVar("F", bound=type[torch.autograd.Function])
 
 
 def with_signature(function: F) -> F:
-    """Keep the signature of ``forward``, which torch derives anew whenever it is applied.
+    """Cache the signature of ``forward``, which torch otherwise computes at every call.
 
-    That takes as long as an operation on some thousand numbers.
+    Computing it takes as long as an operation on some thousand numbers.
     """
     function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
     return function

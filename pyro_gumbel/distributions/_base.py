@@ -1,4 +1,4 @@
-"""Shapes, expansion and checks that all distributions of this package share."""
+"""Base class of the distributions of this package: shapes, expansion and checks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 
 def plain_eager() -> bool:
-    """Return whether plain PyTorch runs, not a compiler or a ``torch.func`` transform."""
+    """Return whether this is eager PyTorch, without a compiler or ``torch.func`` transform."""
     return (
         not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
 def checkable(*tensors: Tensor) -> bool:
-    """Return whether a Python ``if`` may look at these values.
+    """Return whether a Python ``if`` may read these values.
 
-    It may not inside ``torch.func`` transforms, while a program is being compiled or captured in a
-    CUDA graph, and for tensors without data. Checks of values are skipped there, checks of shapes
-    are not.
+    It may not inside ``torch.func`` transforms, during compilation or CUDA graph capture, and for
+    tensors without data. In these cases values are not checked, but shapes are.
     """
     if not plain_eager():
         return False
@@ -35,7 +34,7 @@ def checkable(*tensors: Tensor) -> bool:
 
 
 def at_hand(tensor: Tensor) -> bool:
-    """Return whether a tensor's values can be looked at, now and for good, without waiting."""
+    """Return whether Python may read a tensor's values without synchronising or recording."""
     return (
         plain_eager()
         and tensor.is_cpu
@@ -45,16 +44,16 @@ def at_hand(tensor: Tensor) -> bool:
 
 
 def may_cache() -> bool:
-    """Return whether a derived tensor may be kept for later calls.
+    """Return whether a derived tensor may be cached for later calls.
 
-    Not if it belongs to a ``torch.func`` transform, a compiled program or inference mode, which
-    later calls may be outside of.
+    It may not in a ``torch.func`` transform, a compiled program or inference mode, since later
+    calls may be outside of it.
     """
     return plain_eager() and not torch.is_inference_mode_enabled()
 
 
 def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
-    """Broadcast shapes; at once where nothing is to be done."""
+    """Broadcast shapes, with a fast path for equal and empty shapes."""
     widest = max(shapes, key=len)
     if all(shape == widest or len(shape) == 0 for shape in shapes):
         return widest
@@ -62,7 +61,7 @@ def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
 
 
 def as_floating(value: Any) -> Tensor:
-    """Turn numbers, sequences and integer tensors into a floating-point tensor."""
+    """Convert numbers, sequences and integer tensors to a floating-point tensor."""
     tensor = torch.as_tensor(value)
     return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
 
@@ -75,23 +74,22 @@ def _expands(shape: torch.Size, to: torch.Size) -> bool:
 
 
 class BaseDistribution(TorchDistribution):
-    """A distribution whose parameters are kept as given and broadcast only when used."""
+    """A distribution that stores its parameters as given and broadcasts them when used."""
 
     def _init_shapes(
         self, batch_shape: Sequence[int], event_shape: Sequence[int], validate_args: bool | None
     ) -> None:
-        # The constraints on the arguments are checked by the subclass, in fewer passes.
+        # The subclass checks the constraints of its arguments, in fewer passes.
         Distribution.__init__(
             self, torch.Size(batch_shape), torch.Size(event_shape), validate_args=False
         )
         if validate_args is None:
-            # Checks of distributions here cost little, so that they are left out only where
-            # nobody wants any.
+            # Checks are cheap here, so that only a global switch turns them off.
             validate_args = Distribution._validate_args
         self._validate_args = validate_args
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Self:
-        """Broadcast to ``batch_shape`` without touching, copying or recomputing a tensor."""
+        """Broadcast to ``batch_shape`` without copying or recomputing a tensor."""
         batch_shape = torch.Size(batch_shape)
         if not _expands(self.batch_shape, batch_shape):
             raise ValueError(
@@ -99,39 +97,39 @@ class BaseDistribution(TorchDistribution):
                 f"{tuple(batch_shape)}."
             )
         new = type(self).__new__(type(self)) if _instance is None else _instance
-        new.__dict__.update(self.__dict__)  # also a has_rsample that was set on the instance
+        new.__dict__.update(self.__dict__)  # including has_rsample of the instance
         new._batch_shape = batch_shape
         return new
 
     @property
     def _accepted(self) -> constraints.Constraint:
-        """Values that ``log_prob`` is defined for."""
+        """The values for which ``log_prob`` is defined."""
         return self.support
 
     def _validate_sample(self, value: Any) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"The value scored by {type(self).__name__} must be a tensor; got "
+                f"The value of {type(self).__name__}.log_prob must be a tensor; got "
                 f"{type(value).__name__}. Write torch.tensor(value)."
             )
         expected = self.batch_shape + self.event_shape
         split = value.dim() - len(self.event_shape)
         if split < 0 or value.shape[split:] != self.event_shape:
             raise ValueError(
-                f"The value scored by {type(self).__name__} must have event_shape "
-                f"{tuple(self.event_shape)} on the right, but its shape is {tuple(value.shape)}."
+                f"The value of {type(self).__name__}.log_prob must have event_shape "
+                f"{tuple(self.event_shape)} on the right; got shape {tuple(value.shape)}."
             )
         try:
             broadcast_shapes(value.shape, expected)
         except RuntimeError:
             raise ValueError(
-                f"The value scored by {type(self).__name__} must broadcast against "
-                f"{tuple(expected)}, but its shape is {tuple(value.shape)}."
+                f"The value of {type(self).__name__}.log_prob must broadcast against "
+                f"{tuple(expected)}; got shape {tuple(value.shape)}."
             ) from None
         if checkable(value) and not self._accepted.check(value).all():
             raise ValueError(
-                f"The value scored by {self!r} must lie within {self._accepted!r}, but it does "
-                f"not; the value, of shape {tuple(value.shape)}, is\n{value}"
+                f"The value of log_prob of {self!r} must lie within {self._accepted!r}; got a "
+                f"value of shape {tuple(value.shape)}:\n{value}"
             )
 
     @property
@@ -140,12 +138,12 @@ class BaseDistribution(TorchDistribution):
         raise NotImplementedError
 
     def _score(self, result: Tensor, value: Tensor) -> Tensor:
-        """Cast and broadcast what ``log_prob`` (or ``cdf``) of ``value`` returns."""
+        """Cast and broadcast a result of ``log_prob`` or ``cdf`` of ``value``."""
         shape = broadcast_shapes(result.shape, self.batch_shape)
         return result.to(torch.promote_types(self.dtype, value.dtype)).expand(shape)
 
     def _statistic(self, result: Tensor) -> Tensor:
-        """Cast and broadcast a number for each element of the batch."""
+        """Cast and broadcast a statistic to the batch shape."""
         return result.to(self.dtype).expand(self.batch_shape)
 
     def _not_closed_form(self, name: str) -> NotImplementedError:

@@ -1,4 +1,4 @@
-"""Parameters and shapes that one-hot distributions and their relaxations have in common."""
+"""Base class of one-hot distributions and their relaxations."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class CategoricalDistribution(BaseDistribution):
         return tensor.to(self.dtype).expand(self.batch_shape + self.event_shape)
 
     def _perturbed_scores(self, sample_shape: Any) -> Tensor:
-        """Logits plus Gumbel noise, float32 or better; their argmax is an exact draw."""
+        """Draw logits plus Gumbel noise, float32 or better; their argmax is an exact draw."""
         scores = self._parameters.scores
         shape = self._extended_shape(sample_shape)
         return scores - log_exponential_noise(shape, scores.dtype, scores.device)

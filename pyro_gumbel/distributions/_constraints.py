@@ -1,4 +1,4 @@
-"""Supports whose checks accept what floating point makes of their own samples."""
+"""Supports whose checks tolerate the rounding errors of samples."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch.distributions.transforms import Transform
 
 
 def _rounding(value: Tensor) -> float:
-    """How far a sum of ``C`` rounded shares of one may come to lie from one."""
+    """Return the tolerance of a sum of ``C`` rounded numbers that should be one."""
     num_categories = value.shape[-1]
     info = torch.finfo(value.dtype)
     accumulate = torch.finfo(torch.float64 if value.dtype == torch.float64 else torch.float32).eps
-    subnormal = info.tiny * info.eps  # absolute spacing of numbers below the smallest normal one
+    subnormal = info.tiny * info.eps  # spacing of subnormal numbers
     return 2 * info.eps + 16 * accumulate * math.sqrt(num_categories) + subnormal * num_categories
 
 
 class _RelaxedSimplex(type(constraints.simplex)):  # type: ignore[misc]
-    """The unit simplex, with a tolerance that fits the dtype and the number of categories."""
+    """The unit simplex, with a tolerance for the dtype and the number of categories."""
 
     def check(self, value: Tensor) -> Tensor:
-        """Check non-negative entries and a sum of one up to rounding."""
+        """Check that entries are non-negative and sum to one, up to rounding."""
         dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
         excess = (value.sum(-1, dtype=dtype) - 1).abs()
         return (value.amin(-1) >= 0) & (excess <= max(1e-6, _rounding(value)))
 
     def __eq__(self, other: object) -> bool:
-        """Equal to torch's simplex: it is the same set."""
+        """Compare as the same set as torch's simplex."""
         return isinstance(other, type(constraints.simplex))
 
     def __hash__(self) -> int:
@@ -37,14 +37,14 @@ class _RelaxedSimplex(type(constraints.simplex)):  # type: ignore[misc]
 
 
 class _LogSimplex(constraints.Constraint):
-    """Vectors of log-probabilities: their exponentials sum to one."""
+    """Vectors of log-probabilities, whose exponentials sum to one."""
 
     event_dim = 1
 
     def check(self, value: Tensor) -> Tensor:
         """Check that ``logsumexp`` is zero up to rounding of the logarithms."""
         wide = value.to(torch.float64 if value.dtype == torch.float64 else torch.float32)
-        # A logarithm of size log C is rounded by eps log C, which moves its share by as much.
+        # Rounding a logarithm of size log C by eps log C changes its exponential by that factor.
         tolerance = max(1e-6, _rounding(value) * (1 + math.log(value.shape[-1])))
         return wide.logsumexp(-1).abs() <= tolerance
 
@@ -65,8 +65,8 @@ log_simplex = _LogSimplex()
 class LogSoftmaxTransform(Transform):
     r"""Map :math:`x \in \mathbb R^{C-1}` to :math:`\log\operatorname{softmax}(x_1, \dots, 0)`.
 
-    Densities on the log-simplex are stated with respect to Lebesgue measure in these coordinates,
-    so that the map preserves volume.
+    Densities on the log-simplex are with respect to Lebesgue measure in these coordinates, so the
+    map preserves volume.
     """
 
     domain = constraints.real_vector
@@ -86,15 +86,15 @@ class LogSoftmaxTransform(Transform):
         return y[..., :-1] - y[..., -1:]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Zero: see the class."""
+        """Return zero, since the map preserves volume."""
         return torch.zeros_like(y[..., 0])
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        """Add the coordinate that is tied to the others."""
+        """Add the dependent coordinate."""
         return torch.Size((*shape[:-1], shape[-1] + 1))
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        """Drop the coordinate that is tied to the others."""
+        """Remove the dependent coordinate."""
         return torch.Size((*shape[:-1], shape[-1] - 1))
 
 

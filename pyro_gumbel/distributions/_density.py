@@ -1,4 +1,4 @@
-"""The Concrete density in log space, with gradients that stay numbers."""
+"""The Concrete density in log space, with finite gradients."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pyro_gumbel.distributions._widen import FiniteGradient
 
 
 def log_coordinate(value: Tensor) -> Tensor:
-    """Logarithm of coordinates of the simplex, read as at least the smallest normal number.
+    """Return the logarithm of coordinates of the simplex, clamped at the smallest normal number.
 
-    The result is float32 or better. Coordinates below that number get a gradient of zero; those
-    near it, whose gradient would overflow, the largest number of their dtype.
+    The result is float32 or better. Clamped coordinates have zero gradient. A gradient that would
+    overflow is the largest number of its dtype.
     """
     tiny = torch.finfo(value.dtype).tiny
     if plain_eager():
         return FiniteGradient.apply(value).clamp(min=tiny).log()
-    # Compiled and transformed code keeps to plain operations, and drops the gradient where it
-    # might overflow.
+    # Compiled and transformed code uses plain operations, without the gradient where it might
+    # overflow.
     wide = value.to(noise_dtype(value.dtype))
     exact = wide.clamp(min=tiny).log()
     smooth = wide.clamp(min=tiny if value.dtype == torch.float16 else tiny * 2.0**24).log()
@@ -36,14 +36,13 @@ def concrete_log_density(
     temperature: float | Tensor,
     log_temperature: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    r"""Score log-coordinates :math:`u` by the Concrete density in log space.
+    r"""Return the Concrete log-density of log-coordinates :math:`u`.
 
     .. math::
         \log \Gamma(C) + (C - 1) \log \tau + \sum_c s_c - C \log \sum_c e^{s_c},
         \qquad s_c = \phi_c - \tau u_c
 
-    Categories with score :math:`\phi_c = -\infty` do not exist: the sums and :math:`C` leave them
-    out.
+    The sums and :math:`C` omit impossible categories, with score :math:`\phi_c = -\infty`.
 
     Args:
         log_value: Log-coordinates, ``(..., C)``.
@@ -52,7 +51,7 @@ def concrete_log_density(
         log_temperature: Its logarithm.
 
     Returns:
-        The log-density, and ``log_value`` with zeros at categories that do not exist.
+        The log-density, and ``log_value`` with zeros at impossible categories.
     """
     impossible = scores == -math.inf
     num_possible = (~impossible).sum(-1).to(scores.dtype)
@@ -66,9 +65,9 @@ def concrete_log_density(
 
 
 def log_coordinate_pair(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``log y`` and ``log(1 - y)`` of a single bit's relaxed value ``y``.
+    """Return ``log y`` and ``log(1 - y)`` of a relaxed Bernoulli value ``y``.
 
-    ``y`` is read as at least the smallest normal and at most the largest number below 1.
+    ``y`` is clamped between the smallest normal number and the largest number below 1.
     """
     info = torch.finfo(value.dtype)
     wide = value.to(noise_dtype(value.dtype))

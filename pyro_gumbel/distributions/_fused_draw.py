@@ -1,9 +1,9 @@
-"""Exact one-hot draws on a GPU in one pass over the logits and one over the draw, by Triton.
+"""Exact one-hot draws on a GPU by Triton, in one pass over the logits and one over the draw.
 
-The unfused draw takes a dozen passes. Short rows are drawn some at a time; a long row is cut into
-chunks, each of which reports its winner, and a second, small kernel places the row's one. A number
-seeds all noise of a draw; it comes from torch's generator, so that ``torch.manual_seed`` rules,
-and a captured graph draws anew at every replay.
+The draw by torch's operations takes a dozen passes. Each program draws several short rows. A long
+row is split into chunks, and each program finds the winner of a chunk; a second, small kernel
+writes the one of each row. One number seeds the noise of a draw. It comes from torch's generator,
+so ``torch.manual_seed`` applies, and each replay of a CUDA graph draws new noise.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 
 __all__ = ["one_hot_draw", "try_out"]
 
-_TILE = 1024  # logits that a program looks at: of some rows,
-_CHUNK = 4096  # or of a part of a longer one
-_MOST = 2**31 - 1  # the kernels count in 32 bits
+_TILE = 1024  # logits per program, for short rows
+_CHUNK = 4096  # logits per program, for chunks of long rows
+_MOST = 2**31 - 1  # the kernels have 32-bit indices
 
 
 @triton.jit
 def _log_exponential(seed, SIZE: tl.constexpr):
     """Draw ``SIZE`` numbers ``log E``, ``E = -log(1 - u)``, with u on a lattice of 2^-31.
 
-    The lattice is shifted by half a cell, and the logarithm of ``1 - u`` corrected for the
-    rounding of ``1 - u``: where E is small it is decided which category wins.
+    The lattice is shifted by half a cell. The logarithm of ``1 - u`` is corrected for the rounding
+    of ``1 - u``, since small E decide the winner.
     """
     QUARTER: tl.constexpr = SIZE // 4
     place = tl.program_id(0) * QUARTER + tl.arange(0, QUARTER)
@@ -39,7 +39,7 @@ def _log_exponential(seed, SIZE: tl.constexpr):
 
 @triton.jit
 def _below(logits, top):
-    """Distances from the largest: an offset would cost the scores their last digits."""
+    """Return logits minus their maximum, since an offset would increase rounding errors."""
     return logits - tl.where(top == float("-inf"), 0.0, top)
 
 
@@ -54,7 +54,7 @@ def _draw_rows(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Draw ``ROWS`` whole rows; row ``r`` has the logits of row ``r % given``."""
+    """Draw ``ROWS`` rows; row ``r`` has the logits of row ``r % given``."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside = (row < rows) & (column < size)
@@ -77,7 +77,7 @@ def _draw_chunk(
     chunks,
     CHUNK: tl.constexpr,
 ):
-    """Write zeros, and to ``best`` the chunk's winner: its score, above what, and its place."""
+    """Write zeros, and write the chunk's winner to ``best``: score, offset and index."""
     program = tl.program_id(0)
     row = program // chunks
     column = program % chunks * CHUNK + tl.arange(0, CHUNK)
@@ -104,7 +104,7 @@ def _place_one(
     CHUNK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Find the best of a row's chunks and write the row's one."""
+    """Find the winner of a row among its chunks and write the one."""
     row = tl.program_id(0)
     chunk = tl.arange(0, WIDTH)
     here = best + row * chunks + chunk
@@ -152,8 +152,8 @@ def one_hot_draw(logits: Tensor, sample_shape: torch.Size) -> Tensor | None:
         sample_shape: Leading shape of the draw.
 
     Returns:
-        One-hot values ``sample_shape + batch_shape + (C,)``, or ``None`` where there are none or
-        more than the kernels can count.
+        One-hot values ``sample_shape + batch_shape + (C,)``, or ``None`` if there are none or
+        too many for the kernels.
     """
     copies = sample_shape.numel()
     if not 0 < logits.numel() * copies <= _MOST:
@@ -164,6 +164,6 @@ def one_hot_draw(logits: Tensor, sample_shape: torch.Size) -> Tensor | None:
 
 
 def try_out(device: torch.device) -> None:
-    """Draw once; raises what Triton raises where it cannot compile. No random number is used."""
+    """Draw once, without using random numbers; raises if Triton cannot compile."""
     seed = torch.zeros(1, dtype=torch.int64, device=device)
     _one_hot_draw(torch.zeros(2, device=device), seed, 1)

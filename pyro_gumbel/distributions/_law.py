@@ -1,4 +1,4 @@
-"""The class whose law a distribution has: one of a library's, or its own."""
+"""Find the library class whose draws and log-probabilities a distribution has, if any."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.distributions import Distribution
 __all__ = ["has_law_of", "law_of", "nearest_library", "overridden", "wraps_like"]
 
 _LIBRARIES = ("torch", "pyro", "pyro_gumbel")
-# What draws and what scores. ``expand`` is not among them: it returns another distribution, which
-# is asked about in its turn, and a subclass with a constructor of its own has to override it.
+# The methods that define a distribution. ``expand`` is not among them, since it returns another
+# distribution, which is examined itself, and subclasses with a constructor must override it.
 _METHODS = (
     "__call__", "sample", "rsample", "log_prob", "score_parts", "enumerate_support", "support",
 )  # fmt: skip
@@ -20,15 +20,14 @@ _NUMBERS = ("_param", "param_shape", "_categorical", "probs", "logits")
 
 
 def law_of(fn: Any) -> type | None:
-    """Find the class of torch, Pyro or this package whose law ``fn`` has.
+    """Return the class of torch, Pyro or this package that defines the distribution of ``fn``.
 
-    That is its own class, or the nearest ancestor in these libraries if the classes in between
-    override nothing that makes a law: how values are drawn and scored, which values there are, and
-    the numbers that the ancestor reads.
+    This is the nearest ancestor of ``fn`` in these libraries, if no subclass overrides how values
+    are drawn and scored, the support, or the parameters that the ancestor reads.
 
     Returns:
-        The class, or ``None`` if ``fn``, or a distribution that it is made of, has a law of its
-        own.
+        The class, or ``None`` if ``fn``, or a distribution that it contains, overrides one of
+        these.
     """
     kind = _kind(fn)
     parts = (part for part in vars(fn).values() if isinstance(part, Distribution))
@@ -36,23 +35,23 @@ def law_of(fn: Any) -> type | None:
 
 
 def has_law_of(fn: Any, *families: type) -> bool:
-    """Return whether ``fn`` is one of the families, not only a descendant of one."""
+    """Return whether ``fn`` has the distribution of one of the families, not only its class."""
     return isinstance(fn, families) and issubclass(law_of(fn) or object, families)
 
 
 def wraps_like(fn: Any, *wrappers: type) -> bool:
-    """Return whether ``fn`` does to its base, whatever that is, what one of the wrappers does."""
+    """Return whether ``fn`` transforms its base distribution as one of the wrappers does."""
     return isinstance(fn, wrappers) and issubclass(_kind(fn) or object, wrappers)
 
 
 def overridden(fn: Any) -> list[str]:
-    """Name what ``fn`` itself overrides of the law of its nearest ancestor in a library."""
+    """List the methods and parameters of its nearest library ancestor that ``fn`` overrides."""
     differing = _differing(type(fn), nearest_library(type(fn)))
     return sorted({*differing, *(vars(fn).keys() & set(_METHODS))})
 
 
 def nearest_library(kind: type) -> type:
-    """Find the nearest ancestor of a class in torch, Pyro or this package."""
+    """Return the nearest ancestor of a class in torch, Pyro or this package."""
     ancestors = (a for a in kind.__mro__ if a.__module__.partition(".")[0] in _LIBRARIES)
     return next((a for a in ancestors if issubclass(a, Distribution)), Distribution)
 

@@ -1,10 +1,9 @@
-"""The probabilities of discrete distributions, read in the form in which they were given.
+"""Read the probabilities of discrete distributions from the parameters that the user gave.
 
-Torch keeps the given one of ``probs`` and ``logits``, derives the other when it is asked for, and
-clamps the logits that it derives: there zeros get a share, and small probabilities too large a
-one. Where Pyro's validation is on it derives both, and after ``expand`` it does not know which
-was given.
-Everything here is float32 or better.
+Torch stores the given one of ``probs`` and ``logits`` and computes the other when it is needed. It
+clamps computed logits, which makes zero probabilities positive and small ones too large. If
+validation is on, torch computes both, and after ``expand`` it does not record which was given.
+All results are float32 or better.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ __all__ = ["bit_log_masses", "bit_probs", "log_odds", "log_probs", "value_dtype"
 
 
 def value_dtype(fn: Any) -> torch.dtype:
-    """The dtype of the parameters, and so of one-hot values and bits."""
+    """Return the dtype of the parameters, which one-hot and Bernoulli values share."""
     own = getattr(fn, "dtype", None)
     return fn._param.dtype if own is None else own
 
 
 def log_probs(fn: Any) -> Tensor:
-    """Normalised log-probabilities of a one-hot or categorical, ``batch_shape + (C,)``.
+    """Return normalised log-probabilities of a one-hot or categorical, ``batch_shape + (C,)``.
 
-    They are exactly ``-inf`` where the probability is zero.
+    They are exactly ``-inf`` at zero probabilities.
     """
     if isinstance(fn, CategoricalDistribution):
         return fn._parameters.log_probs.expand(fn.batch_shape + fn.event_shape)
@@ -46,39 +45,39 @@ def log_probs(fn: Any) -> Tensor:
 
 
 def log_odds(fn: Any) -> Tensor:
-    """Log-odds of a one of a Bernoulli, ``batch_shape``; infinite where it is certain."""
+    """Return log-odds of the value 1 of a Bernoulli, ``batch_shape``; infinite if certain."""
     if isinstance(fn, RelaxedBernoulli):
         return fn._log_odds().expand(fn.batch_shape)
     return _read(fn, lambda probs: exact_logit(widen(probs)), widen, is_binary=True)
 
 
 def bit_log_masses(fn: Any) -> Tensor:
-    """Log-probabilities of 0 and of 1 of a Bernoulli, stacked at the end; exact at zeros."""
+    """Return log-probabilities of 0 and 1 of a Bernoulli, ``batch_shape + (2,)``."""
     odds = log_odds(fn)
     return torch.stack([logsigmoid(-odds), logsigmoid(odds)], -1)
 
 
 @torch.no_grad()
 def weights(fn: Any) -> Tensor:
-    """Probabilities of a one-hot or categorical, up to a factor for each row; no gradient."""
+    """Return unnormalised probabilities of a one-hot or categorical, without gradient."""
     if not isinstance(fn, CategoricalDistribution):
         probs = vars(getattr(fn, "_categorical", fn)).get("probs")
         if probs is not None and probs.dtype == noise_dtype(probs.dtype):
-            return probs.detach()  # whichever was given: a softmax is not clamped
+            return probs.detach()  # given or computed, since torch does not clamp a softmax
     scores = log_probs(fn)
     return (scores - scores.amax(-1, keepdim=True)).exp_()
 
 
 @torch.no_grad()
 def bit_probs(fn: Any) -> Tensor:
-    """The probability of a one of a Bernoulli, in float64 and without gradient."""
+    """Return the probability of the value 1 of a Bernoulli, in float64, without gradient."""
     if not isinstance(fn, RelaxedBernoulli):
         return _read(fn, Tensor.double, lambda odds: odds.double().sigmoid(), is_binary=True)
     return log_odds(fn).double().sigmoid()
 
 
 def _log(probs: Tensor) -> Tensor:
-    # Torch has normalised them, in their own dtype.
+    # Torch has normalised the probabilities, in their dtype.
     return log_softmax(exact_log(widen(probs)))
 
 
@@ -94,14 +93,14 @@ def _read(
     *,
     is_binary: bool,
 ) -> Tensor:
-    """Compute from what torch's distribution was given."""
+    """Compute a result from the parameter that the user gave to torch's distribution."""
     own = vars(fn)
     probs, logits = own.get("probs"), own.get("logits")
     if logits is None or own.get("_param") is probs:
         return from_probs(own["probs"])
     if probs is None or probs.numel() == 0:
         return from_logits(logits)
-    # It was given the logits, or the probabilities and expanded with both.
+    # Either the logits were given, or the probabilities, and expand copied both.
     half = probs.dtype != noise_dtype(probs.dtype)
     derived = (_are_derived if half else _are_clamped)(logits, probs, is_binary)
     if at_hand(derived):
@@ -111,7 +110,7 @@ def _read(
 
 @torch.no_grad()
 def _are_derived(logits: Tensor, probs: Tensor, is_binary: bool) -> Tensor:
-    """Return whether the logits were derived: in half precision no rounding can be undone."""
+    """Return whether the logits were computed, by the rounding of both in half precision."""
     forth = logits == probs_to_logits(probs, is_binary)
     back = probs == logits_to_probs(logits, is_binary)
     return forth.sum() > back.sum()
@@ -119,13 +118,13 @@ def _are_derived(logits: Tensor, probs: Tensor, is_binary: bool) -> Tensor:
 
 @torch.no_grad()
 def _are_clamped(logits: Tensor, probs: Tensor, is_binary: bool) -> Tensor:
-    """Return whether torch derived the logits from probabilities too close to zero or to one.
+    """Return whether torch computed the logits from probabilities that it clamped.
 
-    Then the furthest logit is that of torch's bound, and not of the furthest probability. Where
-    there are no such probabilities, it does not matter.
+    In this case the extreme logit is that of torch's bound instead of that of the extreme
+    probability. Without probabilities beyond the bound both parameters are equally accurate.
     """
     eps = torch.finfo(probs.dtype).eps
-    low, high = math.log(eps), -math.log(eps)  # torch clamps to eps and, for bits, to 1 - eps
+    low, high = math.log(eps), -math.log(eps)  # torch clamps to [eps, 1 - eps], or only below
     clamped = (probs.amin() < 0.999 * eps) & (logits.amin() > low - 5e-4)
     if not is_binary:
         return clamped

@@ -1,4 +1,4 @@
-"""Parameters of categorical distributions and their temperatures."""
+"""Parameters and temperatures of categorical distributions."""
 
 from __future__ import annotations
 
@@ -16,39 +16,40 @@ from pyro_gumbel.distributions._widen import widen
 
 
 class CategoricalParameters:
-    """Probabilities or logits as given, and what is derived from them, each computed once.
+    """Probabilities or logits as given, and derived tensors, which are computed once.
 
-    The derived tensors keep the shape of the parameter (no batch expansion) and are float32 or
-    better, so that half-precision parameters define the same law as their float32 copies.
+    Derived tensors have the shape of the parameter (without batch expansion) and are float32 or
+    better. Half-precision parameters therefore define the same distribution as their float32
+    copies.
     """
 
     def __init__(self, probs: Any, logits: Any) -> None:
-        """Keep the one that is given; raise ``ValueError`` unless exactly one is."""
+        """Store the given parameter; raise ``ValueError`` unless exactly one is given."""
         check_one_given(probs, logits)
         self.name = "probs" if logits is None else "logits"
         self.given = as_floating(probs if logits is None else logits)
         if self.given.dim() == 0 or self.given.shape[-1] == 0:
             raise ValueError(
-                f"{self.name} must have a last dimension of categories, but its shape is "
-                f"{tuple(self.given.shape)}; write torch.zeros(num_categories), for example."
+                f"{self.name} must have a last dimension of categories; got shape "
+                f"{tuple(self.given.shape)}. Write torch.zeros(num_categories), for example."
             )
         self.dtype = self.given.dtype
         self._scores: Tensor | None = None
         self._log_probs: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave derived tensors out of pickles and deep copies."""
+        """Omit derived tensors from pickles and deep copies."""
         return {**self.__dict__, "_scores": None, "_log_probs": None}
 
     @property
     def scores(self) -> Tensor:
-        """Log-probabilities up to a constant per row, with a maximum near zero."""
+        """Log-probabilities up to a constant in each row, with a maximum near zero."""
         if self._scores is not None:
             return self._scores
         with torch.enable_grad():  # the first call may be a sample() without gradient
             given = widen(self.given)
             if self.name == "logits":
-                # The softmax ignores the offset and so does its gradient; rounding does not.
+                # Softmax and gradient do not depend on the offset, but rounding errors do.
                 scores = given - given.detach().amax(-1, keepdim=True)
             else:
                 scores = exact_log(given)
@@ -58,7 +59,7 @@ class CategoricalParameters:
 
     @property
     def log_probs(self) -> Tensor:
-        """Normalised log-probabilities; exactly ``-inf`` where the probability is zero."""
+        """Normalised log-probabilities; exactly ``-inf`` at zero probabilities."""
         if self._log_probs is not None:
             return self._log_probs
         with torch.enable_grad():
@@ -68,12 +69,12 @@ class CategoricalParameters:
         return log_probs
 
     def check(self) -> None:
-        """Raise ``ValueError`` if the values define no distribution."""
+        """Raise ``ValueError`` if the values do not define a distribution."""
         given = self.given.detach()
         if not checkable(given):
             return
         if self.name == "logits":
-            top = given.amax(-1)  # NaN, +inf or a row of -inf all show here
+            top = given.amax(-1)  # not finite with NaN, +inf or a row of -inf
             if not torch.isfinite(top).all():
                 raise ValueError(
                     f"logits must be numbers below +inf, not all -inf in a row; {_culprit(given)}."
@@ -98,14 +99,14 @@ def check_one_given(probs: Any, logits: Any) -> None:
 
 
 def exact_log(probs: Tensor) -> Tensor:
-    """Logarithm that is exactly ``-inf`` at zero and sends no gradient there."""
-    # Below the smallest normal number the slope would overflow.
+    """Return the logarithm, exactly ``-inf`` with zero gradient at zero."""
+    # Below the smallest normal number the gradient would overflow.
     log_probs = probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
     return log_probs.masked_fill(probs == 0, -math.inf)
 
 
 def exact_logit(probs: Tensor) -> Tensor:
-    """Log-odds that are exactly infinite at 0 and 1 and send no gradient there."""
+    """Return the log-odds, exactly infinite with zero gradient at 0 and 1."""
     info = torch.finfo(probs.dtype)
     log_odds = probs.clamp(info.tiny, 1 - info.eps / 2).logit()
     return log_odds.masked_fill(probs == 0, -math.inf).masked_fill(probs == 1, math.inf)
@@ -114,9 +115,9 @@ def exact_logit(probs: Tensor) -> Tensor:
 def resolve_temperature(
     temperature: Any, batch_shape: torch.Size, *, event_dim: int, validate: bool
 ) -> float | Tensor:
-    """Check a temperature and bring it to a shape that broadcasts against ``batch_shape``.
+    """Check a temperature and reshape it so that it broadcasts against ``batch_shape``.
 
-    A trailing 1 that stands where the categories are is dropped.
+    A trailing 1 at the dimension of categories is removed.
     """
     if isinstance(temperature, Tensor):
         if temperature.dim() > 0:
@@ -137,31 +138,31 @@ def resolve_temperature(
 def align_temperature(
     shape: torch.Size, batch_shape: torch.Size, *, event_dim: int = 1
 ) -> torch.Size:
-    """Find the batch dimensions that a temperature of ``shape`` means.
+    """Return the batch dimensions of a temperature of ``shape``.
 
     Returns:
-        ``shape`` itself, or ``shape`` without the trailing 1 that stands for the categories.
+        ``shape`` itself, or ``shape`` without a trailing 1 for the categories.
 
     Raises:
-        ValueError: If the shape fits neither way, or both ways with different meanings.
+        ValueError: If the shape does not broadcast, or is ambiguous.
     """
     shape, batch_shape = torch.Size(shape), torch.Size(batch_shape)
     trailing = event_dim > 0 and len(shape) > 0 and shape[-1] == 1
     stripped = _broadcast(shape[:-1], batch_shape) if trailing else None
-    for_categories = trailing and len(shape) > len(batch_shape)  # there is no other use for it
+    for_categories = trailing and len(shape) > len(batch_shape)  # its only possible meaning
     plain = None if for_categories else _broadcast(shape, batch_shape)
     if plain is None and stripped is None:
         raise ValueError(
             f"temperature of shape {tuple(shape)} does not broadcast against batch_shape "
-            f"{tuple(batch_shape)}; give one temperature, or one a row: shape "
-            f"{tuple(batch_shape)}, with or without a trailing 1."
+            f"{tuple(batch_shape)}; give one temperature, or one per element of the batch, with "
+            "or without a trailing 1."
         )
     if plain is not None and stripped is not None and shape.numel() > 1:
         raise ValueError(
             f"temperature of shape {tuple(shape)} is ambiguous with batch_shape "
-            f"{tuple(batch_shape)}: its last 1 may stand for a batch dimension or for the "
-            f"categories; write temperature.unsqueeze(-1) for the first, temperature.squeeze(-1) "
-            "for the second."
+            f"{tuple(batch_shape)}: its last 1 may be a batch dimension or the dimension of "
+            "categories. Write temperature.unsqueeze(-1) for the first, or "
+            "temperature.squeeze(-1) for the second."
         )
     return shape if plain is not None else shape[:-1]
 

@@ -1,4 +1,4 @@
-"""The part of a reparameterised gradient that is left to the score function."""
+"""The score-function part of reparameterised gradients with rejection sampling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["has_score_parts", "score_function"]
 
 
 def has_score_parts(fn: Any) -> bool:
-    """Return whether the density of the noise behind ``fn.rsample`` depends on its parameters."""
+    """Return whether the noise of ``fn.rsample`` has a density that depends on parameters."""
     if wraps_like(
         fn, ExpandedDistribution, Independent, MaskedDistribution, TransformedDistribution
     ):
@@ -27,18 +27,18 @@ def has_score_parts(fn: Any) -> bool:
 
 
 def score_function(fn: Any, value: Tensor) -> Tensor:
-    r"""The logarithm of the density that the noise behind ``value`` was drawn from.
+    r"""Return the log-density of the accepted noise of a draw.
 
-    The gradient of an expected cost is the cost's own along the value, plus the cost times the
-    gradient of this term, in which the value moves with the parameters. Pyro's own wrappers omit
-    the term where they join dimensions or transform.
+    The gradient of an expected cost is the pathwise gradient, plus the cost times the gradient of
+    this term, in which the value depends on the parameters. Pyro's wrappers omit the term if they
+    join dimensions or transform values.
 
     Args:
-        fn: A distribution that :func:`has_score_parts`.
+        fn: A distribution for which :func:`has_score_parts` is true.
         value: Its draw, with its gradient.
 
     Returns:
-        Of the batch shape, neither scaled nor masked.
+        A tensor of the batch shape, neither scaled nor masked.
 
     References:
         Reparameterization Gradients through Acceptance-Rejection Sampling Algorithms (Naesseth,

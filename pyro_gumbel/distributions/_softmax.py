@@ -1,4 +1,4 @@
-"""Softmax over few categories, several times faster on a CPU than the general kernel."""
+"""Softmax over few categories, several times faster on a CPU than torch's kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from pyro_gumbel.distributions._autograd import with_signature
 from pyro_gumbel.distributions._base import plain_eager
 
-# The CPU kernel treats each row by itself; up to this length whole-tensor passes are faster.
+# Torch's CPU kernel processes one row at a time. For rows up to this length, operations on the
+# whole tensor are faster.
 _SHORT_ROW = 64
 
 
@@ -37,7 +38,7 @@ def _is_short(scores: Tensor) -> bool:
 
 
 def softmax(scores: Tensor, largest: Tensor | None = None) -> Tensor:
-    """Softmax over the last dimension, whose largest scores, ``(..., 1)``, may be known."""
+    """Softmax over the last dimension; ``largest`` are its maxima, ``(..., 1)``, if known."""
     if not _is_short(scores):
         return scores.softmax(-1)
     if largest is None:

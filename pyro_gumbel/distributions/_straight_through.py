@@ -1,4 +1,4 @@
-"""The value of one tensor with the gradient of another."""
+"""A tensor with the value of one tensor and the gradient of another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyro_gumbel.distributions._autograd import with_signature
 
 @with_signature
 class _StraightThrough(torch.autograd.Function):
-    """Forward the first argument, send the gradient to the second."""
+    """Return the first argument, and pass the gradient to the second."""
 
     generate_vmap_rule = True
 
@@ -34,16 +34,16 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    r"""Take the value of ``hard`` and the gradient of ``soft``.
+    r"""Return the value of ``hard`` with the gradient of ``soft``.
 
     .. math:: y = D, \qquad \frac{\partial y}{\partial \phi} := \frac{\partial s}{\partial \phi}
 
-    The value is bit for bit that of ``hard`` (D); the incoming gradient passes to ``soft`` (s)
-    unchanged and uncopied.
+    The value is exactly that of ``hard`` (D). The incoming gradient passes to ``soft`` (s)
+    unchanged, without a copy.
 
     Args:
         hard: The value to return, without gradient.
-        soft: Its differentiable stand-in, of the same shape.
+        soft: The tensor that gets the gradient, of the same shape.
 
     Returns:
         A tensor equal to ``hard``.
@@ -59,5 +59,5 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
         ([0.0, 1.0], [1.0, 0.0])
     """
     if torch.compiler.is_compiling():
-        return hard + (soft - soft.detach())  # the compiler fuses this; plain ops always trace
+        return hard + (soft - soft.detach())  # plain operations, which the compiler fuses
     return _StraightThrough.apply(hard, soft)

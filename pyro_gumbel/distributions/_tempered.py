@@ -1,4 +1,4 @@
-"""What every relaxation has: a temperature for each element of its batch."""
+"""Base classes of relaxations, with a temperature for each element of the batch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from pyro_gumbel.distributions._widen import widen
 
 
 class TemperedDistribution(BaseDistribution):
-    """A distribution with a temperature: a number, or a tensor that broadcasts to the batch."""
+    """A distribution with a temperature, a number or a tensor that broadcasts to the batch."""
 
     _temperature: float | Tensor
     _wide_temperature: float | Tensor | None = None
     has_rsample = True
 
     def _init_temperature(self, temperature: Any, device: torch.device) -> None:
-        """Check the temperature and let it broaden the batch."""
+        """Check the temperature and broadcast the batch shape with it."""
         self._temperature = resolve_temperature(
             temperature,
             self.batch_shape,
@@ -40,20 +40,20 @@ class TemperedDistribution(BaseDistribution):
 
     @property
     def temperature(self) -> Tensor:
-        """Temperature: a scalar, or a tensor that broadcasts against ``batch_shape``."""
+        """Temperature, a scalar or a tensor that broadcasts against ``batch_shape``."""
         if isinstance(self._temperature, Tensor):
             return self._temperature
         return torch.tensor(self._temperature, dtype=self.dtype, device=self._device)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the derived tensor out of pickles and deep copies."""
+        """Omit the derived tensor from pickles and deep copies."""
         return {**self.__dict__, "_wide_temperature": None}
 
     def _working_temperature(self, dtype: torch.dtype) -> float | Tensor:
-        """Temperature in the precision of the computation.
+        """Return the temperature in the precision of the computation.
 
-        One tensor serves all calls, so that a half-precision temperature collects its gradient in
-        float32.
+        All calls share one tensor, so that a half-precision temperature accumulates its gradient
+        in float32.
         """
         if self._wide_temperature is not None:
             return self._wide_temperature
@@ -82,7 +82,7 @@ class TemperedDistribution(BaseDistribution):
 
 
 class TemperedCategorical(CategoricalDistribution, TemperedDistribution):
-    """A categorical with a temperature: the perturbed scores of Gumbel-softmax and its shapes."""
+    """A categorical distribution with a temperature, as for the Gumbel-softmax."""
 
     arg_constraints = {
         "temperature": constraints.positive,

@@ -1,4 +1,4 @@
-"""From half precision to float32 and back, with gradients that stay numbers."""
+"""Conversion from half precision to float32, with finite gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyro_gumbel.distributions._noise import noise_dtype
 
 @with_signature
 class FiniteGradient(torch.autograd.Function):
-    """Widen to float32 or better; bound the gradient to what the input's dtype can hold."""
+    """Convert to float32 or better; clamp the gradient to the range of the input's dtype."""
 
     @staticmethod
     def forward(value: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class FiniteGradient(torch.autograd.Function):
 
 
 def widen(parameter: Tensor) -> Tensor:
-    """Return a parameter in float32 or better, with a gradient that its own dtype can hold."""
+    """Return a parameter in float32 or better, with a gradient in the range of its dtype."""
     wide = noise_dtype(parameter.dtype)
     if parameter.dtype == wide:
         return parameter

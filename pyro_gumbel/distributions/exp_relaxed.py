@@ -17,20 +17,20 @@ __all__ = ["ExpRelaxedOneHot"]
 
 
 class ExpRelaxedOneHot(TemperedCategorical):
-    r"""The Concrete distribution in log space: its values are log-probabilities.
+    r"""The Concrete distribution in log space, whose values are log-probabilities.
 
     .. math::
         u = \log\operatorname{softmax}\left(\frac{\phi + G}{\tau}\right), \qquad
         \log p(u) = \log\Gamma(C) + (C - 1)\log\tau + \sum_c s_c - C\log\sum_c e^{s_c}
 
-    with :math:`s_c = \phi_c - \tau u_c`. Exact at every temperature, since nothing underflows: use
-    it wherever a density is evaluated. The density is stated with respect to Lebesgue measure in
-    the coordinates :math:`u_c - u_C`, :math:`c < C`, in which
-    ``biject_to(support)`` parameterises the support, so that Hamiltonian Monte Carlo is exact too.
-    ``u.exp()`` has the law of :class:`RelaxedOneHot`.
+    with :math:`s_c = \phi_c - \tau u_c`. The density is exact at every temperature, since values
+    do not underflow. Use this class to evaluate densities. The density is with respect to Lebesgue
+    measure in the coordinates :math:`u_c - u_C`, :math:`c < C`. ``biject_to(support)`` has the
+    same coordinates, so Hamiltonian Monte Carlo is exact, too. ``u.exp()`` is distributed as
+    :class:`RelaxedOneHot`.
 
-    A category of probability zero has the value ``-inf`` and does not enter the density.
-    In float16 log-probabilities below -65504 are read as that number.
+    A category of probability zero has the value ``-inf`` and does not enter the density. In
+    float16 log-probabilities are clamped at -65504.
 
     Shapes, arguments and errors are those of :class:`RelaxedOneHot`.
 
@@ -65,7 +65,7 @@ class ExpRelaxedOneHot(TemperedCategorical):
         return log_value.to(self.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density on the log-simplex."""
+        """Return the log-density on the log-simplex."""
         if self._validate_args:
             self._validate_sample(value)
         scores = self._parameters.scores

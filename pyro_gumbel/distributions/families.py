@@ -1,4 +1,4 @@
-"""The family of a distribution, its wrappers, its numbers, and exact draws from it."""
+"""Families of distributions: recognise, unwrap, read parameters, draw and score."""
 
 from __future__ import annotations
 
@@ -78,20 +78,20 @@ __all__ = [
 ]
 
 _KNOWN = (OneHotCategorical, Categorical, Bernoulli, Normal, RelaxedOneHot, RelaxedBernoulli)
-_CERTAIN = 32768.0  # beyond it a bit is certain in every dtype
+_CERTAIN = 32768.0  # a logit that is certain in every dtype
 
 
 def wrappers(fn: Distribution) -> Iterator[Any]:
-    """List what ``to_event`` and ``mask`` put around a distribution, the outermost first."""
+    """Yield the wrappers of ``to_event`` and ``mask`` around a distribution, outermost first."""
     while wraps_like(fn, Independent, MaskedDistribution):
         yield fn
         fn = fn.base_dist
 
 
 def unwrap(fn: Distribution) -> Distribution:
-    """Strip ``to_event`` and ``mask``: neither changes a value's shape or its law.
+    """Remove the wrappers of ``to_event`` and ``mask``, which do not change the draws.
 
-    Of a known family, it also does what Pyro's ``ExpandedDistribution`` puts off.
+    In a known family, also replace Pyro's lazy ``ExpandedDistribution`` by an expanded one.
     """
     for wrapper in wrappers(fn):
         fn = wrapper.base_dist
@@ -108,17 +108,17 @@ def _expand_base(fn: Any) -> Any:
 
 
 def event_dims(fn: Distribution) -> int:
-    """Count the batch dimensions of the unwrapped distribution that ``to_event`` joined."""
+    """Return the number of batch dimensions that ``to_event`` joined."""
     return fn.event_dim - unwrap(fn).event_dim
 
 
 def masks(fn: Distribution) -> list[Tensor | bool]:
-    """List the masks that ``mask`` put on ``fn``, the outermost first."""
+    """List the masks of ``fn``, the outermost first."""
     return [w._mask for w in wrappers(fn) if wraps_like(w, MaskedDistribution)]
 
 
 def wrap_score(fn: Distribution, score: Tensor) -> Tensor:
-    """Do to a score of the unwrapped distribution what ``to_event`` and ``mask`` do in ``fn``."""
+    """Apply the ``to_event`` and ``mask`` of ``fn`` to a score of its unwrapped distribution."""
     for wrapper in reversed(list(wrappers(fn))):
         if wraps_like(wrapper, MaskedDistribution):
             score = scale_and_mask(score, mask=wrapper._mask)
@@ -128,7 +128,7 @@ def wrap_score(fn: Distribution, score: Tensor) -> Tensor:
 
 
 def wrap_like(fn: Distribution, base: Distribution) -> Distribution:
-    """Do to another distribution what ``to_event`` and ``mask`` do in ``fn``."""
+    """Apply the ``to_event`` and ``mask`` of ``fn`` to another distribution."""
     for wrapper in reversed(list(wrappers(fn))):
         if wraps_like(wrapper, MaskedDistribution):
             base = base.mask(wrapper._mask)
@@ -138,7 +138,7 @@ def wrap_like(fn: Distribution, base: Distribution) -> Distribution:
 
 
 def expand(fn: Distribution, batch_shape: tuple[int, ...]) -> Distribution:
-    """Expand as Pyro does, also a subclass that lacks an ``expand`` of its own."""
+    """Expand a distribution as Pyro does, even a subclass without its own ``expand``."""
     try:
         return fn.expand(torch.Size(batch_shape))
     except NotImplementedError:
@@ -147,32 +147,33 @@ def expand(fn: Distribution, batch_shape: tuple[int, ...]) -> Distribution:
 
 def support_values(fn: Distribution) -> Tensor:
     """List the values of ``fn``, ``(K,) + ones + event_shape``."""
-    while wraps_like(fn, ExpandedDistribution):  # its own list forgets the event
+    while wraps_like(fn, ExpandedDistribution):  # its own list has a wrong event shape
         fn = fn.base_dist
     return fn.enumerate_support(expand=False)
 
 
 def explain_stranger(fn: Distribution) -> str:
-    """Explain why a descendant of a known family is not one, and how it would become one.
+    """Explain why a subclass of a known family is not treated as the family, and the remedy.
 
-    The explanation is empty for other distributions, and ends without a full stop.
+    The explanation is empty for other distributions. It ends without a full stop.
     """
     family = nearest_library(type(fn))
     if not issubclass(family, _KNOWN) or law_of(fn) is not None:
         return ""
     names = overridden(fn)
-    reason = f"overrides {', '.join(names)}" if names else "holds a distribution with its own law"
+    changed = "contains a distribution with overridden methods"
+    reason = f"overrides {', '.join(names)}" if names else changed
     parameters = "loc=..., scale=..." if issubclass(family, Normal) else "logits=..."
     return (
-        f"{type(fn).__name__} descends from {family.__name__} and {reason}, so it is drawn and "
-        "scored by its own methods alone. To be served as its ancestor, it has to leave these "
-        "alone and compute the parameters of its law in its constructor: "
+        f"{type(fn).__name__} is a subclass of {family.__name__} and {reason}, so only its own "
+        f"methods draw and score it. To use it as a {family.__name__}, do not override these "
+        "methods, and compute the parameters in its constructor: "
         f"super().__init__({parameters})"
     )
 
 
 def is_one_hot(fn: Distribution) -> bool:
-    """Return whether the values of ``fn`` are one-hot vectors scored by their mass."""
+    """Return whether the values of ``fn`` are one-hot vectors, scored by their log-mass."""
     return has_law_of(fn, OneHotCategorical) or (
         has_law_of(fn, RelaxedOneHot) and fn.straight_through
     )
@@ -184,7 +185,7 @@ def is_bit(fn: Distribution) -> bool:
 
 
 def is_relaxed(fn: Distribution) -> bool:
-    """Return whether ``fn`` is the density of a relaxed one-hot vector or bit."""
+    """Return whether ``fn`` is the density of a relaxed one-hot or Bernoulli variable."""
     families = (
         RelaxedOneHot,
         RelaxedBernoulli,
@@ -205,14 +206,15 @@ def is_normal(fn: Distribution) -> bool:
 
 
 def has_logits(fn: Distribution) -> bool:
-    """Return whether :func:`one_hot_logits` knows the distribution."""
+    """Return whether :func:`one_hot_logits` supports the distribution."""
     return is_one_hot(fn) or is_bit(fn) or is_categorical(fn)
 
 
 def one_hot_logits(fn: Distribution) -> Tensor:
-    """Logits ``batch_shape + (C,)``; a bit is a one-hot of two, the first standing for 1.
+    """Return logits ``batch_shape + (C,)``, in float32 or better.
 
-    They are float32 or better, and exactly ``-inf`` for categories of probability zero.
+    A Bernoulli variable has two categories; the first is the value 1. Logits of one-hot and
+    categorical distributions are exactly ``-inf`` at zero probabilities.
     """
     if is_bit(fn):
         logits = _finite(log_odds(fn))
@@ -221,29 +223,28 @@ def one_hot_logits(fn: Distribution) -> Tensor:
 
 
 def _finite(logits: Tensor) -> Tensor:
-    """Logits of bits with certain ones far out: infinities become nan where they meet zeros."""
+    """Replace infinite logits of Bernoulli variables by large ones, since 0 * inf is nan."""
     return logits.nan_to_num(nan=math.nan, posinf=_CERTAIN, neginf=-_CERTAIN)
 
 
 def on_own_logits(fn: Distribution) -> tuple[Distribution, Tensor]:
-    """Copy the law of one-hot values or bits onto a node of its own in the graph.
+    """Return a copy of a one-hot or Bernoulli distribution with its own logits tensor.
 
-    What is drawn from the copy can be differentiated in the tensor returned, whatever else the
-    program does with the logits: they may be a parameter that other runs and sites share.
+    Draws of the copy can be differentiated in the returned logits, separately from other uses of
+    the original logits, which may be a parameter of other runs and sites.
     """
     logits = log_odds(fn) if is_bit(fn) else log_probs(fn)
     logits = logits.view_as(logits)
-    law = Bernoulli if is_bit(fn) else OneHotCategorical
-    copy: Any = law(logits=logits, validate_args=False)
+    family = Bernoulli if is_bit(fn) else OneHotCategorical
+    copy: Any = family(logits=logits, validate_args=False)
     copy.dtype = value_dtype(fn)
     return copy, logits
 
 
 def log_mass(fn: Distribution, value: Tensor) -> Tensor:
-    """Score a latent ``value`` by the multilinear extension of its mass where there is one.
+    """Return the log-probability of a latent ``value``, by its multilinear extension if any.
 
-    The value is one of our own draws (or a relaxed one), so its membership of the support is not
-    checked again.
+    The value is one of our own draws, possibly relaxed, so its support is not checked again.
     """
     if is_one_hot(fn):
         return multilinear_log_prob(value, log_probs(fn))
@@ -257,7 +258,7 @@ def log_mass(fn: Distribution, value: Tensor) -> Tensor:
 
 
 def log_mass_of_value(fn: Distribution, value: Tensor) -> Tensor:
-    """Score one-hot values or bits with a gradient in the value and none in the parameters."""
+    """Return the log-mass of one-hot or Bernoulli values, with gradient only in the value."""
     if is_one_hot(fn):
         return multilinear_log_prob(value, log_probs(fn).detach())
     return _log_mass_of_bit(value, _finite(log_odds(fn).detach()))
@@ -276,14 +277,14 @@ def _log_mass_of_index(value: Tensor, log_probs: Tensor) -> Tensor:
 
 
 def to_index(fn: Distribution, value: Tensor) -> Tensor:
-    """Number the category of each value; a bit's first category is 1."""
+    """Return the index of each value's category; of a Bernoulli, category 0 is the value 1."""
     if is_one_hot(fn):
         return value.max(-1).indices
     return (1 - value).long() if is_bit(fn) else value
 
 
 def from_index(fn: Distribution, index: Tensor) -> Tensor:
-    """Write categories as values of ``fn``: the inverse of :func:`to_index`."""
+    """Convert category indices to values of ``fn``, the inverse of :func:`to_index`."""
     if is_one_hot(fn):
         return one_at(index.unsqueeze(-1), fn.event_shape[-1], value_dtype(fn))
     return (1 - index).to(value_dtype(fn)) if is_bit(fn) else index
@@ -293,15 +294,15 @@ def uniform(like: Tensor, sample_shape: tuple[int, ...] = ()) -> Tensor:
     """Draw uniform noise strictly inside (0, 1), float32 or better, of the shape of ``like``."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     noise = torch.rand((*sample_shape, *like.shape), dtype=dtype, device=like.device)
-    # Half a cell up: zero is never drawn, and one still is not.
+    # A shift by half a cell excludes zero, and still excludes one.
     return noise * (1 - torch.finfo(dtype).eps) + torch.finfo(dtype).eps / 4
 
 
 @torch.no_grad()
 def sample_detached(fn: Distribution) -> Tensor:
-    """Draw from ``fn`` without gradient, in the law of its numbers as they were given.
+    """Draw from ``fn`` without gradient, from its parameters as the user gave them.
 
-    A distribution of no family known here is drawn as Pyro draws it.
+    Distributions of unknown families are drawn as Pyro draws them.
     """
     if is_bit(fn):
         probs = bit_probs(fn)
@@ -316,16 +317,15 @@ def sample_detached(fn: Distribution) -> Tensor:
 
 
 def base_noise(fn: Distribution) -> Tensor | None:
-    """Draw noise that :func:`from_noise` turns into a value of ``fn``.
+    """Draw noise that :func:`from_noise` converts to a value of ``fn``.
 
-    Other distributions of the same family and shape make of the same noise values that are alike
-    as their laws are.
+    Similar distributions of the same family and shape give similar values for the same noise.
 
     Returns:
-        Gumbels, ``batch_shape + (C,)``, for one-hot vectors and categories; uniforms for bits and
-        normals for a Normal, ``batch_shape``; ``None`` for other families.
+        Gumbels, ``batch_shape + (C,)``, for one-hot and categorical distributions; uniforms for
+        Bernoulli and normals for Normal, ``batch_shape``; ``None`` for other families.
     """
-    # In float64, lest improbable categories lie beyond the largest Gumbel.
+    # In float64, since float32 Gumbels are too small to draw improbable categories.
     if is_one_hot(fn) or is_categorical(fn):
         logits = log_probs(fn)
         return gumbel_noise(logits.shape, torch.float64, logits.device)
@@ -337,7 +337,7 @@ def base_noise(fn: Distribution) -> Tensor | None:
 
 
 def from_noise(fn: Distribution, noise: Tensor) -> Tensor:
-    """Turn noise of :func:`base_noise` into a draw of ``fn``, a Normal's with its gradient."""
+    """Convert noise of :func:`base_noise` to a draw of ``fn``, for a Normal with gradient."""
     if is_normal(fn):
         value = (fn.loc + fn.scale * noise).to(torch.promote_types(fn.loc.dtype, fn.scale.dtype))
         return value if fn.has_rsample else value.detach()

@@ -1,4 +1,4 @@
-"""The Gumbel distribution, with right tails."""
+"""The Gumbel distribution, with accurate tails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EULER_GAMMA = 0.57721566490153286060651209008240243
 
 
 def location_scale(**given: Any) -> dict[str, Tensor]:
-    """Make floating-point tensors of one dtype; numbers take the dtype of the tensors."""
+    """Convert to floating-point tensors of one dtype; numbers get the dtype of the tensors."""
     tensors = [as_floating(value) for value in given.values() if isinstance(value, Tensor)]
     dtype = torch.get_default_dtype()
     if tensors:
@@ -44,7 +44,7 @@ def _as_tensor(name: str, value: Any, dtype: torch.dtype, device: torch.device |
 
 
 def check_parameter(name: str, value: Tensor, valid: Tensor, expected: str) -> None:
-    """Raise ``ValueError`` that names the parameter where it is not ``valid``."""
+    """Raise ``ValueError`` with the parameter's name unless all values are ``valid``."""
     if not valid.all():
         raise ValueError(
             f"{name} must be {expected}; got values from {value.min().item():g} to "
@@ -53,7 +53,7 @@ def check_parameter(name: str, value: Tensor, valid: Tensor, expected: str) -> N
 
 
 class Gumbel(BaseDistribution):
-    r"""The law of the largest of many: minus the logarithm of an exponential variable.
+    r"""The Gumbel distribution of maxima, the negative logarithm of an exponential variable.
 
     .. math::
         X = \mu + \beta G, \qquad
@@ -61,14 +61,14 @@ class Gumbel(BaseDistribution):
         F(x) = e^{-e^{-z}}, \qquad z = (x - \mu)/\beta
 
     Noise and densities are computed in float32 or better and cast to the dtype of the parameters.
-    ``cdf`` and ``log_prob`` are defined on all of R and never raise for a number.
+    ``cdf`` and ``log_prob`` are defined on all of R.
 
     Shapes: ``batch_shape`` is the broadcast shape of ``loc`` and ``scale``, ``event_shape`` is ().
 
     Args:
         loc: Location (the mode), a number or a tensor.
         scale: Scale, positive, a number or a tensor.
-        validate_args: Whether to check arguments; by default as Pyro is set.
+        validate_args: Whether to check arguments; by default Pyro's setting.
 
     Raises:
         TypeError: If ``loc`` or ``scale`` is neither a number nor a tensor.
@@ -131,19 +131,19 @@ class Gumbel(BaseDistribution):
         return (value.to(torch.promote_types(loc.dtype, value.dtype)) - loc) / scale, scale
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density."""
+        """Return the log-density."""
         z, scale = self._standardise(value)
-        minus_z = (-z).clamp(max=torch.finfo(z.dtype).max)  # no inf - inf at -inf
+        minus_z = (-z).clamp(max=torch.finfo(z.dtype).max)  # avoid inf - inf at -inf
         return self._score(minus_z - minus_z.exp() - scale.log(), value)
 
     def cdf(self, value: Tensor) -> Tensor:
-        """Probability of at most ``value``."""
+        """Return the cumulative distribution function."""
         z, _ = self._standardise(value)
-        # Below -80 the result is zero in every dtype; the bound keeps its gradient a number.
+        # Below -80 the result is zero in every dtype; the bound keeps the gradient finite.
         return self._score((-(-z.clamp(min=-80.0)).exp()).exp(), value)
 
     def icdf(self, value: Tensor) -> Tensor:
-        """Quantile of a probability in [0, 1]; infinite at the ends."""
+        """Return the quantile of a probability in [0, 1]; infinite at 0 and 1."""
         loc, scale = self._wide()
         wide = _check_probability(self, value).to(torch.promote_types(loc.dtype, value.dtype))
         return self._score(loc - scale * (-wide.log()).log(), value)
@@ -171,7 +171,7 @@ class Gumbel(BaseDistribution):
         return self._statistic(scale.square() * (math.pi**2 / 6))
 
     def entropy(self) -> Tensor:
-        """``log scale + 1 + gamma``, in nats."""
+        """Return ``log scale + 1 + gamma``, in nats."""
         _, scale = self._wide()
         return self._statistic(scale.log() + (1 + EULER_GAMMA))
 

@@ -33,10 +33,9 @@ __all__: list[str] = []
 
 
 def kl_from_log_probs(log_p: Tensor, log_q: Tensor) -> Tensor:
-    r""":math:`\sum_c p_c (\log p_c - \log q_c)` over the last dimension.
+    r"""Return :math:`\sum_c p_c (\log p_c - \log q_c)` over the last dimension.
 
-    Terms with :math:`p_c = 0` are zero, whatever :math:`q_c`; a term with only
-    :math:`q_c = 0` is infinite.
+    Terms with :math:`p_c = 0` are zero. Other terms with :math:`q_c = 0` are infinite.
     """
     if plain_eager():
         return _Divergence.apply(log_p, log_q)
@@ -46,19 +45,19 @@ def kl_from_log_probs(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def _probs_and_difference(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     p = log_p.exp()
-    absent = p == 0  # also where it underflows: 0 * inf would be nan
+    absent = p == 0  # including underflow, since 0 * inf would be nan
     return p, log_p.masked_fill(absent, 0.0) - log_q.masked_fill(absent, 0.0)
 
 
 class _Divergence(torch.autograd.Function):
-    """The same in two thirds of the time: what the way back needs is there already."""
+    """The divergence with a faster backward pass, which reuses tensors of the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, log_p: Tensor, log_q: Tensor) -> Tensor:
         p, difference = log_p.exp(), log_p - log_q
         divergence = (p * difference).sum(-1)
-        # Zeros need care where 0 * inf is nan. To ask is cheaper than to take it always, where no
-        # device has to be waited for and nothing is being recorded.
+        # Mask zero probabilities, since 0 * inf is nan. If reading the result is free, do so only
+        # when it is nan, which is cheaper.
         if not at_hand(divergence) or divergence.sum().isnan():
             difference.masked_fill_(p == 0, 0.0)
             divergence = (p * difference).sum(-1)
@@ -68,7 +67,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         log_p, log_q, p, difference = ctx.saved_tensors
-        if torch.is_grad_enabled():  # it will be differentiated once more
+        if torch.is_grad_enabled():  # for second derivatives
             p, difference = _probs_and_difference(log_p, log_q)
         weight = grad.unsqueeze(-1) * p
         for_p = for_q = None
@@ -80,14 +79,15 @@ class _Divergence(torch.autograd.Function):
 
 
 def closed_form_kl(p: Distribution, q: Distribution) -> Tensor:
-    """Do as torch's ``kl_divergence``, but hand no closed form down to another law.
+    """Return torch's ``kl_divergence`` if it is valid for these distributions.
 
-    Torch finds a closed form by ancestry. Here a distribution with a law of its own has one only
-    if it was registered for its class. Nor is the divergence of transformed distributions that of
-    their bases, as torch has it, where a transform is not one-to-one.
+    Torch uses the closed forms of parent classes. A subclass that overrides its parent's
+    distribution has a closed form only if one is registered for the subclass. Torch also uses the
+    divergence of base distributions for transformed ones, which is wrong if a transform is not
+    one-to-one.
 
     Raises:
-        NotImplementedError: If there is none.
+        NotImplementedError: If a valid closed form is unknown.
     """
     if not (law_of(p) and law_of(q)) and not any(
         _serves(p, of) and _serves(q, to) for of, to in _KL_REGISTRY
@@ -97,14 +97,14 @@ def closed_form_kl(p: Distribution, q: Distribution) -> Tensor:
     half_normals = all(isinstance(unwrap(fn), HalfNormal) for fn in (p, q))
     if not (half_normals or _is_one_to_one(p)):
         raise NotImplementedError(
-            f"The KL divergence of {type(p).__name__} is not that of its base distribution: its "
-            "transform maps several values to one."
+            f"The KL divergence of {type(p).__name__} differs from that of its base distribution, "
+            "since its transform is not one-to-one."
         )
     return kl_divergence(p, q)
 
 
 def _is_one_to_one(fn: Distribution) -> bool:
-    """Return whether no transform of ``fn`` maps several values to one."""
+    """Return whether all transforms of ``fn`` are one-to-one."""
     fn = unwrap(fn)
     if not isinstance(fn, TransformedDistribution):
         return True
@@ -112,7 +112,7 @@ def _is_one_to_one(fn: Distribution) -> bool:
 
 
 def _serves(fn: Distribution, kind: type) -> bool:
-    """Return whether what is registered for a class holds for ``fn``."""
+    """Return whether a closed form registered for a class is valid for ``fn``."""
     own = law_of(fn) is not None or nearest_library(kind) is not kind
     return isinstance(fn, kind) and own
 
@@ -121,17 +121,17 @@ def _check_discrete(*distributions: Distribution) -> None:
     for distribution in distributions:
         if law_of(distribution) is None:
             raise NotImplementedError(
-                f"{type(distribution).__name__} overrides its ancestor's law, whose closed-form "
-                "KL divergence it does not inherit: write one, torch.distributions.register_kl, "
-                "or estimate it from log_prob."
+                f"{type(distribution).__name__} overrides the distribution of its parent class, "
+                "so the parent's closed-form KL divergence is not valid. Register one by "
+                "torch.distributions.register_kl, or estimate it from log_prob."
             )
         if getattr(distribution, "straight_through", True):
             continue
         name = type(distribution).__name__
         raise NotImplementedError(
             f"The KL divergence of the relaxed density {name} has no closed form; use "
-            f"{name}(..., straight_through=True) or OneHot for the discrete law, or estimate it "
-            "from log_prob."
+            f"{name}(..., straight_through=True) or OneHot for the discrete distribution, or "
+            "estimate it from log_prob."
         )
 
 

@@ -1,4 +1,4 @@
-"""Exact one-hot draws, the multilinear log-mass, and the one-hot categorical."""
+"""The one-hot categorical distribution, with exact draws and a multilinear log-mass."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from pyro_gumbel.distributions._noise import log_exponential_noise, noise_dtype
 
 __all__ = ["OneHot", "draw_one_hot", "multilinear_log_prob"]
 
-_FUSED_FROM = 1 << 16  # logits; below that a draw on a GPU takes the time of its launches
+_FUSED_FROM = 1 << 16  # with fewer logits, launches dominate the time of a draw on a GPU
 
-# Stands for log 0 in the gradient: far below any log-mass met in practice, and finite in float16.
-_LOG_ZERO_SLOPE = -32768.0
+# Replaces log 0 in gradients: below log-masses of practice, and finite in float16.
+_LOG_ZERO_GRADIENT = -32768.0
 
 
 def draw_one_hot(logits: Tensor, sample_shape: Sequence[int] = ()) -> Tensor:
-    r"""Draw exactly from ``Categorical(logits)``, one-hot.
+    r"""Draw exact one-hot values of ``Categorical(logits)``, without gradient.
 
     .. math:: P(D = \mathrm{onehot}(c)) = \mathrm{softmax}(\phi)_c
 
-    On a CPU one uniform number a row, in float64, is held against the cumulative probabilities;
-    elsewhere Gumbel noise is added to every logit and the largest wins, in float32 or better, on
-    a GPU by one kernel where Triton is installed. A category with logit :math:`-\infty`
-    is never drawn. No gradient flows.
+    On a CPU a draw compares one uniform number per row, in float64, with the cumulative
+    probabilities. On other devices it is the arg max of logits plus Gumbel noise, in float32 or
+    better. On a GPU with Triton this is one kernel. A category with logit :math:`-\infty` is never
+    drawn.
 
     Args:
         logits: Log-probabilities up to a constant, ``batch_shape + (C,)``.
@@ -55,7 +55,7 @@ def draw_one_hot(logits: Tensor, sample_shape: Sequence[int] = ()) -> Tensor:
         if draw is not None:
             return draw
     phi = logits.detach().to(noise_dtype(logits.dtype))
-    # An offset common to all categories would cost the scores their last digits.
+    # A common offset of all categories would increase rounding errors.
     phi = phi - phi.amax(-1, keepdim=True)
     if phi.is_cpu and plain_eager():
         index = draw_index(phi.exp_(), torch.Size(sample_shape))
@@ -66,7 +66,7 @@ def draw_one_hot(logits: Tensor, sample_shape: Sequence[int] = ()) -> Tensor:
 
 
 def _fused_draw(logits: Tensor, sample_shape: torch.Size) -> Tensor | None:
-    """Draw by one kernel, if there is one for these logits."""
+    """Draw by the Triton kernel, if it supports these logits."""
     if logits.dtype == torch.float64:
         return None
     kernel = _fused_kernel(logits.device)
@@ -75,17 +75,17 @@ def _fused_draw(logits: Tensor, sample_shape: torch.Size) -> Tensor | None:
 
 @functools.cache
 def _fused_kernel(device: torch.device) -> Callable[[Tensor, torch.Size], Tensor | None] | None:
-    """The kernel, if Triton is installed and can compile for the device."""
+    """Return the kernel if Triton is installed and can compile for the device."""
     try:
         from pyro_gumbel.distributions import _fused_draw
     except ImportError:
         return None
     try:
         _fused_draw.try_out(device)
-    except Exception as error:  # a compiler or a driver that is missing, in whatever words
+    except Exception as error:  # of any type, for a missing compiler or driver
         warnings.warn(
-            f"Triton is installed and cannot compile for {device}, so that draws there take "
-            f"several times as long: {type(error).__name__}: {error}",
+            f"Triton is installed and cannot compile for {device}, so one-hot draws are several "
+            f"times slower: {type(error).__name__}: {error}",
             stacklevel=2,
         )
         return None
@@ -97,33 +97,33 @@ def draw_index(weights: Tensor, sample_shape: torch.Size = torch.Size()) -> Tens
     batch_shape, num_categories = weights.shape[:-1], weights.shape[-1]
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     uniform = torch.rand((*batch_shape, sample_shape.numel()), dtype=torch.float64)
-    # The first category whose cumulative weight exceeds the number: never one of weight zero, for
-    # its cumulative weight is that of the category before it.
+    # The first category whose cumulative weight exceeds the number. Its weight is not zero, since
+    # then its cumulative weight would equal that of the category before it.
     index = torch.searchsorted(cumulative, uniform.mul_(cumulative[..., -1:]), right=True)
-    index.clamp_(max=num_categories - 1)  # only NaN weights lead past the end
+    index.clamp_(max=num_categories - 1)  # NaN weights give an index past the end
     return index.movedim(-1, 0).reshape(*sample_shape, *batch_shape, 1)
 
 
 def one_hot_argmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """Put a one at the largest score of every row, and zeros elsewhere; no gradient."""
+    """Return one-hot values of the largest score in each row, without gradient."""
     index = scores.detach().max(-1, keepdim=True).indices  # on CPU `max` is faster than `argmax`
     return one_at(index, scores.shape[-1], dtype)
 
 
 def one_at(index: Tensor, num_categories: int, dtype: torch.dtype) -> Tensor:
-    """Put a one at ``index``, ``(..., 1)``, of every row of zeros, ``(..., num_categories)``."""
+    """Return one-hot values ``(..., num_categories)`` of ``index``, ``(..., 1)``."""
     zero = torch.zeros((), dtype=dtype, device=index.device)
     return zero.expand(*index.shape[:-1], num_categories).scatter(-1, index, 1)
 
 
 def multilinear_log_prob(value: Tensor, log_probs: Tensor) -> Tensor:
-    r"""Score ``value`` by the multilinear extension of a one-hot log-mass.
+    r"""Return the multilinear extension of a one-hot log-mass.
 
     .. math:: \log p(z) = \sum_c z_c \log p_c, \qquad 0 \cdot (-\infty) = 0
 
-    Exact at one-hot values, defined at relaxed ones, and differentiable in both arguments. The
-    score is :math:`-\infty` where ``value`` puts weight on a category of probability zero; the
-    gradient with respect to that coordinate is large, negative and finite.
+    It is exact at one-hot values, defined at relaxed ones, and differentiable in both arguments.
+    It is :math:`-\infty` if ``value`` has weight on a category of probability zero; the gradient
+    in that coordinate is large, negative and finite.
 
     Args:
         value: One-hot or relaxed values, ``(..., C)``.
@@ -141,20 +141,20 @@ def multilinear_log_prob(value: Tensor, log_probs: Tensor) -> Tensor:
     value, log_probs = torch.broadcast_tensors(value.to(wide), log_probs.to(wide))
     if plain_eager():
         return _Multilinear.apply(value, log_probs).to(dtype)
-    slopes = log_probs.masked_fill(log_probs == -math.inf, _LOG_ZERO_SLOPE)
-    hit = (value.detach() * (log_probs == -math.inf)).sum(-1) != 0
-    score = (value * slopes).sum(-1)
-    # Added, not filled in, so that the gradient of a hit row is that of the slopes.
-    return (score + torch.zeros_like(score).masked_fill(hit, -math.inf)).to(dtype)
+    finite = log_probs.masked_fill(log_probs == -math.inf, _LOG_ZERO_GRADIENT)
+    impossible = (value.detach() * (log_probs == -math.inf)).sum(-1) != 0
+    score = (value * finite).sum(-1)
+    # Add -inf instead of filling it in, to keep the gradient of impossible rows.
+    return (score + torch.zeros_like(score).masked_fill(impossible, -math.inf)).to(dtype)
 
 
 @with_signature
 class _Multilinear(torch.autograd.Function):
-    """The same in fewer passes: the rows that are -inf are recognised by their sum."""
+    """The multilinear extension in fewer passes, which finds impossible rows by their sum."""
 
     @staticmethod
     def forward(value: Tensor, log_probs: Tensor) -> Tensor:
-        # 0 * lowest = 0, and weight * lowest cannot be mistaken for a score.
+        # 0 * lowest = 0, and weight * lowest is below all scores.
         info = torch.finfo(log_probs.dtype)
         score = (value * log_probs.clamp(min=info.min)).sum(-1)
         return score.masked_fill_(score < info.min * 1e-13, -math.inf)
@@ -169,8 +169,8 @@ class _Multilinear(torch.autograd.Function):
         grad = grad.unsqueeze(-1)
         for_value = for_log_probs = None
         if ctx.needs_input_grad[0]:
-            slopes = log_probs.nan_to_num(nan=math.nan, posinf=math.inf, neginf=_LOG_ZERO_SLOPE)
-            for_value = grad * slopes
+            finite = log_probs.nan_to_num(nan=math.nan, posinf=math.inf, neginf=_LOG_ZERO_GRADIENT)
+            for_value = grad * finite
         if ctx.needs_input_grad[1]:
             for_log_probs = grad * value
         return for_value, for_log_probs
@@ -181,20 +181,20 @@ class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
 
     .. math:: \log p(z) = \sum_c z_c \log p_c
 
-    The same law as :class:`~pyro.distributions.OneHotCategorical`, which scores the index of the
-    largest entry of ``z`` instead and so hides ``z`` from the gradient. Points of the simplex
-    other than its corners are scored by the same formula. Probabilities of zero are exact: such a
-    category is never drawn and scores ``-inf``.
+    The distribution is that of :class:`~pyro.distributions.OneHotCategorical`, whose ``log_prob``
+    uses the index of the largest entry of ``z`` and has no gradient in ``z``. The formula is also
+    defined in the interior of the simplex. A category of probability zero is never drawn, and its
+    log-mass is ``-inf``.
 
     Shapes: ``probs`` or ``logits`` are ``batch_shape + (C,)``; ``event_shape`` is ``(C,)``.
 
     Args:
         probs: Probabilities, non-negative, normalised here.
         logits: Log-probabilities up to a constant; exactly one of the two is given.
-        validate_args: Whether to check arguments; by default as Pyro is set.
+        validate_args: Whether to check arguments; by default Pyro's setting.
 
     Raises:
-        ValueError: If not exactly one of ``probs`` and ``logits`` is given, or it holds NaN.
+        ValueError: If not exactly one of ``probs`` and ``logits`` is given, or it contains NaN.
 
     Example:
         >>> d = OneHot(probs=torch.tensor([0.2, 0.3, 0.5]))
@@ -215,7 +215,7 @@ class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
 
     @classmethod
     def of(cls, other: CategoricalDistribution) -> OneHot:
-        """Make the one-hot distribution with the parameters of ``other``, copying nothing."""
+        """Return the one-hot distribution with the parameters of ``other``, without a copy."""
         new = cls.__new__(cls)
         new._parameters = other._parameters
         new._init_shapes(other.batch_shape, other.event_shape, other._validate_args)
@@ -227,7 +227,7 @@ class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
 
     @property
     def _categorical(self) -> torch.distributions.Categorical:  # type: ignore[override]
-        """The distribution of the index, which torch's code for one-hot vectors asks for."""
+        """The distribution of the index, which torch's code for one-hot vectors uses."""
         given = {self._parameters.name: getattr(self, self._parameters.name)}
         return torch.distributions.Categorical(**given, validate_args=False)
 
@@ -237,7 +237,7 @@ class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
         return draw_one_hot(scores, sample_shape).to(self.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-mass, ``(value * log p).sum(-1)``."""
+        """Return the log-mass, ``(value * log p).sum(-1)``."""
         if self._validate_args:
             self._validate_sample(value)
         return self._score(multilinear_log_prob(value, self._parameters.log_probs), value)
@@ -259,16 +259,16 @@ class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
         return self._broadcast(one_hot_argmax(self._parameters.scores, self.dtype))
 
     def entropy(self) -> Tensor:
-        """Entropy in nats."""
+        """Return the entropy in nats."""
         log_probs = self._parameters.log_probs
         finite = log_probs.masked_fill(log_probs == -math.inf, 0.0)
         entropy = -(log_probs.exp() * finite).sum(-1)
         return self._statistic(entropy)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """List all one-hot values, ``(C,) + batch_shape + (C,)``.
+        """Return all one-hot values, ``(C,) + batch_shape + (C,)``.
 
-        The batch is of ones if not ``expand``.
+        Without ``expand``, batch dimensions are ones.
         """
         num_categories = self.event_shape[0]
         device = self._parameters.given.device

@@ -1,4 +1,4 @@
-"""The relaxed one-hot distribution: Concrete on the simplex, or straight-through one-hot."""
+"""The Concrete distribution on the simplex, with optional straight-through draws."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ __all__ = ["RelaxedOneHot", "straight_through"]
 
 
 class RelaxedOneHot(TemperedCategorical):
-    r"""The Concrete (Gumbel-softmax) distribution, or its straight-through one-hot.
+    r"""The Concrete (Gumbel-softmax) distribution, or its straight-through version.
 
     .. math::
         y = \operatorname{softmax}\left(\frac{\phi + G}{\tau}\right), \qquad
         p(y) = \Gamma(C)\, \tau^{C-1}
                \left(\sum_c \frac{\pi_c}{y_c^\tau}\right)^{-C} \prod_c \frac{\pi_c}{y_c^{\tau+1}}
 
-    With ``straight_through=False`` samples lie on the simplex and ``log_prob`` is this density.
-    It is exact wherever the coordinates of the value are representable; those that underflow are
-    read as the smallest normal number of their dtype, with a gradient of zero. For a density that
-    is exact at every temperature see :class:`ExpRelaxedOneHot`.
+    With ``straight_through=False`` samples are on the simplex, and ``log_prob`` is this density.
+    It is exact if the coordinates of the value are representable. Coordinates that underflow count
+    as the smallest normal number of their dtype, with zero gradient. For a density that is exact
+    at every temperature use :class:`ExpRelaxedOneHot`.
 
-    With ``straight_through=True`` both ``sample`` and ``rsample`` are exactly one-hot,
-    ``log_prob`` is the log-mass of :class:`OneHot`, and the backward pass of ``rsample`` is that
-    of the relaxed sample.
+    With ``straight_through=True`` ``sample`` and ``rsample`` are exactly one-hot, and ``log_prob``
+    is the log-mass of :class:`OneHot`. The backward pass of ``rsample`` is that of the relaxed
+    sample.
 
-    A category of probability zero does not exist: its coordinate is zero, the density is that of
-    the other categories, and a value with weight on it scores ``-inf``.
+    A category of probability zero has coordinate zero, and the density is that of the other
+    categories. The log-density of a value with weight on it is ``-inf``.
 
-    Samples carry nothing but their value. Half-precision parameters are computed with in float32;
-    the result is cast at the end.
+    Samples are plain tensors without attributes. Half-precision parameters are converted to
+    float32, and the result is converted back.
 
-    Shapes: ``probs`` or ``logits`` are ``(..., C)`` and ``temperature`` broadcasts against
-    ``...``, with or without a trailing 1; ``batch_shape`` is what they broadcast to,
-    ``event_shape`` is ``(C,)``.
+    Shapes: ``probs`` or ``logits`` are ``(..., C)``. ``temperature`` broadcasts against ``...``,
+    with or without a trailing 1. ``batch_shape`` is the broadcast shape, and ``event_shape`` is
+    ``(C,)``.
 
     Args:
         temperature: Positive number or tensor; may require a gradient.
         probs: Probabilities, non-negative, normalised here.
         logits: Log-probabilities up to a constant; exactly one of the two is given.
         straight_through: Whether samples are one-hot.
-        validate_args: Whether to check arguments; by default as Pyro is set.
+        validate_args: Whether to check arguments; by default Pyro's setting.
 
     Raises:
-        ValueError: If ``temperature`` is not positive or does not fit the batch, if not exactly
-            one of ``probs`` and ``logits`` is given, or it holds NaN.
+        ValueError: If ``temperature`` is not positive or does not broadcast, if not exactly one of
+            ``probs`` and ``logits`` is given, or it contains NaN.
         TypeError: If ``temperature`` is not a number.
 
     References:
@@ -90,7 +90,7 @@ class RelaxedOneHot(TemperedCategorical):
 
     @property
     def has_enumerate_support(self) -> bool:
-        """Whether the values can be listed."""
+        """True if ``straight_through``."""
         return self.straight_through
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
@@ -124,7 +124,7 @@ class RelaxedOneHot(TemperedCategorical):
         return one_hot_argmax(scores, self.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density on the simplex, or log-mass if ``straight_through``."""
+        """Return the log-density on the simplex, or the log-mass if ``straight_through``."""
         if self.straight_through:
             return self.one_hot.log_prob(value)
         if self._validate_args:
@@ -143,7 +143,7 @@ class RelaxedOneHot(TemperedCategorical):
 
     @property
     def one_hot(self) -> OneHot:
-        """The discrete distribution that this one relaxes, with the same parameters."""
+        """The discrete distribution with the same parameters."""
         return OneHot.of(self)
 
     def _discrete(self, name: str) -> OneHot:
@@ -153,27 +153,27 @@ class RelaxedOneHot(TemperedCategorical):
 
     @property
     def mean(self) -> Tensor:
-        """The probabilities if ``straight_through``; else no closed form."""
+        """The probabilities if ``straight_through``; otherwise unknown in closed form."""
         return self._discrete("mean").mean
 
     @property
     def variance(self) -> Tensor:
-        """``p (1 - p)`` if ``straight_through``; else no closed form."""
+        """``p (1 - p)`` if ``straight_through``; otherwise unknown in closed form."""
         return self._discrete("variance").variance
 
     @property
     def mode(self) -> Tensor:
-        """The most probable one-hot vector if ``straight_through``; else no closed form."""
+        """The most probable one-hot if ``straight_through``; otherwise unknown in closed form."""
         return self._discrete("mode").mode
 
     def entropy(self) -> Tensor:
-        """Entropy in nats if ``straight_through``; else no closed form."""
+        """Return the entropy in nats if ``straight_through``."""
         return self._discrete("entropy").entropy()
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """List all one-hot values if ``straight_through``; else there is no such list."""
+        """Return all one-hot values if ``straight_through``."""
         if not self.straight_through:
             raise NotImplementedError(
-                "RelaxedOneHot has a list of values only with straight_through=True."
+                "RelaxedOneHot has a finite support only with straight_through=True."
             )
         return self.one_hot.enumerate_support(expand)

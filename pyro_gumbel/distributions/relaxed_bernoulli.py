@@ -1,4 +1,4 @@
-"""The relaxed Bernoulli distribution, hard or soft."""
+"""The binary Concrete distribution, with optional straight-through draws."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ __all__ = ["RelaxedBernoulli"]
 
 
 class RelaxedBernoulli(TemperedDistribution):
-    r"""The binary Concrete distribution, or its straight-through bit.
+    r"""The binary Concrete distribution, or its straight-through version.
 
     .. math::
         y = \sigma\left(\frac{\phi + L}{\tau}\right), \quad L \sim \mathrm{Logistic}, \qquad
         p(y) = \frac{\tau\, \sigma'(\phi - \tau \ell)}{y (1 - y)}, \quad
         \ell = \log\frac{y}{1 - y}
 
-    With ``straight_through=False`` samples lie in [0, 1] and ``log_prob`` is this density. It is
-    exact wherever the value is representable; a value that underflows is read as the smallest
-    normal number of its dtype, one that rounds to 1 as the largest number below 1, both with a
-    gradient of zero. With ``straight_through=True`` ``sample`` and ``rsample`` are exactly 0 or 1,
-    ``log_prob`` is the log-mass ``y log p + (1 - y) log(1 - p)``, and the backward pass of
-    ``rsample`` is that of the relaxed sample.
+    With ``straight_through=False`` samples are in [0, 1], and ``log_prob`` is this density. It is
+    exact if the value is representable. A value that underflows counts as the smallest normal
+    number of its dtype, and a value of 1 as the largest number below 1, both with zero gradient.
+    With ``straight_through=True`` ``sample`` and ``rsample`` are exactly 0 or 1, and ``log_prob``
+    is the log-mass ``y log p + (1 - y) log(1 - p)``. The backward pass of ``rsample`` is that of
+    the relaxed sample.
 
-    A probability of exactly 0 or 1 makes a constant: it scores 0, everything else ``-inf``.
+    With a probability of exactly 0 or 1 the value is constant; its log-probability is 0, and that
+    of other values is ``-inf``.
 
     Shapes: ``batch_shape`` is the broadcast shape of ``temperature`` and the parameter;
     ``event_shape`` is ().
@@ -51,12 +52,13 @@ class RelaxedBernoulli(TemperedDistribution):
         temperature: Positive number or tensor; may require a gradient.
         probs: Probability of a one, a number or a tensor.
         logits: Log-odds of a one; exactly one of the two is given.
-        straight_through: Whether samples are bits.
-        validate_args: Whether to check arguments; by default as Pyro is set.
+        straight_through: Whether samples are 0 or 1.
+        validate_args: Whether to check arguments; by default Pyro's setting.
 
     Raises:
         ValueError: If ``temperature`` is not positive or does not broadcast, if not exactly one
-            of ``probs`` and ``logits`` is given, ``probs`` leaves [0, 1] or ``logits`` is NaN.
+            of ``probs`` and ``logits`` is given, ``probs`` is outside [0, 1], or ``logits`` is
+            NaN.
         TypeError: If ``temperature`` is not a number.
 
     References:
@@ -94,7 +96,7 @@ class RelaxedBernoulli(TemperedDistribution):
         self._init_temperature(temperature, self._given.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave derived tensors out of pickles and deep copies."""
+        """Omit derived tensors from pickles and deep copies."""
         return {**super().__getstate__(), "_cached_log_odds": None}
 
     def _check_parameter(self) -> None:
@@ -105,9 +107,9 @@ class RelaxedBernoulli(TemperedDistribution):
             raise ValueError(f"logits must be numbers; found NaN in shape {tuple(given.shape)}.")
         if self._name == "probs" and not ((given >= 0) & (given <= 1)).all():
             raise ValueError(
-                "probs must lie in [0, 1]; write logits=... for log-odds. Got a tensor of shape "
-                f"{tuple(given.shape)} with values from {given.min().item():g} to "
-                f"{given.max().item():g}."
+                f"probs must lie in [0, 1]; got values from {given.min().item():g} to "
+                f"{given.max().item():g} in a tensor of shape {tuple(given.shape)}. Write "
+                "logits=... for log-odds."
             )
 
     @constraints.dependent_property(event_dim=0)
@@ -121,7 +123,7 @@ class RelaxedBernoulli(TemperedDistribution):
 
     @property
     def has_enumerate_support(self) -> bool:
-        """Whether the values can be listed."""
+        """True if ``straight_through``."""
         return self.straight_through
 
     @property
@@ -130,7 +132,7 @@ class RelaxedBernoulli(TemperedDistribution):
         return self._given.dtype
 
     def _log_odds(self) -> Tensor:
-        """Log-odds in float32 or better; infinite where the probability is 0 or 1."""
+        """Return log-odds in float32 or better; infinite for probabilities of 0 and 1."""
         if self._cached_log_odds is not None:
             return self._cached_log_odds
         with torch.enable_grad():
@@ -142,20 +144,20 @@ class RelaxedBernoulli(TemperedDistribution):
         return log_odds
 
     def _log_masses(self) -> Tensor:
-        """Log-probabilities of 0 and of 1, stacked at the end."""
+        """Return log-probabilities of 0 and 1, ``batch_shape + (2,)``."""
         log_odds = self._log_odds()
         return torch.stack([logsigmoid(-log_odds), logsigmoid(log_odds)], -1)
 
     @property
     def probs(self) -> Tensor:
-        """Probability of a one."""
+        """Probability of the value 1."""
         return self._statistic(
             self._log_odds().sigmoid() if self._name == "logits" else self._given
         )
 
     @property
     def logits(self) -> Tensor:
-        """Log-odds of a one."""
+        """Log-odds of the value 1."""
         return self._statistic(self._log_odds())
 
     def _perturbed(self, sample_shape: Any) -> Tensor:
@@ -184,17 +186,17 @@ class RelaxedBernoulli(TemperedDistribution):
         return straight_through(self._harden(perturbed), relaxed)
 
     def rsample_pair(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
-        """Draw a bit and its relaxation from the same noise.
+        """Draw a hard value and its relaxation from the same noise.
 
         Returns:
-            The bit, without a gradient, and the relaxed value, differentiable in the parameters;
-            both ``sample_shape + batch_shape``.
+            The hard value, without a gradient, and the relaxed value, differentiable in the
+            parameters; both ``sample_shape + batch_shape``.
         """
         perturbed = self._perturbed(sample_shape)
         return self._harden(perturbed), self._relax(perturbed)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density on the unit interval, or log-mass if ``straight_through``."""
+        """Return the log-density on the unit interval, or the log-mass if ``straight_through``."""
         if self._validate_args:
             self._validate_sample(value)
         score = self._log_mass(value) if self.straight_through else self._log_density(value)
@@ -212,46 +214,46 @@ class RelaxedBernoulli(TemperedDistribution):
         log_temperature = self._log_temperature(log_odds.dtype)
         temperature = self._working_temperature(log_odds.dtype)
         noise = log_odds.masked_fill(constant, 0.0) - temperature * (log_y - log_not_y)
-        # Logistic log-density: symmetric, and free of cancellation on both sides.
+        # The logistic log-density in a symmetric form without cancellation.
         logistic = logsigmoid(noise) + logsigmoid(-noise)
         score = log_temperature + logistic - log_y - log_not_y
         misses = value != (log_odds > 0)
         return torch.where(constant, torch.where(misses, -math.inf, 0.0).to(score), score)
 
-    def _require_bits(self, name: str) -> None:
+    def _require_hard(self, name: str) -> None:
         if not self.straight_through:
             raise self._not_closed_form(name)
 
     @property
     def mean(self) -> Tensor:
-        """The probability if ``straight_through``; else no closed form."""
-        self._require_bits("mean")
+        """The probability if ``straight_through``; otherwise unknown in closed form."""
+        self._require_hard("mean")
         return self.probs
 
     @property
     def variance(self) -> Tensor:
-        """``p (1 - p)`` if ``straight_through``; else no closed form."""
-        self._require_bits("variance")
+        """``p (1 - p)`` if ``straight_through``; otherwise unknown in closed form."""
+        self._require_hard("variance")
         return self._statistic(self._log_masses().sum(-1).exp())
 
     @property
     def mode(self) -> Tensor:
-        """The more probable bit if ``straight_through``; else no closed form."""
-        self._require_bits("mode")
+        """The more probable value if ``straight_through``; otherwise unknown in closed form."""
+        self._require_hard("mode")
         return self._statistic(self._log_odds() >= 0)
 
     def entropy(self) -> Tensor:
-        """Entropy in nats if ``straight_through``; else no closed form."""
-        self._require_bits("entropy")
+        """Return the entropy in nats if ``straight_through``."""
+        self._require_hard("entropy")
         log_masses = self._log_masses()
         finite = log_masses.masked_fill(log_masses == -math.inf, 0.0)
         return self._statistic(-(log_masses.exp() * finite).sum(-1))
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """List 0 and 1 if ``straight_through``; else there is no such list."""
+        """Return 0 and 1 if ``straight_through``."""
         if not self.straight_through:
             raise NotImplementedError(
-                "RelaxedBernoulli has a list of values only with straight_through=True."
+                "RelaxedBernoulli has a finite support only with straight_through=True."
             )
         values = torch.arange(2, dtype=self.dtype, device=self._given.device)
         values = values.view(2, *(1 for _ in self.batch_shape))

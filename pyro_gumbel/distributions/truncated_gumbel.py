@@ -1,4 +1,4 @@
-"""A Gumbel variable known to be at most a bound."""
+"""The Gumbel distribution truncated at an upper bound."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class TruncatedGumbel(Gumbel):
         p(x) = \tfrac1\beta e^{-z - e^{-z} + e^{-b}}, \qquad
         F(x) = e^{e^{-b} - e^{-z}}
 
-    with :math:`z = (x - \mu)/\beta`, :math:`b = (u - \mu)/\beta` and :math:`E` from Exp(1),
-    which forgets how long it has waited. The conditional law of all Gumbels of a Gumbel-max draw
-    but the winning one.
+    with :math:`z = (x - \mu)/\beta`, :math:`b = (u - \mu)/\beta` and :math:`E \sim
+    \mathrm{Exp}(1)`, by the memorylessness of the exponential distribution. In the Gumbel-max
+    trick it is the distribution of all Gumbels but the largest, conditional on the largest.
 
     Shapes: ``batch_shape`` is the broadcast shape of the parameters, ``event_shape`` is ().
     ``mean`` and ``entropy`` need the exponential integral; the variance has no closed form.
@@ -42,7 +42,7 @@ class TruncatedGumbel(Gumbel):
         loc: Location of the Gumbel before truncation, a number or a tensor.
         upper: Upper bound, a number or a tensor; ``inf`` means no truncation.
         scale: Scale, positive, a number or a tensor.
-        validate_args: Whether to check arguments; by default as Pyro is set.
+        validate_args: Whether to check arguments; by default Pyro's setting.
 
     Raises:
         ValueError: If ``loc`` or ``upper`` is NaN or ``scale`` is not positive.
@@ -91,7 +91,7 @@ class TruncatedGumbel(Gumbel):
         return less_than_eq(self._upper)
 
     def _bound(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``-b`` (``-inf`` without a bound), a finite upper and where there is no bound."""
+        """Return ``-b`` (``-inf`` if unbounded), a finite bound, and a mask of unbounded ones."""
         loc, scale = self._wide()
         unbounded = self._upper == torch.inf
         upper = torch.where(unbounded, loc, self._upper.to(loc.dtype))
@@ -101,7 +101,7 @@ class TruncatedGumbel(Gumbel):
         """Map the logarithm of an Exp(1) variable to the truncated variable."""
         loc, scale = self._wide()
         minus_b, upper, unbounded = self._bound()
-        # Two forms of one formula, each without cancellation on its side of the mode.
+        # Two forms of the formula, each without cancellation on one side of the mode.
         low = minus_b >= 0
         excess = torch.where(low, log_e - minus_b, 0.0)
         below = upper - scale * torch.logaddexp(excess, torch.zeros_like(excess))
@@ -116,12 +116,12 @@ class TruncatedGumbel(Gumbel):
         return self._from_log_exponential(noise).to(self.dtype)
 
     def icdf(self, value: Tensor) -> Tensor:
-        """Quantile of a probability in [0, 1]; ``upper`` at 1."""
+        """Return the quantile of a probability in [0, 1]; ``upper`` at 1."""
         dtype = torch.promote_types(noise_dtype(self.dtype), value.dtype)
         wide = _check_probability(self, value).to(dtype)
         return self._score(self._from_log_exponential((-wide.log()).log()), value)
 
-    def _waited(self, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _to_exponential(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``z`` and ``exp(-z) - exp(-b)``, which is Exp(1) for a sample."""
         loc, scale = self._wide()
         value = value.to(torch.promote_types(loc.dtype, value.dtype))
@@ -129,29 +129,29 @@ class TruncatedGumbel(Gumbel):
         minus_b, upper, _ = self._bound()
         low = minus_b >= 0
         gap = torch.where(low, (upper - value) / scale, 0.0)
-        # The bound on exp keeps 0 * inf away; beyond it no number but upper itself has mass.
+        # The bound on exp avoids 0 * inf; beyond it all mass is at upper.
         below = minus_b.clamp(0.0, 80.0).exp() * gap.expm1()
         above = torch.where(low, 0.0, -z).exp() - torch.where(low, 0.0, minus_b).exp()
         return z, torch.where(low, below, above)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density; ``-inf`` above ``upper``."""
+        """Return the log-density; ``-inf`` above ``upper``."""
         if self._validate_args:
             self._validate_sample(value)
         _, scale = self._wide()
-        z, waited = self._waited(value)
-        result = -z - waited - scale.log()
+        z, exponential = self._to_exponential(value)
+        result = -z - exponential - scale.log()
         return self._score(result.masked_fill(value > self._upper, -torch.inf), value)
 
     def cdf(self, value: Tensor) -> Tensor:
-        """Probability of at most ``value``; 1 from ``upper`` on."""
+        """Return the cumulative distribution function; 1 from ``upper`` on."""
         beyond = value >= self._upper
-        _, waited = self._waited(value)
-        result = (-waited.masked_fill(beyond, 0.0).clamp(max=1e6)).exp()
+        _, exponential = self._to_exponential(value)
+        result = (-exponential.masked_fill(beyond, 0.0).clamp(max=1e6)).exp()
         return self._score(result, value)
 
     def _mean_log(self) -> Tensor:
-        """Expectation of ``-z``: ``log a + exp(a) E1(a)`` at ``a = exp(-b)``, in float64."""
+        """Return the mean of ``-z``, ``log a + exp(a) E1(a)`` at ``a = exp(-b)``, in float64."""
         minus_b, _, _ = self._bound()
         return _log_plus_scaled_exp1(minus_b.double())
 
@@ -177,16 +177,16 @@ class TruncatedGumbel(Gumbel):
         raise self._not_closed_form("stddev")
 
     def entropy(self) -> Tensor:
-        """``log scale + 1 - log a - exp(a) E1(a)`` with ``a = exp(-b)``, in nats."""
+        """Return ``log scale + 1 - log a - exp(a) E1(a)`` with ``a = exp(-b)``, in nats."""
         _, scale = self._wide()
         result = scale.log() + 1 - self._mean_log()
         return self._statistic(result)
 
 
 def _log_plus_scaled_exp1(log_a: Tensor) -> Tensor:
-    r""":math:`\log a + e^a E_1(a)` for ``log_a`` from -inf (where it is -gamma) to any size."""
+    r"""Return :math:`\log a + e^a E_1(a)` for any ``log_a``; it is -gamma at -inf."""
     small = log_a <= 0
-    # Power series of E1, with log a kept apart: (1 - e^a) log a vanishes with a.
+    # Power series of E1, with log a separate, since (1 - e^a) log a vanishes with a.
     a = torch.where(small, log_a, 0.0).exp()
     series, term = torch.zeros_like(a), torch.ones_like(a)
     for k in range(1, 22):
