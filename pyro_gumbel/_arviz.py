@@ -1,4 +1,4 @@
-"""What differs between ArviZ 0.x and 1.x, in one place.
+"""The differences between ArviZ 0.x and 1.x, in one place.
 
 The file needs NumPy, xarray and ArviZ alone, so that it can be loaded by its path and tested where
 neither torch nor Pyro is installed. ArviZ 0.x imports matplotlib, so ArviZ is imported where it is

@@ -36,7 +36,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one run gives.
+    """The result of one run.
 
     Attributes:
         terms: ``log p`` and ``-log q`` of every site.

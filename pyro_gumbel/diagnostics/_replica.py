@@ -33,7 +33,7 @@ __all__ = ["Replica", "Step", "site_effects", "split_choice"]
 
 
 class Step(NamedTuple):
-    """What a gradient came with: the loss, its seconds, and evaluations of the model."""
+    """The record of a gradient: the loss, its seconds, and evaluations of the model."""
 
     loss: float
     seconds: float

@@ -34,7 +34,7 @@ _HORIZON = 100  # draws of the cheapest candidate that noise is averaged over, b
 
 
 class Budget:
-    """What may be spent, in seconds or in evaluations of the model.
+    """A budget, in seconds or in evaluations of the model.
 
     Attributes:
         unit: ``"seconds"`` or ``"evaluations"``: also the attribute of draws with their cost.
@@ -46,11 +46,11 @@ class Budget:
         self._end = self.now() + amount
 
     def now(self) -> float:
-        """What was spent, counted from some start."""
+        """Return the amount spent, counted from some start."""
         return time.perf_counter() if self.unit == "seconds" else self._counter.total
 
     def left(self) -> float:
-        """What is left."""
+        """Return the amount left."""
         return max(self._end - self.now(), 0.0)
 
     def share(self, part: float) -> Callable[[], float]:
@@ -103,17 +103,17 @@ class Trial:
 
     @property
     def exact(self) -> bool:
-        """Whether every site is summed out."""
+        """Return whether every site is summed out."""
         return all(estimator.enumerates for estimator in self.config.values())
 
     @property
     def unbiased(self) -> bool:
-        """Whether every estimator claims to be."""
+        """Return whether every estimator claims to be unbiased."""
         return all(estimator.unbiased for estimator in self.config.values())
 
     @property
     def has_history(self) -> bool:
-        """Whether a baseline is an average over the steps before."""
+        """Return whether a baseline is an average over the steps before."""
         baselines = [getattr(estimator, "baseline", None) for estimator in self.config.values()]
         return any(isinstance(baseline, MovingAverage) for baseline in baselines)
 

@@ -243,7 +243,7 @@ class Estimator(StatefulModule):
     enumerates: ClassVar[bool] = False  # a value is the whole support
     differentiates: ClassVar[bool] = False  # the surrogate uses the cost's gradient in the value
     branches_are_draws: ClassVar[bool] = True  # every coupled value is a draw of the guide
-    moves_plates: ClassVar[bool] = False  # other values are no draws, in all elements at once
+    moves_plates: ClassVar[bool] = False  # other values are not draws, in all elements
     draws_from_logits: ClassVar[bool] = False  # values carry a gradient to a copy of the logits
     needs_linked_value: ClassVar[bool] = False  # needs the cost's gradient in the value
     branches_have_graph: ClassVar[bool] = True  # branches are differentiated

@@ -1,4 +1,4 @@
-"""What a model and a guide must agree on, said by name before anything is scored."""
+"""Checks that a model and a guide agree, by site name, before anything is scored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""What each site is charged with: the terms of the ELBO that its plates let it influence.
+r"""The cost of each site: the terms of the ELBO that its plates let it influence.
 
 A term is ``log p`` or ``-log q`` of one site, scaled and masked, of the site's batch shape. A site
 inside a plate cannot influence the plate's other elements, so its cost keeps the dimensions of the

@@ -75,7 +75,7 @@ class LogWeights:
 
 @torch.no_grad()
 def vimco_signal(weights: LogWeights) -> Tensor:
-    """What each particle adds to the bound, ``(K,) + common plates``.
+    """Each particle's contribution to the bound, ``(K,) + common plates``.
 
     The particle is compared with one of the others' mean log weight. Others of weight zero would
     make that minus infinity, so they are left out; a particle that is alone with a weight has

@@ -44,7 +44,7 @@ class DeeperPlates(Exception):
 
 
 class Run:
-    """What one pass left behind.
+    """The result of one pass.
 
     Attributes:
         guide: The guide's latent sites.
@@ -135,7 +135,7 @@ class Run:
         return reached
 
     def shows_lost_gradients(self) -> bool:
-        """Whether each value whose estimator needs the cost's gradient has one."""
+        """Return whether each value has a gradient whose estimator needs the cost's."""
         return all(
             self.value(name).requires_grad
             for name, estimator in self.estimators.items()

@@ -37,7 +37,7 @@ class NestingNeeded(Exception):
 
 @dataclass
 class Memory:
-    """What the main path of a repetition leaves to its branches.
+    """Values and noise of a repetition's main path, kept for its branches.
 
     Attributes:
         values: The coupled values of each site.
@@ -99,7 +99,7 @@ class Sampler(Messenger):
 
     @property
     def adds_dimensions(self) -> bool:
-        """Whether values have dimensions left of the programs' own plates."""
+        """Return whether values have dimensions left of the programs' own plates."""
         return self.layout.particle_dim is not None or bool(self.enumerated)
 
     def _pyro_sample(self, msg: Message) -> None:

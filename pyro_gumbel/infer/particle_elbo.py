@@ -1,4 +1,4 @@
-"""What every objective over particles has in common: its interface to Pyro and its step."""
+"""The common part of every objective over particles: its interface to Pyro and its step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = ["Estimate", "ParticleELBO"]
 
 
 class Estimate(NamedTuple):
-    """What one step estimates.
+    """The estimates of one step.
 
     Attributes:
         loss: The negative bound, a detached scalar.
