@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import grammar
 import style
 from arguments import count, make_folder, natural, new_parser, positive
 from pyro_gumbel.estimators import Enumerate
-from pyro_gumbel.infer import Estimator_ELBO, config_gradient
+from pyro_gumbel.infer import Estimator_ELBO, GradientWarning, config_gradient
 
 
 class Generator(nn.Module):
@@ -226,6 +227,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     make_folder(parser, args.out)
     torch.set_num_threads(1)  # layers this small are slower on more threads
+    # The model's scores cancel the guide's, and so would the gradient that they lack.
+    warnings.filterwarnings("ignore", category=GradientWarning)
     pyro.enable_validation(args.smoke)  # off, since it takes a quarter of a step
     if args.smoke:
         args.steps, args.batch_size, args.data_size, args.measure_every = 4, 16, 100, 2

@@ -116,7 +116,9 @@ def test_processes_draw_latents_of_their_own_and_images_in_one_order(monkeypatch
 
 def test_a_batch_smaller_than_the_processes_is_told(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="1500 images make a batch of 1, and 2"):
+    with pytest.raises(
+        ValueError, match="the smallest batch of 1500 images has 1 for 2 processes"
+    ):
         parallel.check_batches(1500, 1499)
     parallel.check_batches(1500, 1500)
     parallel.check_batches(1500, 100)

@@ -19,7 +19,7 @@ from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.estimators.registry import CLASSES, Choice, DefaultEstimators, check_choice
 from pyro_gumbel.infer._cost_checks import check_costs
 from pyro_gumbel.infer._dependence import Dependence
-from pyro_gumbel.infer._layout import Layout, Path
+from pyro_gumbel.infer._layout import MAIN, Layout, Path
 from pyro_gumbel.infer._options import check_options
 from pyro_gumbel.infer._preflight import (
     Plan,
@@ -243,6 +243,14 @@ class ParticleELBO(ELBO):
         if key not in plans:
             given = self.max_plate_nesting != float("inf")
             plans[key] = Plan(int(self.max_plate_nesting) if given else None)
+            if given and self.vectorize_particles and self._couples(call.guide):
+                # The first step then has the branches where later ones have them: a run that is
+                # resumed repeats each sum of the one that was not broken off.
+                self._preflight(
+                    call,
+                    plans[key],
+                    Layout(plans[key].plate_nesting, (MAIN,), self.num_particles, True),
+                )
         if plans[key].plate_nesting is None and self._adds_dimensions(call.guide):
             self._find_nesting(call, plans[key])
         return plans[key]
@@ -252,9 +260,24 @@ class ParticleELBO(ELBO):
         enumerates = (estimator.enumerates for estimator in self.known_estimators(guide))
         return self.vectorize_particles or any(enumerates)
 
+    def _couples(self, guide: Any) -> bool:
+        """Return whether a site is known to draw several values."""
+        return any(
+            estimator.num_values > 1 or type(estimator).block_size is not Estimator.block_size
+            for estimator in self.known_estimators(guide)
+        )
+
     def _find_nesting(self, call: Call, plan: Plan) -> None:
-        run, plan.plate_nesting = preflight(call, self._choose, Layout())
+        plan.plate_nesting = self._preflight(call, plan, Layout())
+
+    def _preflight(self, call: Call, plan: Plan, layout: Layout) -> int:
+        try:
+            run, nesting = preflight(call, self._choose, layout)
+        except DeeperPlates as deeper:
+            self._allow_nesting(deeper)
+            raise
         plan.branches = main_branches(run)
+        return nesting
 
     def _allow_nesting(self, deeper: DeeperPlates) -> None:
         if self.max_plate_nesting != float("inf"):

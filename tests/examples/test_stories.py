@@ -72,11 +72,17 @@ def test_unsupported_estimators_are_reported_before_the_first_run(
     assert "score:2" not in printed.partition("error:")[0]  # no bar of a run
 
 
-@pytest.mark.parametrize("gradient", ["rebar", "double_control_variate", "muprop", "disarm_tree"])
+@pytest.mark.parametrize("gradient", ["double_control_variate", "muprop", "disarm_tree"])
 def test_the_game_takes_estimators_that_run_the_model_again(gradient: str, tmp_path: Path) -> None:
     options = ["--steps", "2", "--batch-size", "8", "--hidden", "8", "--data-size", "50"]
     sequence_gan.main(["--gradients", gradient, *options, "--out", str(tmp_path)])
     assert (tmp_path / "training.png").exists()
+
+
+def test_the_game_refuses_relaxed_costs_for_scores_without_a_gradient(tmp_path: Path) -> None:
+    options = ["--steps", "2", "--batch-size", "8", "--hidden", "8", "--data-size", "50"]
+    with pytest.raises(ValueError, match="Rebar.*needs the cost's gradient"):
+        sequence_gan.main(["--gradients", "rebar", *options, "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize("story", STORIES, ids=lambda module: module.__name__)
