@@ -244,8 +244,7 @@ class ParticleELBO(ELBO):
             given = self.max_plate_nesting != float("inf")
             plans[key] = Plan(int(self.max_plate_nesting) if given else None)
             if given and self.vectorize_particles and self._couples(call.guide):
-                # The first step then has the branches where later ones have them: a run that is
-                # resumed repeats each sum of the one that was not broken off.
+                # A resumed run then repeats each sum of one that was not broken off.
                 self._preflight(
                     call,
                     plans[key],
@@ -349,10 +348,8 @@ class ParticleELBO(ELBO):
     ) -> None:
         """Check once for each site and estimator that the cost is as the estimator needs it.
 
-        The first pass of two programs is followed for it. Other values may lead programs that read
-        numbers into Python elsewhere. They are checked again after 2, 4, 8, ... passes: following
-        the values costs several passes, and a program that only prints a statistic should not pay
-        it in every step.
+        The first pass of two programs is followed for it. Programs that read numbers into Python
+        are checked again after 2, 4, 8, ... passes, since other values may lead them elsewhere.
         """
         plan.passes += 1
         sites = {
