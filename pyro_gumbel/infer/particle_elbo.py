@@ -244,7 +244,6 @@ class ParticleELBO(ELBO):
             given = self.max_plate_nesting != float("inf")
             plans[key] = Plan(int(self.max_plate_nesting) if given else None)
             if given and self.vectorize_particles and self._couples(call.guide):
-                # A resumed run then repeats each sum of one that was not broken off.
                 self._preflight(
                     call,
                     plans[key],

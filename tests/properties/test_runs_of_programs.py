@@ -369,8 +369,8 @@ def test_guides_that_are_handlers_of_the_model(make: type, vectorize: bool) -> N
     auto(DATA)
     values, grads = [], []
     for loss in (
-        Estimator_ELBO(200, vectorize_particles=vectorize, max_plate_nesting=1),
-        Trace_ELBO(200, vectorize_particles=vectorize, max_plate_nesting=1),
+        Estimator_ELBO(3, vectorize_particles=vectorize, max_plate_nesting=1),
+        Trace_ELBO(3, vectorize_particles=vectorize, max_plate_nesting=1),
     ):
         pyro.set_rng_seed(3)
         auto.zero_grad()
@@ -378,10 +378,9 @@ def test_guides_that_are_handlers_of_the_model(make: type, vectorize: bool) -> N
         grads.append([p.grad.clone() for p in auto.parameters() if p.grad is not None])
         auto.zero_grad()
     assert len(grads[0]) == len(grads[1]) > 0
-    pyro.set_rng_seed(3)
-    torch.testing.assert_close(values[0], values[1], rtol=0.05, atol=0)
+    assert values[0] == pytest.approx(values[1], rel=1e-5)  # of the same draws
     for ours, theirs in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0.3, atol=1.0)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_handler_guide_learns_the_posterior() -> None:
