@@ -28,7 +28,7 @@ __all__ = [
 _FEWEST = 25  # draws that have a tail
 _SIZES = 10  # of which it consists at least: a fit to steps depends on where they are cut
 
-# ArviZ 1.2 and later answers hasattr(az, "InferenceData") with yes, so the version has to tell.
+# ArviZ 1.2 and later has an attribute "InferenceData" too, so the version decides.
 ARVIZ_1 = int(version("arviz").split(".", 1)[0]) >= 1
 
 

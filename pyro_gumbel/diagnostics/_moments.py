@@ -129,7 +129,7 @@ class Moments:
         if batch < 4:
             return
         # For i != j, with the mean over the draws other than i and j: unbiased for tr Sigma^2,
-        # whatever the law of the draws (Chen, Qin, 2010).
+        # for any distribution of the draws (Chen, Qin, 2010).
         others = stacked.sum(1, keepdim=True) - stacked - deviations[:, None, :]
         products = stacked - others / (batch - 2)  # (x_i - mean of others)' x_j
         both = products * products.transpose(1, 2)
