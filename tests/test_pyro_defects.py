@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from problems import (
+from helpers.problems import (
     Problem,
     bit_values,
     draw_gradients,

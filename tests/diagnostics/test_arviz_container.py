@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from toys import drawn
+from helpers.toys import drawn
 
 from pyro_gumbel._arviz import group
 from pyro_gumbel.diagnostics import to_arviz

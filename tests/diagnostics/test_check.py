@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
-from toys import bits
+from helpers.toys import bits
 
 from pyro_gumbel.diagnostics import (
     check_unbiased,

@@ -10,8 +10,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
+from helpers.toys import bits, chain
 from scipy import stats
-from toys import bits, chain
 
 from pyro_gumbel.diagnostics import compare_gradients, exact_gradient, gradient_draws
 from pyro_gumbel.estimators import Estimator

@@ -11,10 +11,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
+from helpers.toys import bits, chain, draw
 from pyro.infer import ReweightedWakeSleep, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormalMessenger
 from pyro.nn import PyroModule, PyroParam
-from toys import bits, chain, draw
 
 from pyro_gumbel.diagnostics import (
     compare_gradients,

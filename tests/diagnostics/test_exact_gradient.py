@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import problems
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers import problems
+from helpers.toys import PROBLEMS, chain
 from pyro.infer import TraceEnum_ELBO, config_enumerate
-from toys import PROBLEMS, chain
 
 from pyro_gumbel.diagnostics import exact_gradient, gradient_draws
 

@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import xarray as xr
+from helpers.toys import drawn
 from matplotlib.colors import to_rgba
-from toys import drawn
 
 from pyro_gumbel._arviz import ARVIZ_1
 from pyro_gumbel.diagnostics import (

@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from decisions import bits_program, black_box, continuous, decoder, quick, small
+from helpers.decisions import bits_program, black_box, continuous, decoder, quick, small
 
 from pyro_gumbel.diagnostics import gradient_draws, recommend
 from pyro_gumbel.estimators import (

@@ -15,7 +15,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from decisions import bits_program, black_box, quick, small
+from helpers.decisions import bits_program, black_box, quick, small
 
 from pyro_gumbel.estimators import (
     DisARM,

@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from toys import bits, chain, draw
+from helpers.toys import bits, chain, draw
 
 from pyro_gumbel.diagnostics import (
     compare_gradients,

@@ -9,8 +9,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.toys import bits, chain
 from pyro.infer import SVI
-from toys import bits, chain
 
 from pyro_gumbel.diagnostics import train
 from pyro_gumbel.estimators import ReinMax

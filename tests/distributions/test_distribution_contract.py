@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from laws import DTYPES
+from helpers.laws import DTYPES
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 

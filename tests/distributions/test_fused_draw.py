@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from laws import chi_square_p, count_z
+from helpers.laws import chi_square_p, count_z
 
 from pyro_gumbel.distributions import draw_one_hot, one_hot
 from pyro_gumbel.infer._recording import record

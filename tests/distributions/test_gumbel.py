@@ -9,7 +9,7 @@ import pytest
 import scipy.integrate
 import scipy.stats
 import torch
-from laws import DTYPES, mean_z
+from helpers.laws import DTYPES, mean_z
 from torch.distributions import kl_divergence
 
 from pyro_gumbel.distributions import Gumbel

@@ -7,7 +7,7 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
-from laws import DTYPES
+from helpers.laws import DTYPES
 from torch.distributions import kl_divergence
 
 from pyro_gumbel.distributions import (

@@ -7,7 +7,7 @@ import math
 import pytest
 import scipy.stats
 import torch
-from laws import DTYPES, HALF, count_z, mean_z
+from helpers.laws import DTYPES, HALF, count_z, mean_z
 
 from pyro_gumbel.distributions import _noise as noise_module
 from pyro_gumbel.distributions import gumbel_noise

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from laws import DTYPES, HALF, chi_square_p, count_z, mean_z
+from helpers.laws import DTYPES, HALF, chi_square_p, count_z, mean_z
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from torch.distributions import kl_divergence
 

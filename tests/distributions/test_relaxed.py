@@ -7,7 +7,7 @@ import math
 import pytest
 import scipy.stats
 import torch
-from laws import DTYPES
+from helpers.laws import DTYPES
 from torch.distributions import biject_to
 
 from pyro_gumbel.distributions import ExpRelaxedOneHot, RelaxedOneHot, draw_one_hot

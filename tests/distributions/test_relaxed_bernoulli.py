@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
-from laws import DTYPES, HALF, mean_z
+from helpers.laws import DTYPES, HALF, mean_z
 
 from pyro_gumbel.distributions import RelaxedBernoulli
 

@@ -8,7 +8,7 @@ import pytest
 import scipy.integrate
 import scipy.stats
 import torch
-from laws import DTYPES, mean_z
+from helpers.laws import DTYPES, mean_z
 
 from pyro_gumbel.distributions import Gumbel, TruncatedGumbel
 

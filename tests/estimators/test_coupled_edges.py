@@ -8,8 +8,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from coupled_problems import constant, copy_gradients, copy_program
-from problems import Problem, draw_gradients, exact_gradient, one_hot_values, worst_z
+from helpers.coupled_problems import constant, copy_gradients, copy_program
+from helpers.problems import Problem, draw_gradients, exact_gradient, one_hot_values, worst_z
 from pyro import poutine
 
 from pyro_gumbel.estimators import (

@@ -11,7 +11,7 @@ import itertools
 
 import pytest
 import torch
-from coupled_draws import EXACT, BitSite, OneHotSite, pattern_law, prescribe
+from helpers.coupled_draws import EXACT, BitSite, OneHotSite, pattern_law, prescribe
 
 from pyro_gumbel.estimators import (
     ARMS,

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from coupled_draws import EXACT, PARTICLES, BitSite, OneHotSite, prescribe, step
+from helpers.coupled_draws import EXACT, PARTICLES, BitSite, OneHotSite, prescribe, step
 
 from pyro_gumbel.estimators import (
     ARMS,

@@ -10,7 +10,7 @@ import itertools
 import pyro.distributions as dist
 import pytest
 import torch
-from coupled_draws import OneHotSite, pattern_law
+from helpers.coupled_draws import OneHotSite, pattern_law
 from scipy import stats
 
 from pyro_gumbel.estimators import (

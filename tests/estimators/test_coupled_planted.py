@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from coupled_problems import copies, copy_gradients, exact
-from problems import worst_z
+from helpers.coupled_problems import copies, copy_gradients, exact
+from helpers.problems import worst_z
 from torch import nn
 
 from pyro_gumbel.estimators import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from coupled_draws import BitSite, OneHotSite, step
+from helpers.coupled_draws import BitSite, OneHotSite, step
 from torch import nn
 
 from pyro_gumbel.estimators import DoubleControlVariate, Rebar, Relax, Rodeo

@@ -9,8 +9,8 @@ from __future__ import annotations
 import pyro
 import pytest
 import torch
-from coupled_problems import PROBLEMS, copies, copy_gradients, exact
-from problems import relative_error, worst_z
+from helpers.coupled_problems import PROBLEMS, copies, copy_gradients, exact
+from helpers.problems import relative_error, worst_z
 from pyro.infer import SVI
 from torch import nn
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from formulas import (
+from helpers.formulas import (
     EXACT,
     gapped_jacobian,
     reinmax_jacobian,

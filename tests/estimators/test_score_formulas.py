@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from formulas import EXACT
+from helpers.formulas import EXACT
 from torch import nn
 
 from pyro_gumbel.estimators import LeaveOneOut, MovingAverage, NeuralBaseline, Pathwise, Score

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
-from formulas import (
+from helpers.formulas import (
     EXACT,
     gapped_jacobian,
     jacobian_of_draw,

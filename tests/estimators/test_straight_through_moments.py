@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyro.distributions as dist
 import pytest
 import torch
-from formulas import EXACT, jacobian_of_draw, softmax_jacobian
+from helpers.formulas import EXACT, jacobian_of_draw, softmax_jacobian
 
 from pyro_gumbel.estimators import (
     GumbelRao,

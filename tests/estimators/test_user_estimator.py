@@ -8,10 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch import Tensor
-
-from pyro_gumbel.estimators import Estimator
-from tests.problems import (
+from helpers.problems import (
     Problem,
     bit_values,
     draw_gradients,
@@ -19,6 +16,9 @@ from tests.problems import (
     relative_error,
     worst_z,
 )
+from torch import Tensor
+
+from pyro_gumbel.estimators import Estimator
 
 X = torch.tensor([0.7, -0.4])
 

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from problems import (
+from helpers.problems import (
     Problem,
     bit_values,
     draw_gradients,
@@ -16,7 +16,7 @@ from problems import (
     relative_error,
     worst_z,
 )
-from programs import check, check_loss, constant, nested
+from helpers.programs import check, check_loss, constant, nested
 from pyro import poutine
 
 from pyro_gumbel.estimators import (

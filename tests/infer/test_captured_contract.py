@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from captured import X, make, observe, same, steps_of
+from helpers.captured import X, make, observe, same, steps_of
 from pyro import poutine
 from pyro.infer import SVI
 

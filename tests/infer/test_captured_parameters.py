@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from captured import Plain, X, make, observe, refused, replayed, same
+from helpers.captured import Plain, X, make, observe, refused, replayed, same
 from pyro.infer import SVI
 
 from pyro_gumbel.infer import CapturedSVI

@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from captured import batches, one_hot_programs, replayed
+from helpers.captured import batches, one_hot_programs, replayed
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 

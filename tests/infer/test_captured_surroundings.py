@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from captured import Plain, X, make, observe, replayed, same, steps_of
+from helpers.captured import Plain, X, make, observe, replayed, same, steps_of
 from pyro import poutine
 
 from pyro_gumbel.estimators import (

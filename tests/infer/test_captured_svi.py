@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from captured import DATA, batches, one_hot_programs, replayed, steps_of
+from helpers.captured import DATA, batches, one_hot_programs, replayed, steps_of
 from pyro.infer import SVI
 
 from pyro_gumbel.estimators import (

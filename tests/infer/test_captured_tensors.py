@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from captured import X, make, observe, refused, same, steps_of
+from helpers.captured import X, make, observe, refused, same, steps_of
 
 from pyro_gumbel.infer import CapturedSVI
 

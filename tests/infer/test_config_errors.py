@@ -8,7 +8,7 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
-from faulty import (
+from helpers.faulty import (
     BIT,
     MISFIT,
     ONE_HOT,

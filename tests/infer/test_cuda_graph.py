@@ -8,7 +8,7 @@ import copy
 import pyro
 import pytest
 import torch
-from captured import batches, one_hot_programs, steps_of
+from helpers.captured import batches, one_hot_programs, steps_of
 from pyro.infer import SVI
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from problems import (
+from helpers.problems import (
     Problem,
     bit_values,
     draw_gradients,
@@ -15,7 +15,7 @@ from problems import (
     relative_error,
     worst_z,
 )
-from programs import check, check_loss, constant
+from helpers.programs import check, check_loss, constant
 
 from pyro_gumbel.estimators import (
     Enumerate,

@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from captured import steps_of
+from helpers.captured import steps_of
 from pyro.infer import SVI
 from pyro.nn import PyroModule
 from torch import nn

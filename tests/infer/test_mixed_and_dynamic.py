@@ -9,13 +9,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from problems import (
+from helpers.problems import (
     Problem,
     draw_gradients,
     relative_error,
     worst_z,
 )
-from programs import check, check_loss, constant, copies, copy_gradients
+from helpers.programs import check, check_loss, constant, copies, copy_gradients
 
 from pyro_gumbel.estimators import (
     Enumerate,

@@ -6,14 +6,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from problems import (
+from helpers.problems import (
     Problem,
     bit_values,
     draw_gradients,
     exact_gradient,
     worst_z,
 )
-from programs import check, check_loss, constant, nested
+from helpers.programs import check, check_loss, constant, nested
 
 from pyro_gumbel.estimators import (
     Enumerate,

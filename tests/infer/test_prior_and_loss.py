@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from problems import worst_z
+from helpers.problems import worst_z
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.optim import ExponentialLR

@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from faulty import (
+from helpers.faulty import (
     BIT,
     HALF,
     INDEX,

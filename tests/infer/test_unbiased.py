@@ -11,8 +11,8 @@ import functools
 
 import pytest
 import torch
-from problems import draw_gradients, exact_gradient, relative_error, worst_z
-from programs import CHAIN_EVENT_DIMS, LOCAL, SIZE, chain, copies, copy_gradients
+from helpers.problems import draw_gradients, exact_gradient, relative_error, worst_z
+from helpers.programs import CHAIN_EVENT_DIMS, LOCAL, SIZE, chain, copies, copy_gradients
 from torch import nn
 
 from pyro_gumbel.estimators import (

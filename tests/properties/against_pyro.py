@@ -18,13 +18,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 
 import pyro
 import torch
-from differences.draws import SIGHT, Difference, Draws, Step, difference
-from differences.objectives import Objective, wanted
-from differences.references import Quantity, reference_step
-from user_programs import PROGRAMS, Program, Setup
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs as a script
+
+from helpers.differences.draws import SIGHT, Difference, Draws, Step, difference
+from helpers.differences.objectives import Objective, wanted
+from helpers.differences.references import Quantity, reference_step
+from helpers.user_programs import PROGRAMS, Program, Setup
 
 TARGET = 0.1  # the relative error that is to be seen
 _FEW = 5  # draws that show series with the same random numbers to be equal

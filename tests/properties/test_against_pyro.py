@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from against_pyro import Comparison
-from user_programs import PROGRAMS
+from helpers.user_programs import PROGRAMS
 
 QUICK = ("looped", "vectorized")
 

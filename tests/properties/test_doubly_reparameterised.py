@@ -10,12 +10,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro import poutine
-from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
-from reparameterised_programs import BESIDE, PROGRAMS
-from torch import Tensor
-from torch.distributions import Normal
-from weighed_programs import (
+from helpers.reparameterised_programs import BESIDE, PROGRAMS
+from helpers.weighed_programs import (
     CASES,
     X,
     by_formula,
@@ -25,6 +21,10 @@ from weighed_programs import (
     programs,
     recorded_gradients,
 )
+from pyro import poutine
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
+from torch import Tensor
+from torch.distributions import Normal
 
 from pyro_gumbel.estimators import Pathwise, Score
 from pyro_gumbel.infer import Estimator_ELBO, ImportanceWeighted_ELBO, config_gradient

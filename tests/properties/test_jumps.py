@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from jump_programs import BIT, FAMILIES, ONE_HOT, PLACES, TABLE, Programs, placed
+from helpers.jump_programs import BIT, FAMILIES, ONE_HOT, PLACES, TABLE, Programs, placed
 from torch import Tensor, nn
 
 from pyro_gumbel.estimators import (

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pyro
 import pytest
 import torch
+from helpers.user_programs.random_programs import PLATES, RandomProgram, RandomSite
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from pyro import poutine
-from user_programs.random_programs import PLATES, RandomProgram, RandomSite
 
 from pyro_gumbel.estimators import (
     ARMS,

@@ -9,10 +9,8 @@ import pyro.distributions as dist
 import pyro.distributions.transforms as T
 import pytest
 import torch
-from pyro import poutine
-from reparameterised_programs import BESIDE, PROGRAMS
-from torch import Tensor
-from weighed_programs import (
+from helpers.reparameterised_programs import BESIDE, PROGRAMS
+from helpers.weighed_programs import (
     CASES,
     by_formula,
     mean_gradients,
@@ -20,6 +18,8 @@ from weighed_programs import (
     programs,
     recorded_gradients,
 )
+from pyro import poutine
+from torch import Tensor
 
 from pyro_gumbel.estimators import Pathwise, Score
 from pyro_gumbel.infer import Estimator_ELBO, ImportanceWeighted_ELBO, config_gradient

@@ -8,8 +8,17 @@ import torch
 from pyro import poutine
 from torch import nn
 
+from helpers.user_programs.program import (
+    bit,
+    category,
+    copies,
+    normal,
+    one_hot,
+    param,
+    program,
+    table,
+)
 from pyro_gumbel.infer import Estimator_ELBO
-from user_programs.program import bit, category, copies, normal, one_hot, param, program, table
 
 # These live on the cost's gradient in the value.
 GRADIENT_OF_THE_COST = ("Rebar*", "MuProp*", "DoubleControlVariate*", "Rodeo*")

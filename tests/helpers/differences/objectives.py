@@ -10,10 +10,10 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch.distributions import Independent
-from user_programs import Program, Setup
 
-from differences.draws import Step, gradient_step
-from differences.references import Quantity
+from helpers.differences.draws import Step, gradient_step
+from helpers.differences.references import Quantity
+from helpers.user_programs import Program, Setup
 from pyro_gumbel.estimators import (
     ARMS,
     DisARM,

@@ -13,9 +13,9 @@ from pyro.infer.enum import get_importance_trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from user_programs import Program, Setup
 
-from differences.draws import Step, gradient_step
+from helpers.differences.draws import Step, gradient_step
+from helpers.user_programs import Program, Setup
 
 
 @dataclass(frozen=True)

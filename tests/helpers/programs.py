@@ -7,9 +7,10 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from problems import Problem, bit_values, one_hot_values, relative_error, worst_z
 from pyro import poutine
 from torch import Tensor
+
+from helpers.problems import Problem, bit_values, one_hot_values, relative_error, worst_z
 
 SIZE = 2
 MAX_COUNT = 8  # of a Poisson site of rate below 0.4: what lies beyond has mass 1e-9

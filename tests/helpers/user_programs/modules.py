@@ -9,7 +9,7 @@ from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 
-from user_programs.program import bit, copies, normal, one_hot, param, program, table
+from helpers.user_programs.program import bit, copies, normal, one_hot, param, program, table
 
 DATA = table([0.3, -1.0, 0.7], [1.2, 0.4, -0.5], [-0.8, 0.9, 0.1])
 

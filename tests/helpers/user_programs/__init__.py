@@ -1,6 +1,6 @@
 """Programs that people write, one family a file."""
 
-from user_programs import (
+from helpers.user_programs import (
     autoguides,
     families,
     handlers,
@@ -11,7 +11,7 @@ from user_programs import (
     structure,
     subclasses,
 )
-from user_programs.program import PROGRAMS, Program, Setup
+from helpers.user_programs.program import PROGRAMS, Program, Setup
 
 __all__ = [
     "PROGRAMS",

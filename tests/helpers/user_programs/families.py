@@ -8,7 +8,16 @@ import torch
 from pyro.distributions import constraints
 from pyro.distributions import transforms as T
 
-from user_programs.program import NOT_RECORDED, bit, copies, normal, one_hot, param, program, table
+from helpers.user_programs.program import (
+    NOT_RECORDED,
+    bit,
+    copies,
+    normal,
+    one_hot,
+    param,
+    program,
+    table,
+)
 
 FEW_OR_MANY = table(0.05, 5.0)
 

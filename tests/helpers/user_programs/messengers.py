@@ -11,8 +11,8 @@ from pyro.infer.autoguide import (
     AutoRegressiveMessenger,
 )
 
-from user_programs.autoguides import automatic, positive_and_real, wide
-from user_programs.program import bit, copies, normal, program, table
+from helpers.user_programs.autoguides import automatic, positive_and_real, wide
+from helpers.user_programs.program import bit, copies, normal, program, table
 
 automatic("auto_normal_messenger", wide(AutoNormalMessenger))
 automatic("auto_hierarchical_messenger", wide(AutoHierarchicalNormalMessenger))

@@ -8,10 +8,10 @@ import pyro
 import pyro.distributions as dist
 import torch
 import xarray as xr
-from problems import Problem, bit_values, one_hot_values
 from pyro import poutine
 from torch import Tensor
 
+from helpers.problems import Problem, bit_values, one_hot_values
 from pyro_gumbel.diagnostics import exact_gradient, gradient_draws
 
 

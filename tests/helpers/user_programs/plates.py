@@ -6,7 +6,16 @@ import pyro
 import torch
 from pyro import poutine
 
-from user_programs.program import bit, category, copies, normal, one_hot, param, program, table
+from helpers.user_programs.program import (
+    bit,
+    category,
+    copies,
+    normal,
+    one_hot,
+    param,
+    program,
+    table,
+)
 
 
 @program(reference="enum")

@@ -10,7 +10,7 @@ import torch
 from pyro.distributions import constraints
 from pyro.distributions.testing.rejection_gamma import RejectionGamma, ShapeAugmentedBeta
 
-from user_programs.program import (
+from helpers.user_programs.program import (
     NOT_RECORDED,
     bit,
     category,

@@ -8,8 +8,8 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import nn
-from toys import bits, chain
 
+from helpers.toys import bits, chain
 from pyro_gumbel.diagnostics import Recommendation, recommend
 
 

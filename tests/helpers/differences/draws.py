@@ -10,7 +10,8 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from user_programs import Setup
+
+from helpers.user_programs import Setup
 
 Step = Callable[[], tuple[float, dict[str, Tensor]]]
 

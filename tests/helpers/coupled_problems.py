@@ -14,10 +14,10 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from problems import Problem, bit_values, exact_gradient, one_hot_values
 from pyro import poutine
 from torch import Tensor
 
+from helpers.problems import Problem, bit_values, exact_gradient, one_hot_values
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
 

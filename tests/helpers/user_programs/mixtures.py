@@ -7,7 +7,16 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 
-from user_programs.program import bit, category, copies, normal, one_hot, param, program, table
+from helpers.user_programs.program import (
+    bit,
+    category,
+    copies,
+    normal,
+    one_hot,
+    param,
+    program,
+    table,
+)
 
 
 @program(reference="trace")

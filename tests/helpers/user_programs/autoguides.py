@@ -21,7 +21,7 @@ from pyro.infer.autoguide import (
     AutoStructured,
 )
 
-from user_programs.program import bit, copies, normal, param, program, table
+from helpers.user_programs.program import bit, copies, normal, param, program, table
 
 
 def positive_and_real(n):

@@ -9,7 +9,7 @@ from pyro import poutine
 from pyro.contrib.autoname import scope
 from pyro.infer.reparam import LocScaleReparam, TransformReparam
 
-from user_programs.program import bit, copies, normal, one_hot, param, program, table
+from helpers.user_programs.program import bit, copies, normal, one_hot, param, program, table
 
 
 @program(reference="enum")
