@@ -16,7 +16,7 @@ from pyro_gumbel.diagnostics._replica import EvaluationCounter
 from pyro_gumbel.diagnostics._state import Params, seeds
 from pyro_gumbel.diagnostics.compare import compare_gradients
 from pyro_gumbel.diagnostics.draws import gradient_draws
-from pyro_gumbel.estimators import Call, Estimator, MovingAverage
+from pyro_gumbel.estimators import Call, Estimator, MovingAverage, Route
 from pyro_gumbel.infer import Estimator_ELBO, GradientWarning
 
 __all__ = ["FAILURES", "Budget", "Search", "Trial"]
@@ -104,7 +104,7 @@ class Trial:
     @property
     def exact(self) -> bool:
         """Return whether every site is summed out."""
-        return all(estimator.enumerates for estimator in self.config.values())
+        return all(estimator.route is Route.ENUMERATE for estimator in self.config.values())
 
     @property
     def unbiased(self) -> bool:

@@ -1,7 +1,7 @@
 """Gradient estimators of sample sites, with their baselines and schedules."""
 
 from pyro_gumbel.estimators.antithetic import ARMS, DisARM, DisARMTree
-from pyro_gumbel.estimators.base import Call, Estimator, Site, SiteReader
+from pyro_gumbel.estimators.base import Branches, Call, Estimator, Route, Site, SiteReader
 from pyro_gumbel.estimators.baselines import Baseline, LeaveOneOut, MovingAverage, NeuralBaseline
 from pyro_gumbel.estimators.control_variates import DoubleControlVariate, MuProp, Rodeo
 from pyro_gumbel.estimators.enumeration import Enumerate, LocalExpectation
@@ -22,6 +22,7 @@ from pyro_gumbel.estimators.without_replacement import SumAndSample, UnorderedSe
 __all__ = [
     "ARMS",
     "Baseline",
+    "Branches",
     "Call",
     "DisARM",
     "DisARMTree",
@@ -45,6 +46,7 @@ __all__ = [
     "ReinMaxRao",
     "Relax",
     "Rodeo",
+    "Route",
     "Schedule",
     "Score",
     "Site",

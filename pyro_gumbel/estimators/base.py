@@ -11,10 +11,19 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor
 
 from pyro_gumbel.distributions.families import from_noise, log_mass, sample_detached
+from pyro_gumbel.estimators._flags import (
+    FLAGS,
+    Branches,
+    BranchGraph,
+    Route,
+    convert_class,
+    convert_flags,
+    objection,
+)
 from pyro_gumbel.estimators._module import StatefulModule
 from pyro_gumbel.estimators.schedules import Schedule
 
-__all__ = ["Call", "Estimator", "Site", "SiteReader"]
+__all__ = ["Branches", "Call", "Estimator", "Route", "Site", "SiteReader"]
 
 
 @dataclass(frozen=True)
@@ -199,8 +208,7 @@ class Estimator(StatefulModule):
 
     An estimator has two parts. :meth:`draw` draws a value at the guide's site, or a block of
     ``num_values`` coupled values. :meth:`surrogate` then returns a scalar of the values' costs
-    whose gradient is the estimate. If the values carry the gradient (``pathwise = True``), it
-    returns None.
+    whose gradient is the estimate. If the values carry the gradient, it returns None.
 
     Class attributes that a subclass sets:
 
@@ -209,7 +217,10 @@ class Estimator(StatefulModule):
     * ``num_values``: the number of coupled values, with one program evaluation each. If it is more
       than one, :meth:`draw` stacks them along a new first dimension, with a draw of the guide
       first;
-    * ``pathwise``: whether values carry the gradient.
+    * ``route``: how the gradient passes the site, see :class:`Route`;
+    * ``branches``: what values other than the first are, see :class:`Branches`;
+    * ``needs_smooth_cost``: whether the estimate is wrong where the cost depends on the value
+      without a gradient, as through an index.
 
     Keep hyper-parameters as attributes under the constructor's names, so that ``repr`` can rebuild
     the object. Several sites may share an estimator, so keep state by site name.
@@ -238,18 +249,25 @@ class Estimator(StatefulModule):
 
     unbiased: ClassVar[bool]
     sites: ClassVar[str]
-    pathwise: ClassVar[bool] = False
-    relaxed: ClassVar[bool] = False  # the program runs on values outside the support
-    enumerates: ClassVar[bool] = False  # a value is the whole support
-    differentiates: ClassVar[bool] = False  # the surrogate uses the cost's gradient in the value
-    branches_are_draws: ClassVar[bool] = True  # every coupled value is a draw of the guide
-    moves_plates: ClassVar[bool] = False  # other values are not draws, in all elements
+    route: ClassVar[Route] = Route.SCORE
+    branches: ClassVar[Branches] = Branches.SAMPLES
+    needs_smooth_cost: ClassVar[bool] = False  # biased where the cost ignores the value's gradient
+    relaxed: ClassVar[bool] = False  # all values are outside the support; another run has the loss
     draws_from_logits: ClassVar[bool] = False  # values carry a gradient to a copy of the logits
-    needs_linked_value: ClassVar[bool] = False  # needs the cost's gradient in the value
-    branches_have_graph: ClassVar[bool] = True  # branches are differentiated
+    differentiates_branches: ClassVar[BranchGraph] = BranchGraph()
     num_values: int = 1
     chunk_size: int | None = None  # number of branches without graph to evaluate at once
     min_particles: int = 1
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        convert_class(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FLAGS:
+            convert_flags(self, type(self), {name: value}, stacklevel=4)
+        else:
+            super().__setattr__(name, value)
 
     def supports(self, fn: Distribution) -> bool:
         """Return whether it supports ``fn``, a distribution without ``to_event`` and ``mask``."""
@@ -291,8 +309,10 @@ class Estimator(StatefulModule):
     @property
     def keeps_score_gradient(self) -> bool:
         """True if :meth:`log_prob` enters the ELBO with its gradient."""
-        return self.pathwise or self.enumerates or self.differentiates
+        return self.route is not Route.SCORE
 
     def schedules(self) -> list[Schedule]:
         """Return the schedules to advance after a step."""
         return [module for module in self.modules() if isinstance(module, Schedule)]
+
+    objection = objection

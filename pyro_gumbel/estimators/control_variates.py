@@ -16,7 +16,7 @@ from pyro_gumbel.distributions.families import (
     sample_detached,
     value_dtype,
 )
-from pyro_gumbel.estimators.base import Estimator, Site
+from pyro_gumbel.estimators.base import Branches, Estimator, Route, Site
 
 __all__ = ["DoubleControlVariate", "MuProp", "Rodeo", "lower"]
 
@@ -26,7 +26,7 @@ class DifferentiatingEstimator(Estimator):
 
     unbiased = True
     sites = "one-hot or Bernoulli"
-    differentiates = True
+    route = Route.COST_GRADIENT
 
     def supports(self, fn: Distribution) -> bool:
         return is_one_hot(fn) or is_bit(fn)
@@ -55,7 +55,7 @@ class MuProp(DifferentiatingEstimator):
     """
 
     num_values = 2
-    branches_are_draws = False
+    branches = Branches.RELAXED
 
     def draw(self, fn: Distribution) -> Tensor:
         probs = one_hot_logits(fn).detach().softmax(-1)

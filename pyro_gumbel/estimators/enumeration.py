@@ -15,7 +15,7 @@ from pyro_gumbel.distributions.families import (
     support_values,
     to_index,
 )
-from pyro_gumbel.estimators.base import Estimator, Site
+from pyro_gumbel.estimators.base import Branches, Estimator, Route, Site
 
 __all__ = ["Enumerate", "LocalExpectation"]
 
@@ -42,7 +42,7 @@ class Enumerate(Estimator):
 
     unbiased = True
     sites = "any site with enumerate_support"
-    enumerates = True
+    route = Route.ENUMERATE
 
     def supports(self, fn: Distribution) -> bool:
         return bool(fn.has_enumerate_support)
@@ -90,9 +90,7 @@ class LocalExpectation(Estimator):
 
     unbiased = True
     sites = "factorised one-hot, Bernoulli or categorical"
-    branches_are_draws = False
-    moves_plates = True
-    branches_have_graph = False
+    branches = Branches.COUNTERFACTUAL
 
     def __init__(self, *, chunk_size: int | None = 64) -> None:
         super().__init__()

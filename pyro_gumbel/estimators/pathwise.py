@@ -16,7 +16,7 @@ from pyro_gumbel.distributions.families import (
     is_normal,
     log_mass,
 )
-from pyro_gumbel.estimators.base import Estimator, Site
+from pyro_gumbel.estimators.base import Estimator, Route, Site
 from pyro_gumbel.estimators.baselines import LeaveOneOut
 
 __all__ = ["Pathwise", "has_score_of_mean_zero", "path_of_score"]
@@ -53,7 +53,7 @@ class Pathwise(Estimator):
 
     unbiased = True
     sites = "a reparameterised site (has rsample)"
-    pathwise = True
+    route = Route.PATHWISE
 
     def __init__(self, *, sticking_the_landing: bool = False) -> None:
         super().__init__()

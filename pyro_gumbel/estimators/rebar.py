@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyro_gumbel.distributions.families import is_bit, one_hot_logits, value_dtype
 from pyro_gumbel.distributions.gumbel import gumbel_noise
 from pyro_gumbel.distributions.one_hot import one_hot_argmax
-from pyro_gumbel.estimators.base import Site
+from pyro_gumbel.estimators.base import Branches, Site
 from pyro_gumbel.estimators.control_variates import DifferentiatingEstimator, lower
 from pyro_gumbel.estimators.rao_blackwell import conditional_scores
 from pyro_gumbel.estimators.schedules import check_temperature
@@ -54,8 +54,8 @@ class Rebar(DifferentiatingEstimator):
     """
 
     num_values = 3
-    branches_are_draws = False
-    needs_linked_value = True
+    branches = Branches.RELAXED
+    needs_smooth_cost = True
     draws_from_logits = True
 
     def __init__(self, temperature: float = 0.5, *, learn: bool = True) -> None:

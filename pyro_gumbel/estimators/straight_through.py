@@ -19,7 +19,7 @@ from pyro_gumbel.distributions.families import (
 from pyro_gumbel.distributions.gumbel import gumbel_noise
 from pyro_gumbel.distributions.one_hot import draw_one_hot, one_at
 from pyro_gumbel.distributions.relaxed import straight_through
-from pyro_gumbel.estimators.base import Estimator
+from pyro_gumbel.estimators.base import Estimator, Route
 from pyro_gumbel.estimators.schedules import Schedule, check_temperature
 
 __all__ = [
@@ -43,8 +43,8 @@ class OneHotEstimator(Estimator):
 
     unbiased = False
     sites = "one-hot or Bernoulli"
-    pathwise = True
-    needs_linked_value = True
+    route = Route.PATHWISE
+    needs_smooth_cost = True
 
     def supports(self, fn: Distribution) -> bool:
         return is_one_hot(fn) or is_bit(fn)

@@ -17,7 +17,7 @@ from pyro_gumbel.distributions.families import (
     to_index,
 )
 from pyro_gumbel.distributions.gumbel import gumbel_noise
-from pyro_gumbel.estimators.base import Estimator, Site
+from pyro_gumbel.estimators.base import Branches, Estimator, Site
 from pyro_gumbel.estimators.enumeration import joins_variables
 
 __all__ = ["SumAndSample", "UnorderedSet"]
@@ -30,9 +30,7 @@ class _WithoutReplacement(Estimator):
 
     unbiased = True
     sites = "one-hot or categorical, one variable per element"
-    branches_are_draws = False
-    moves_plates = True
-    branches_have_graph = False
+    branches = Branches.COUNTERFACTUAL
 
     def supports(self, fn: Distribution) -> bool:
         return is_one_hot(fn) or is_categorical(fn)

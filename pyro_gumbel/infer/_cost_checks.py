@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 
-from pyro_gumbel.estimators import Estimator
+from pyro_gumbel.estimators import Branches, Estimator
 from pyro_gumbel.infer._dependence import Mark, Marks
 
 __all__ = ["GradientWarning", "ReachedTerm", "check_costs"]
@@ -61,9 +61,9 @@ def check_costs(
     terms = list(terms)
     for name, estimator in estimators.items():
         reached = [term for term in terms if name in term.marks]
-        if estimator.needs_linked_value:
+        if estimator.needs_smooth_cost:
             _check_smooth(name, estimator, reached)
-        if estimator.moves_plates:
+        if estimator.branches is Branches.COUNTERFACTUAL:
             _check_inside(name, estimator, frames[name], reached)
 
 

@@ -13,7 +13,7 @@ import torch
 from pyro.poutine.runtime import Message
 from torch import Tensor
 
-from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.estimators import Branches, Call, Estimator
 from pyro_gumbel.infer._dependence import Dependence
 from pyro_gumbel.infer._layout import MAIN, Layout, Path
 from pyro_gumbel.infer._run import Run, collect, plate_nesting, run_programs
@@ -151,6 +151,7 @@ def main_branches(run: Run) -> tuple[Path, ...]:
     return tuple(
         Path(name, value)
         for name, estimator in run.estimators.items()
-        if estimator.branches_have_graph and (estimator.branches_are_draws or name != last)
+        if estimator.differentiates_branches
+        and (estimator.branches is Branches.SAMPLES or name != last)
         for value in range(1, run.sizes[name])
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_gumbel.distributions._score_parts import score_function
 from pyro_gumbel.distributions.families import event_dims, log_mass, unwrap, wrap_score
-from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.estimators import Call, Estimator, Route
 from pyro_gumbel.infer._analytic_kl import analytic_kls
 from pyro_gumbel.infer._checks import check_programs, explain_mismatch, latent_sites
 from pyro_gumbel.infer._cost_checks import ReachedTerm
@@ -109,7 +109,7 @@ class Run:
 
     def draw_score(self, name: str) -> Tensor:
         """Score what was drawn at a site, neither scaled nor masked: the value, or its noise."""
-        if not self.estimators[name].pathwise:
+        if self.estimators[name].route is not Route.PATHWISE:
             return self.log_prob(name)
         fn = self.guide[name]["fn"]
         return sum_rightmost(score_function(unwrap(fn), self.value(name)), event_dims(fn))
@@ -139,7 +139,7 @@ class Run:
         return all(
             self.value(name).requires_grad
             for name, estimator in self.estimators.items()
-            if estimator.needs_linked_value
+            if estimator.needs_smooth_cost
         )
 
     def cost(self, name: str, *, live: bool = False) -> Tensor:

@@ -21,7 +21,7 @@ from pyro_gumbel.distributions.families import (
     sample_detached,
     unwrap,
 )
-from pyro_gumbel.estimators import Estimator
+from pyro_gumbel.estimators import Estimator, Route
 from pyro_gumbel.infer._dependence import Dependence
 from pyro_gumbel.infer._layout import MAIN, Layout, Path, left_filled
 from pyro_gumbel.infer._operations import version
@@ -128,7 +128,10 @@ class Sampler(Messenger):
         Values that were changed on purpose, as by ``clamp_``, can be scored where they move with
         the distribution's parameters. Others were drawn with another probability.
         """
-        if version(value) != self._versions[name] and not self.estimators[name].pathwise:
+        if (
+            version(value) != self._versions[name]
+            and self.estimators[name].route is not Route.PATHWISE
+        ):
             raise ValueError(
                 f"The value of site {name!r} was changed in place after it was drawn. Write an "
                 "operation that makes a new tensor, such as z * 2 for z.mul_(2), or "
@@ -136,11 +139,12 @@ class Sampler(Messenger):
             )
 
     def _value(self, name: str, estimator: Estimator, fn: Any) -> Tensor:
-        if estimator.enumerates and self.enumerate:
+        if estimator.route is Route.ENUMERATE and self.enumerate:
             return self._support(name, estimator, fn)
         if name in self._values:
             return self._values[name]
-        if estimator.enumerates or (self.exact and (estimator.relaxed or self.sizes[name] > 1)):
+        plain = self.exact and (estimator.relaxed or self.sizes[name] > 1)
+        if plain or estimator.route is Route.ENUMERATE:
             return sample_detached(unwrap(fn))
         if all(self._shares_main(path, name) for path in self.layout.paths):
             blocks = []  # nothing to draw: the main path has been there

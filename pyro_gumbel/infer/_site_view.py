@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_gumbel.distributions._score_parts import has_score_parts
 from pyro_gumbel.distributions.families import event_dims, one_hot_logits, unwrap
-from pyro_gumbel.estimators import Call, Estimator, Site
+from pyro_gumbel.estimators import Branches, Call, Estimator, Route, Site
 from pyro_gumbel.infer._layout import MAIN, Path
 from pyro_gumbel.infer._run import Run
 
@@ -61,7 +61,7 @@ class Passes:
         owned: dict[str, list[Tensor]] = {}
         for run in branches:
             (path,) = run.layout.paths
-            if path.owner is not None and self.estimators[path.owner].branches_are_draws:
+            if path.owner is not None and self._averages(path.owner):
                 owned.setdefault(path.owner, []).append(run.totals.mean())
         for totals in reversed(owned.values()):
             mean = torch.stack([mean, *totals]).mean()
@@ -77,7 +77,11 @@ class Passes:
     def _is_draw(self, run: Run, path: Path) -> bool:
         if path.owner is None:
             return True
-        return run.has(path) and self.estimators[path.owner].branches_are_draws
+        return run.has(path) and self._averages(path.owner)
+
+    def _averages(self, owner: str) -> bool:
+        """Return whether the ELBO is averaged over the branches of a site."""
+        return self.estimators[owner].branches is Branches.SAMPLES
 
     def gather(self, name: str, read: Callable[[Run], Tensor], event_dim: int = 0) -> Tensor:
         """Read a tensor of a site off its main path and its own branches: ``(K, R, ...)``."""
@@ -149,8 +153,8 @@ class _Reader:
         for name in names[names.index(self.name) + 1 :]:
             estimator = self.passes.estimators[name]
             fn = unwrap(self.passes.having(name)[0][0].guide[name]["fn"])
-            moves = estimator.pathwise and not has_score_parts(fn)  # with its gradient
-            if moves or estimator.enumerates:
+            moves = estimator.route is Route.PATHWISE and not has_score_parts(fn)
+            if moves or estimator.route is Route.ENUMERATE:
                 continue
             for value in range(size):
                 paths = [(run, index) for run, index, other in own if other == value]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_gumbel.estimators import Call
+from pyro_gumbel.estimators import Call, Route
 from pyro_gumbel.infer._site_view import Passes
 from pyro_gumbel.infer.particle_elbo import ParticleELBO
 
@@ -93,7 +93,7 @@ class Estimator_ELBO(ParticleELBO):  # noqa: N801
     def _estimate(self, passes: Passes, call: Call) -> tuple[Tensor, Tensor]:
         elbo = surrogate = passes.elbo()
         for name, estimator in passes.estimators.items():
-            if estimator.enumerates:
+            if estimator.route is Route.ENUMERATE:
                 continue
             term = estimator.surrogate(passes.site(name, call))
             if term is not None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_gumbel.distributions._score_parts import has_score_parts
 from pyro_gumbel.distributions.families import unwrap
-from pyro_gumbel.estimators import Call, Estimator, Pathwise, Score
+from pyro_gumbel.estimators import Call, Estimator, Pathwise, Route, Score
 from pyro_gumbel.infer._dependence import Dependence
 from pyro_gumbel.infer._doubly_reparameterized import (
     doubly_reparameterize,
@@ -127,7 +127,7 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
                     "write Pathwise() and ImportanceWeighted_ELBO(..., "
                     "doubly_reparameterized=True)."
                 )
-            elif not estimator.pathwise or estimator.relaxed:
+            elif estimator.route is not Route.PATHWISE or estimator.relaxed:
                 raise ValueError(
                     f"At site {name!r}, {estimator!r} has no importance-weighted form. Use "
                     "Score() (VIMCO), a straight-through estimator such as ReinMax(), or, at a "

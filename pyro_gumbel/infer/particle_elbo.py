@@ -15,7 +15,7 @@ from pyro.util import warn_if_nan
 from torch import Tensor, nn
 
 from pyro_gumbel._validate import is_integer
-from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.estimators import Branches, Call, Estimator, Route
 from pyro_gumbel.estimators.registry import CLASSES, Choice, DefaultEstimators, check_choice
 from pyro_gumbel.infer._cost_checks import check_costs
 from pyro_gumbel.infer._dependence import Dependence
@@ -255,8 +255,8 @@ class ParticleELBO(ELBO):
 
     def _adds_dimensions(self, guide: Any) -> bool:
         """Return whether values are known to get dimensions left of the plates."""
-        enumerates = (estimator.enumerates for estimator in self.known_estimators(guide))
-        return self.vectorize_particles or any(enumerates)
+        routes = [estimator.route for estimator in self.known_estimators(guide)]
+        return self.vectorize_particles or Route.ENUMERATE in routes
 
     def _couples(self, guide: Any) -> bool:
         """Return whether a site is known to draw several values."""
@@ -366,7 +366,8 @@ class ParticleELBO(ELBO):
 
     def _restricts_cost(self, estimator: Estimator) -> bool:
         """Return whether the gradient at a site depends on how its value reaches the cost."""
-        return estimator.needs_linked_value or estimator.moves_plates
+        counterfactual = estimator.branches is Branches.COUNTERFACTUAL
+        return estimator.needs_smooth_cost or counterfactual
 
     def _examine(self, plan: Plan, run: Run, dependence: Dependence) -> None:
         """Check the costs of a run whose values were followed."""
@@ -395,6 +396,8 @@ class ParticleELBO(ELBO):
             paths = [path for path in paths if path not in main.layout.paths]
             chunk = (estimator.chunk_size or len(paths) or 1) if self.vectorize_particles else 1
             starts = range(0, len(paths), chunk)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and estimator.branches_have_graph):
+            with torch.set_grad_enabled(
+                torch.is_grad_enabled() and estimator.differentiates_branches
+            ):
                 runs = [run(tuple(paths[at : at + chunk])) for at in starts] + runs
         return runs

@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_gumbel.estimators import Route
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
 DOUBLE = torch.float64
@@ -140,7 +141,7 @@ class OneHotSite(BitSite):
 
 def prescribe(estimator: Any, block: Tensor) -> Any:
     """Let an estimator draw what it is told, ``(K, elements, ...)``."""
-    differentiates = estimator.differentiates
+    differentiates = estimator.route is Route.COST_GRADIENT
 
     def draw_block(fn: Any, event_dims: int) -> Tensor:
         rank = len(fn.batch_shape + fn.event_shape) + 1

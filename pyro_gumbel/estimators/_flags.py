@@ -1,0 +1,125 @@
+"""The two attributes that classify estimators, and the flags of version 0.1 that they replace."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+__all__ = [
+    "FLAGS",
+    "Branches",
+    "BranchGraph",
+    "Route",
+    "convert_class",
+    "convert_flags",
+    "objection",
+]
+
+
+class Route(Enum):
+    """How the gradient passes a site.
+
+    Attributes:
+        SCORE: The surrogate weighs scores with detached costs.
+        PATHWISE: Values carry the gradient.
+        COST_GRADIENT: The surrogate uses the cost's gradient in the values.
+        ENUMERATE: A value is the whole support, and the ELBO is summed over it.
+    """
+
+    SCORE = "score"
+    PATHWISE = "pathwise"
+    COST_GRADIENT = "cost_gradient"
+    ENUMERATE = "enumerate"
+
+
+class Branches(Enum):
+    """What the coupled values of an estimator are, other than the first.
+
+    Attributes:
+        SAMPLES: Draws of the guide. The ELBO is averaged over them.
+        RELAXED: Other values, such as relaxed ones.
+        COUNTERFACTUAL: Other values in all elements of a plate at once, without a graph. Sites
+            outside the plate must not depend on them.
+    """
+
+    SAMPLES = "samples"
+    RELAXED = "relaxed"
+    COUNTERFACTUAL = "counterfactual"
+
+
+class BranchGraph:
+    """Whether branches are evaluated with a graph, by their kind unless it is set."""
+
+    def __get__(self, estimator: Any, kind: Any) -> bool:
+        """Return it for an estimator or a class of estimators."""
+        return (kind if estimator is None else estimator).branches is not Branches.COUNTERFACTUAL
+
+
+# The attribute that replaces each flag, and its values if the flag is true and if it is false.
+_REPLACED: dict[str, tuple[str, Any, Any]] = {
+    "differentiates": ("route", Route.COST_GRADIENT, Route.SCORE),
+    "pathwise": ("route", Route.PATHWISE, Route.SCORE),
+    "enumerates": ("route", Route.ENUMERATE, Route.SCORE),
+    "branches_are_draws": ("branches", Branches.SAMPLES, Branches.RELAXED),
+    "moves_plates": ("branches", Branches.COUNTERFACTUAL, Branches.SAMPLES),
+    "needs_linked_value": ("needs_smooth_cost", True, False),
+}
+FLAGS = (*_REPLACED, "branches_have_graph")
+
+
+def convert_class(kind: Any) -> None:
+    """Convert the flags and methods that a subclass of ``Estimator`` has from version 0.1."""
+    own = dict(vars(kind))
+    convert_flags(kind, kind, {name: own[name] for name in FLAGS if name in own}, stacklevel=5)
+    if "objection" in own:
+        kind.why_unsupported = _renamed(own["objection"])
+        _warn(kind, "the method objection", "Rename it to why_unsupported", stacklevel=4)
+    if "draw_shared" in own:
+        instead = "It is not called any more: override shares_noise and draw_from_noise"
+        _warn(kind, "the method draw_shared", instead, stacklevel=4)
+
+
+def convert_flags(target: Any, kind: type, flags: dict[str, bool], *, stacklevel: int) -> None:
+    """Set what replaces flags of version 0.1, in a class or in an estimator of the class."""
+    if not flags:
+        return
+    has_graph = flags.get("branches_have_graph", target.differentiates_branches)
+    new = {name: getattr(target, name) for name in ("route", "branches", "needs_smooth_cost")}
+    for flag, (name, if_true, if_false) in _REPLACED.items():
+        if flags.get(flag):
+            new[name] = if_true
+        elif flag in flags and new[name] is if_true:
+            new[name] = if_false
+    new["differentiates_branches"] = has_graph  # the last, since it follows the branches
+    changed = {}
+    for name, value in new.items():
+        if value != getattr(target, name):
+            changed[name] = value
+            setattr(target, name, value)
+    written, instead = (
+        ", ".join(f"{name} = {value}" for name, value in attributes.items())
+        for attributes in (flags, changed)
+    )
+    _warn(kind, written, f"Write {instead}" if changed else "Delete it", stacklevel=stacklevel)
+
+
+def _warn(kind: type, old: str, instead: str, *, stacklevel: int) -> None:
+    message = f"{kind.__name__} has {old}, of version 0.1 of pyro_gumbel. {instead}."
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
+
+
+def _renamed(method: Callable[..., str | None]) -> Callable[..., str | None]:
+    def why_unsupported(self: Any, fn: Any, event_dims: int) -> str | None:
+        return method(self, fn, event_dims)
+
+    why_unsupported.__doc__ = objection.__doc__
+    return why_unsupported
+
+
+def objection(estimator: Any, fn: Any, event_dims: int) -> str | None:
+    """Return why a site is unsupported, by the method's name of version 0.1."""
+    methods = (vars(kind).get("why_unsupported") for kind in type(estimator).__mro__)
+    current = (m for m in methods if m is not None and m.__doc__ is not objection.__doc__)
+    return next(current)(estimator, fn, event_dims)
