@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from typing import Any, cast
 
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from pyro_gumbel.guides._latents import Latent, observed_sites, prototype, read_latent
 from pyro_gumbel.guides._plates import read_plates
 from pyro_gumbel.guides._point_estimates import PointEstimateMessenger, quantile
-from pyro_gumbel.guides._stored import adopt_stored
 from pyro_gumbel.infer._checks import latent_sites
 from pyro_gumbel.infer.config import Config, GradientMessenger
 
@@ -30,21 +29,16 @@ class StructuredGuide(AutoGuide):
     """A guide with one head per latent site, made in a first run of the model.
 
     As with Pyro's autoguides, parameters in the parameter store under the guide's names replace
-    the initial ones; ``pyro.clear_param_store()`` removes them.
-
-    Args:
-        model: The model.
-        gradient: As for ``config_gradient``; ``"auto"`` is the default of ``Estimator_ELBO``.
-        create_plates: As for Pyro's autoguides. By default the guide reads the model's plates.
-        init_loc_fn: Initialisation strategy of continuous global latents.
-        init_scale: Initial standard deviation of continuous global latents. It is relative to the
-            prior's if the guide has the prior's family, else in unconstrained space.
+    the initial ones; ``pyro.clear_param_store()`` removes them. ``AutoDiscrete`` documents the
+    arguments.
     """
 
+    # Overrides private methods of Pyro's AutoGuide. If Pyro renames _model, _setup_prototype,
+    # _create_plates, _prototype_frames or _check_prototype, this class fails inside AutoGuideList.
     _stored: tuple[str, ...] = ("heads",)  # modules that the store names after this guide
     _is_copy = False  # a copy keeps its values and ignores those in the store
     _has_all_elements = False  # whether there are parameters for elements outside a subsample
-    _asked_whole = False
+    _ignores_subsamples = False
 
     def __init__(
         self,
@@ -65,17 +59,13 @@ class StructuredGuide(AutoGuide):
         self.gradient = gradient
         self.init_loc_fn = init_loc_fn
         self.init_scale = init_scale
-        self._messenger = GradientMessenger(gradient)
+        # In it Estimator_ELBO finds estimators with parameters.
+        self.gradient_messenger = GradientMessenger(gradient)
         # Registered, so that state_dict has the state of schedules and baselines.
-        self.estimators = nn.ModuleList(self._messenger.estimators())
+        self.estimators = nn.ModuleList(self.gradient_messenger.estimators())
         self.heads = nn.ModuleDict()
         self.latents: dict[str, Latent] = {}
         self._keys: dict[str, str] = {}
-
-    @property
-    def gradient_messenger(self) -> GradientMessenger:
-        """The messenger in which ``Estimator_ELBO`` finds estimators with parameters."""
-        return self._messenger
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -114,7 +104,7 @@ class StructuredGuide(AutoGuide):
             self._setup_prototype(*args, **kwargs)
         for name, module in self._modules.items():
             if name in self._stored and not (self._is_copy or isinstance(module, PyroModule)):
-                adopt_stored(f"{self._pyro_name}.{name}", module)
+                _adopt_stored(f"{self._pyro_name}.{name}", module)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         trace = prototype(self.model, self.init_loc_fn, args, kwargs)
@@ -125,7 +115,9 @@ class StructuredGuide(AutoGuide):
             frame.name: frame for site in chosen.values() for frame in site["cond_indep_stack"]
         }
         self._make_heads(args, kwargs)
-        self.prototype_trace = _restrict(trace, chosen)
+        for name in set(trace.nodes) - set(chosen):
+            trace.remove_node(name)
+        self.prototype_trace = trace
         if self.master is not None:
             self.master()._check_prototype(self.prototype_trace)
 
@@ -134,9 +126,9 @@ class StructuredGuide(AutoGuide):
             self._create_plates(*args, **kwargs)
             inputs = self._inputs(args, kwargs)
         self._check_inputs(inputs, seen.trace)
-        for latent in self.latents.values():
-            self._keys[latent.name] = self._key(latent.name)
-            self.heads[self._keys[latent.name]] = self._make_head(latent, inputs)
+        for name, latent in self.latents.items():
+            self._keys[name] = self._key(name)
+            self.heads[self._keys[name]] = self._make_head(latent, inputs)
 
     def _choose_sites(self, trace: Trace) -> dict[str, Any]:
         """Return the latent sites of this guide."""
@@ -190,12 +182,13 @@ class StructuredGuide(AutoGuide):
             return super()._create_plates(*args, **kwargs)
         plates = self.create_plates(*args, **kwargs) if self.create_plates is not None else []
         plates = [plates] if isinstance(plates, pyro.plate) else plates
-        made = {plate.name: plate for plate in plates}
-        missing = [name for name in self._prototype_frames if name not in made]
-        for name, shape in read_plates(self.model, missing, args, kwargs).items():
-            made[name] = (shape.whole() if self._asked_whole else shape).make()
-        self.plates = made
-        return made
+        self.plates = {plate.name: plate for plate in plates}
+        missing = [name for name in self._prototype_frames if name not in self.plates]
+        for name, options in read_plates(self.model, missing, args, kwargs).items():
+            if self._ignores_subsamples:
+                options |= {"subsample_size": None, "subsample": None}
+            self.plates[name] = pyro.plate(name, **options)
+        return self.plates
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site.
@@ -206,7 +199,7 @@ class StructuredGuide(AutoGuide):
         self.setup(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         # With "auto" the ELBO's default applies, so no estimators are attached.
-        with nullcontext() if self.gradient == "auto" else self._messenger:
+        with nullcontext() if self.gradient == "auto" else self.gradient_messenger:
             inputs = self._inputs(args, kwargs)
             values: dict[str, Tensor] = {}
             for latent in self.latents.values():
@@ -237,46 +230,48 @@ class StructuredGuide(AutoGuide):
                 )
         return cast(Tensor, pyro.subsample(raw, event_dim=latent.event_dim))
 
-    @contextmanager
-    def _whole_plates(self) -> Iterator[None]:
-        """Make a call return all elements of subsampled plates, if they have parameters."""
-        self._asked_whole = self._has_all_elements
-        try:
-            yield
-        finally:
-            self._asked_whole = False
-
     @torch.no_grad()
+    def _run(
+        self, args: Any, kwargs: Any, handler: AbstractContextManager[Any]
+    ) -> dict[str, dict[str, Any]]:
+        """Run the guide apart from other programs; return its sites.
+
+        The plates are not subsampled if there are parameters for all of their elements.
+        """
+        self._ignores_subsamples = self._has_all_elements
+        try:
+            with poutine.block(), handler:
+                trace = poutine.trace(self).get_trace(*args, **kwargs)
+        finally:
+            self._ignores_subsamples = False
+        return {name: trace.nodes[name] for name in self.latents}
+
     def posterior(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the guide's distribution of each site, for the arguments of the model.
 
         If a site's distribution depends on other sites, their values are drawn.
         """
-        with poutine.block(), self._whole_plates():
-            trace = poutine.trace(self).get_trace(*args, **kwargs)
-        return {name: trace.nodes[name]["fn"] for name in self.latents}
+        sites = self._run(args, kwargs, nullcontext())
+        return {name: site["fn"] for name, site in sites.items()}
 
-    @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the mode of each discrete site and the median of each continuous one.
 
         Families without a closed-form median (Beta, Gamma, Dirichlet) return the mean. If a site's
         distribution depends on other sites, it is conditioned on their central values.
         """
-        with poutine.block(), PointEstimateMessenger(), self._whole_plates():
-            return self(*args, **kwargs)
+        sites = self._run(args, kwargs, PointEstimateMessenger())
+        return {name: site["value"] for name, site in sites.items()}
 
-    @torch.no_grad()
     def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return quantiles of each site with ordered values, ``(len(quantiles),) + shape``.
 
         The result omits sites of vectors without an order (one-hot, Dirichlet). Quantiles of Beta
         and Gamma are estimated by 1,000 draws.
         """
-        with poutine.block(), PointEstimateMessenger(), self._whole_plates():
-            trace = poutine.trace(self).get_trace(*args, **kwargs)
+        sites = self._run(args, kwargs, PointEstimateMessenger())
         levels = torch.as_tensor(quantiles)
-        found = {name: quantile(trace.nodes[name]["fn"], levels) for name in self.latents}
+        found = {name: quantile(site["fn"], levels) for name, site in sites.items()}
         return {name: value for name, value in found.items() if value is not None}
 
 
@@ -295,8 +290,36 @@ class ParameterHead(nn.Module):
         self.raw = nn.Parameter(start.clone())
 
 
-def _restrict(trace: Trace, chosen: dict[str, Any]) -> Trace:
-    kept = Trace()
-    for name, site in chosen.items():
-        kept.add_node(name, **{key: value for key, value in site.items() if key != "name"})
-    return kept
+@torch.no_grad()
+def _adopt_stored(prefix: str, module: nn.Module) -> None:
+    """Replace a module's parameters by those that the store has under its names.
+
+    The optimiser trains the parameters in the store. A module with other parameters under these
+    names would silently not be trained.
+
+    Args:
+        prefix: The module's name in ``pyro.module``.
+        module: The module.
+
+    Raises:
+        ValueError: If a stored parameter has another shape.
+    """
+    store = pyro.get_param_store()
+    unconstrained = dict(store.named_parameters())
+    for path, parameter in list(module.named_parameters()):
+        name = f"{prefix}$$${path}"
+        stored = unconstrained.get(name)
+        if stored is None or stored is parameter:
+            continue
+        if stored.shape != parameter.shape:
+            raise ValueError(
+                f"The parameter store has {name!r} with shape {tuple(stored.shape)}; this guide "
+                f"needs shape {tuple(parameter.shape)}. Call pyro.clear_param_store() before "
+                "making a new guide."
+            )
+        if isinstance(stored, nn.Parameter):
+            owner, _, leaf = path.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, stored)
+        else:
+            parameter.copy_(stored)
+            del store[name]  # the module's parameter replaces it when the guide runs

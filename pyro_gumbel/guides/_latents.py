@@ -1,23 +1,52 @@
-"""Latent sites of a model, as a guide reads them from one run."""
+"""Latent sites of a model, and the families of their guides."""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
-from pyro.distributions import Delta
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import Transform, biject_to, constraints
+from torch.distributions.constraints import Constraint
 
-from pyro_gumbel.distributions.families import expand, has_law_of, masks, unwrap
-from pyro_gumbel.guides._heads import Head, find_head
+from pyro_gumbel.distributions import OneHot
+from pyro_gumbel.distributions._law import overridden
+from pyro_gumbel.distributions._numbers import log_odds, log_probs, value_dtype
+from pyro_gumbel.distributions.families import (
+    expand,
+    has_law_of,
+    has_logits,
+    is_bit,
+    masks,
+    support_values,
+    unwrap,
+)
 
 __all__ = ["Latent", "observed_sites", "prototype", "read_latent"]
+
+# Families whose guide has the family of the prior, and their free parameters. Subclasses with
+# another distribution have the same values, so their guide has the parent's family.
+_PARAMETERS: dict[type, tuple[str, ...]] = {
+    dist.Categorical: ("logits",),
+    dist.Normal: ("loc", "scale"),
+    dist.LogNormal: ("loc", "scale"),
+    dist.Beta: ("concentration1", "concentration0"),
+    dist.Dirichlet: ("concentration",),
+    dist.Gamma: ("concentration", "rate"),
+    dist.Poisson: ("rate",),
+    dist.Geometric: ("logits",),
+    dist.NegativeBinomial: ("total_count", "logits"),
+}
+_INFINITE_LOGIT = 20.0  # replaces an infinite logit at the start: e^-20 is 2e-9
 
 
 @dataclass(frozen=True)
@@ -83,11 +112,11 @@ def observed_sites(trace: Trace) -> list[str]:
         if site["type"] == "sample"
         and site["is_observed"]
         and not site_is_subsample(site)
-        and not has_law_of(unwrap(site["fn"]), Delta)
+        and not has_law_of(unwrap(site["fn"]), dist.Delta)
     ]
 
 
-def read_latent(site: Any, shrink: float | None) -> Latent:
+def read_latent(site: Any, init_scale: float | None) -> Latent:
     """Read a latent site of the prototype.
 
     Raises:
@@ -118,5 +147,197 @@ def read_latent(site: Any, shrink: float | None) -> Latent:
     prior = expand(prior, batch + event_batch)
     value = site["value"].reshape(batch + event_batch + prior.event_shape)
     head = find_head(name, prior)
-    start = head.start(prior, value, shrink)
+    start = head.start(prior, value, init_scale)
     return Latent(name, head, plates, sizes, batch, event_batch, start)
+
+
+class Head(ABC):
+    """A map from unconstrained numbers to the distribution of a site's guide.
+
+    Attributes:
+        size: Number of unconstrained parameters of a distribution.
+        event_shape: Shape of a value.
+        num_features: Number of features of a value, which other heads may read.
+    """
+
+    size: int
+    event_shape: torch.Size
+    num_features: int
+
+    @abstractmethod
+    def build(self, raw: Tensor) -> Any:
+        """Return a distribution of batch shape ``raw.shape[:-1]`` from ``(..., size)``."""
+
+    @abstractmethod
+    def start(self, prior: Any, value: Tensor, init_scale: float | None) -> Tensor:
+        """Return initial parameters, ``prior.batch_shape + (size,)``.
+
+        The distribution starts at the prior. If ``init_scale`` is given and the family has a
+        location, it starts at ``value`` with ``init_scale`` times the prior's scale.
+        """
+
+    def features(self, value: Tensor) -> Tensor:
+        """Return a value as features ``batch_shape + (num_features,)`` for other heads."""
+        batch = value.shape[: value.dim() - len(self.event_shape)]
+        return value.reshape(*batch, self.num_features)
+
+
+class FamilyHead(Head):
+    """A guide of the prior's family, whose parameters ``biject_to`` constrains.
+
+    Args:
+        family: Class of the distribution.
+        parameters: Names of its free parameters.
+        prior: A distribution with these parameters, for their sizes.
+        **fixed: Other arguments of the family.
+    """
+
+    def __init__(self, family: Any, parameters: tuple[str, ...], prior: Any, **fixed: Any) -> None:
+        self.family = family
+        self.fixed = fixed
+        self.constraints = {name: family.arg_constraints[name] for name in parameters}
+        self.event_shape = prior.event_shape
+        self.num_categories = len(support_values(prior)) if family is dist.Categorical else 0
+        self.num_features = self.num_categories or prior.event_shape.numel()
+        vectors = [constraint.event_dim == 1 for constraint in self.constraints.values()]
+        self.sizes = [self.num_features if vector else 1 for vector in vectors]
+        self.size = sum(self.sizes)
+
+    def build(self, raw: Tensor) -> Any:
+        parts = zip(self.constraints.items(), raw.split(self.sizes, -1), strict=True)
+        values = {
+            name: biject_to(constraint)(part if constraint.event_dim else part.squeeze(-1))
+            for (name, constraint), part in parts
+        }
+        return self.family(**values, **self.fixed)
+
+    def start(self, prior: Any, value: Tensor, init_scale: float | None) -> Tensor:
+        parts = []
+        for name, constraint in self.constraints.items():
+            number = _number(prior, name)
+            if init_scale is not None and name == "loc":
+                number = biject_to(self.family.support).inv(value)
+            elif init_scale is not None and name == "scale":
+                number = number * init_scale
+            part = biject_to(constraint).inv(number)
+            if name == "logits":
+                part = part.nan_to_num(posinf=_INFINITE_LOGIT, neginf=-_INFINITE_LOGIT)
+            parts.append(part if constraint.event_dim else part.unsqueeze(-1))
+        return torch.cat(parts, -1)
+
+    def features(self, value: Tensor) -> Tensor:
+        if self.num_categories:
+            index = torch.nn.functional.one_hot(value.long(), self.num_categories)
+            return index.to(torch.get_default_dtype())
+        return super().features(value)
+
+
+class TransportHead(Head):
+    """A diagonal normal distribution that ``biject_to`` transforms to a continuous support."""
+
+    def __init__(self, transform: Transform, event_shape: torch.Size) -> None:
+        self.transform = transform
+        self.event_shape = event_shape
+        self.num_features = event_shape.numel()
+        self.shape = torch.Size(transform.inverse_shape(event_shape))
+        self.size = 2 * self.shape.numel()
+
+    def build(self, raw: Tensor) -> Any:
+        loc, log_scale = (part.reshape(raw.shape[:-1] + self.shape) for part in raw.chunk(2, -1))
+        normal = dist.Normal(loc, log_scale.exp()).to_event(len(self.shape))
+        return dist.TransformedDistribution(normal, [self.transform])
+
+    def start(self, prior: Any, value: Tensor, init_scale: float | None) -> Tensor:
+        loc = self.transform.inv(value)
+        loc = loc.reshape(*prior.batch_shape, -1)
+        return torch.cat([loc, torch.full_like(loc, math.log(init_scale or 1.0))], -1)
+
+
+def find_head(name: str, prior: Any) -> Head:
+    """Return the head of site ``name``, whose distribution without ``to_event`` is ``prior``.
+
+    Raises:
+        ValueError: If there is no head for the distribution.
+    """
+    support = prior.support
+    if support is constraints.one_hot:
+        return FamilyHead(OneHot, ("logits",), prior)
+    if support is constraints.boolean:
+        return FamilyHead(dist.Bernoulli, ("logits",), prior)
+    if _has_values_of(prior, dist.Binomial):
+        count = _total_count(name, prior)
+        return FamilyHead(dist.Binomial, ("logits",), prior, total_count=count)
+    for family, parameters in _PARAMETERS.items():
+        if _has_values_of(prior, family):
+            return FamilyHead(family, parameters, prior)
+    if has_law_of(prior, dist.Delta):
+        raise ValueError(
+            f"Site {name!r} is a Delta, which has one value and needs no guide. Write "
+            f"pyro.deterministic({name!r}, value) in the model."
+        )
+    try:
+        return TransportHead(biject_to(_uniform_support(name, support)), prior.event_shape)
+    except NotImplementedError:
+        raise ValueError(
+            f"Site {name!r} is a {type(prior).__name__} with support {prior.support}, which has "
+            "no head. Supported are one-hot, Bernoulli, Categorical, Binomial, NegativeBinomial, "
+            "Poisson, Geometric and all continuous distributions that biject_to supports. "
+            f"Rewrite the site as one of these, or {_by_hand(name)}"
+        ) from None
+
+
+def _has_values_of(prior: Any, family: type) -> bool:
+    return isinstance(prior, family) and "support" not in overridden(prior)
+
+
+def _number(prior: Any, name: str) -> Tensor:
+    """Return a parameter of a prior; logits of finitely many values are its log-masses."""
+    if name != "logits" or not prior.has_enumerate_support or isinstance(prior, dist.Binomial):
+        return getattr(prior, name)
+    if is_bit(prior):
+        return log_odds(prior).to(value_dtype(prior))
+    if has_logits(prior):
+        return log_probs(prior).to(value_dtype(prior))
+    masses = prior.log_prob(support_values(prior)).movedim(0, -1)
+    return masses[..., 1] - masses[..., 0] if prior.support is constraints.boolean else masses
+
+
+def _by_hand(name: str) -> str:
+    return (
+        "write its guide by hand: use AutoGuideList(model) with this guide of "
+        f"poutine.block(model, hide=[{name!r}]) and a function for the site."
+    )
+
+
+def _total_count(name: str, prior: Any) -> float:
+    """Return the total count that all elements share, since batches differ in size."""
+    first = prior.total_count.flatten()[0]
+    if (prior.total_count != first).any():
+        raise ValueError(
+            f"Site {name!r} is a {type(prior).__name__} whose total_count differs between "
+            "elements, and a head needs one value for all. Make it equal for all elements, or "
+            f"{_by_hand(name)}"
+        )
+    return first.item()
+
+
+def _uniform_support(name: str, support: Constraint) -> Constraint:
+    """Replace bounds that are tensors of equal numbers by one number, as batches vary."""
+    if isinstance(support, constraints.independent):
+        base = _uniform_support(name, support.base_constraint)
+        return constraints.independent(base, support.reinterpreted_batch_ndims)
+    bounds = {
+        key: bound
+        for key, bound in vars(support).items()
+        if key in ("lower_bound", "upper_bound") and isinstance(bound, Tensor)
+    }
+    if not bounds or support.is_discrete:
+        return support
+    for bound in bounds.values():
+        if (bound != bound.flatten()[0]).any():
+            raise ValueError(
+                f"Site {name!r} has a support that differs between elements, {support}, and a "
+                "head needs one support for all. Sample it on a fixed support, such as "
+                "Uniform(0, 1), and scale it in the model."
+            )
+    return type(support)(**{**vars(support), **{k: v.flatten()[0] for k, v in bounds.items()}})

@@ -9,9 +9,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import ComposeTransform, TransformedDistribution
 
-from pyro_gumbel.distributions.families import is_bit, is_categorical, is_one_hot, unwrap
+from pyro_gumbel.distributions.families import is_bit, is_categorical, unwrap
 
 __all__ = ["PointEstimateMessenger", "point_estimate", "quantile"]
 
@@ -31,16 +31,13 @@ def point_estimate(fn: Any) -> Tensor:
     base = unwrap(fn)
     if is_bit(base):
         return (base.probs >= 0.5).to(base.probs.dtype)  # torch's mode is nan at one half
-    if is_one_hot(base) or is_categorical(base) or base.support.is_discrete:
+    if base.support.is_discrete:
         return base.mode
     half = quantile(fn, torch.tensor(0.5), draw=False)
     if half is not None:
         return half
-    if hasattr(base, "transforms"):  # a transformed normal vector: transform its mean
-        value = base.base_dist.mean
-        for transform in base.transforms:
-            value = transform(value)
-        return value
+    if isinstance(base, TransformedDistribution):  # a normal vector: transform its mean
+        return ComposeTransform(base.transforms)(base.base_dist.mean)
     return base.mean
 
 
@@ -55,31 +52,19 @@ def quantile(fn: Any, levels: Tensor, *, draw: bool = True) -> Tensor | None:
     base = unwrap(fn)
     if base.event_shape:
         return None
-    batch = base.batch_shape
-    levels = levels.to(_any_parameter(base))
-    levels = levels.reshape(levels.shape + (1,) * len(batch))
+    inner = base.base_dist if isinstance(base, TransformedDistribution) else base
+    levels = levels.to(inner.mean)
+    shape = levels.shape + base.batch_shape
+    columns = levels.reshape(levels.shape + (1,) * len(base.batch_shape))
     if is_bit(base):
-        return (levels > 1 - base.probs).to(base.probs.dtype)
+        return (columns > 1 - base.probs).to(base.probs.dtype)
     if is_categorical(base):
-        return (
-            (base.probs.cumsum(-1) < levels.unsqueeze(-1))
-            .sum(-1)
-            .clamp(max=base.probs.shape[-1] - 1)
-        )
+        below = base.probs.cumsum(-1) < columns.unsqueeze(-1)
+        return below.sum(-1).clamp(max=base.probs.shape[-1] - 1)
     try:
-        return base.icdf(levels.expand(levels.shape[: levels.dim() - len(batch)] + batch))
+        return base.icdf(columns.expand(shape))
     except NotImplementedError:
         if not draw:
             return None
-    draws = base.sample((_NUM_DRAWS,))
-    flat = torch.quantile(draws.to(levels.dtype), levels.flatten(), dim=0)
-    return flat.reshape(levels.shape[: levels.dim() - len(batch)] + batch)
-
-
-def _any_parameter(fn: Any) -> Tensor:
-    """Return a tensor of the distribution's dtype and device."""
-    for value in vars(fn).values():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    # A Beta holds a Dirichlet, a transformed distribution its base.
-    return _any_parameter(next(v for v in vars(fn).values() if isinstance(v, Distribution)))
+    draws = base.sample((_NUM_DRAWS,)).to(levels.dtype)
+    return torch.quantile(draws, levels.flatten(), dim=0).reshape(shape)

@@ -12,8 +12,8 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from pyro_gumbel.guides._base import StructuredGuide
-from pyro_gumbel.guides._data_plate import find_data_plate
 from pyro_gumbel.guides._latents import Latent, read_latent
+from pyro_gumbel.guides._plates import find_data_plate
 from pyro_gumbel.infer.config import Config
 
 __all__ = ["AutoAmortized"]
