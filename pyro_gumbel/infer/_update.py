@@ -7,11 +7,26 @@ from typing import Any
 
 import torch
 from pyro.optim import PyroOptim
+from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
 from pyro_gumbel.infer._cuda_graph import GraphedFunction
 
 __all__ = ["GraphedUpdate", "Updater"]
+
+_CALLS = (PyroOptim.__call__, PyroLRScheduler.__call__)
+# ASGD is not among them: its multi-tensor form rounds to float32.
+_MULTI_TENSOR = (
+    torch.optim.Adadelta,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.Adamax,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.SGD,
+)
 
 
 class Updater:
@@ -24,10 +39,12 @@ class Updater:
 
     def __init__(self) -> None:
         self._zeros: dict[Tensor, tuple[Tensor, int]] = {}
+        self._joint: dict[Any, torch.optim.Optimizer] = {}
 
     def clear(self) -> None:
         """Let go of the parameters."""
         self._zeros.clear()
+        self._joint.clear()
 
     def __call__(
         self,
@@ -45,8 +62,32 @@ class Updater:
                 parameter.grad = gradient
             else:
                 parameter.grad = left + gradient
-        optim(parameters)
+        self._step(optim, parameters)
         self.lay_down(parameters)
+
+    def _step(self, optim: PyroOptim, parameters: Sequence[Tensor]) -> None:
+        """Call ``optim``, with one torch optimiser for all parameters of the same options.
+
+        Pyro makes one torch optimiser for each parameter. Theirs are the options and the state;
+        torch's multi-tensor step of them all gives the same numbers up to rounding.
+        """
+        groups: dict[Any, list[Tensor]] = {}
+        for parameter in parameters:
+            groups.setdefault(_joint_options(optim, parameter), []).append(parameter)
+        if None in groups:
+            optim(groups.pop(None))
+        for (kind, options), group in groups.items():
+            joint = self._joint.get((kind, *group))
+            if joint is None:
+                joint = self._joint[kind, *group] = kind(group, lr=1.0)
+            joint.param_groups[0].update(options)
+            for parameter in group:
+                state = _torchs(optim, parameter).state
+                if parameter in state:
+                    joint.state[parameter] = state[parameter]
+                if optim.grad_clip[parameter] is not None:
+                    optim.grad_clip[parameter](parameter)
+            joint.step()
 
     def is_resting(self, parameter: Tensor) -> bool:
         """Return whether ``.grad`` is as it was left."""
@@ -104,6 +145,42 @@ class GraphedUpdate:
 
     def __call__(self) -> None:
         self._replay([])
+
+
+def _joint_options(optim: PyroOptim, parameter: Tensor) -> Any:
+    """Return the class of a parameter's torch optimiser and its options in a multi-tensor step.
+
+    Returns ``None`` where such a step may differ, or is not known to be the same.
+    """
+    if type(optim).__call__ not in _CALLS or parameter not in optim.optim_objs:
+        return None
+    optimizer = _torchs(optim, parameter)
+    options = dict(optimizer.param_groups[0])
+    params, kind = options.pop("params"), type(optimizer)
+    foreach, fused = options.get("foreach", False), options.get("fused", False)
+    is_stateless = kind is torch.optim.SGD and not options["momentum"]
+    if (
+        kind not in _MULTI_TENSOR
+        or foreach is False
+        or options.get("differentiable")
+        or any(isinstance(value, (Tensor, list)) for value in options.values())
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or len(params) + len(optimizer.param_groups) != 2
+        or not (is_stateless or parameter in optimizer.state)
+    ):
+        return None
+    if foreach is None and not fused and parameter.is_cpu:  # on a GPU torch chooses foreach
+        tensors = [parameter] if parameter.grad is None else [parameter, parameter.grad]
+        is_plain = all(x.is_contiguous() and x.is_floating_point() for x in tensors)
+        options["fused" if fused is None and is_plain else "foreach"] = True
+    return kind, tuple(options.items())
+
+
+def _torchs(optim: PyroOptim, parameter: Tensor) -> Any:
+    """Return the torch optimiser of a parameter, out of its learning rate scheduler."""
+    found = optim.optim_objs[parameter]
+    return getattr(found, "optimizer", found)
 
 
 def _settings(optim: PyroOptim) -> list[Any]:
