@@ -9,7 +9,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _len_torch_dispatch_stack
 
 
 def plain_eager() -> bool:
@@ -41,6 +41,12 @@ def at_hand(tensor: Tensor) -> bool:
         and _len_torch_dispatch_stack() == 0
         and not torch.jit.is_tracing()
     )
+
+
+def may_branch(condition: Tensor) -> bool:
+    """Return whether Python may branch on a tensor: it is at hand, or the branch is recorded."""
+    mode = _get_current_dispatch_mode()
+    return at_hand(condition) or (plain_eager() and getattr(mode, "records_branches", False))
 
 
 def may_cache() -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions.utils import logits_to_probs, probs_to_logits
 from torch.nn.functional import logsigmoid
 
-from pyro_gumbel.distributions._base import at_hand
+from pyro_gumbel.distributions._base import may_branch
 from pyro_gumbel.distributions._categorical import CategoricalDistribution
 from pyro_gumbel.distributions._noise import noise_dtype
 from pyro_gumbel.distributions._parameters import exact_log, exact_logit
@@ -103,7 +103,7 @@ def _read(
     # Either the logits were given, or the probabilities, and expand copied both.
     half = probs.dtype != noise_dtype(probs.dtype)
     derived = (_are_derived if half else _are_clamped)(logits, probs, is_binary)
-    if at_hand(derived):
+    if may_branch(derived):
         return from_probs(probs) if derived else from_logits(logits)
     return torch.where(derived, from_probs(probs), from_logits(logits))
 

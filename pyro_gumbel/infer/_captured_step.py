@@ -90,6 +90,7 @@ class CapturedStep:
         self.states = EstimatorStates(estimators, self.device)
         self._surroundings = Surroundings(params, [*modules, *self.states.modules])
         self.recording: Recording | None = None
+        self._branches = True
         self.replays = 0
         self.graph: GraphedFunction | None = None
         self.update: GraphedUpdate | None = None
@@ -126,8 +127,18 @@ class CapturedStep:
         self._elbo.plan(call)  # may run the programs, which is not the step's
         inputs = [_apart(tensor) for tensor in (*tensors, *self.states.inputs())]
         with self._restored(on_error=True):
-            outcome, self.recording = record(function, inputs, compile=self._compile)
-        return Outcome(*outcome)
+            outcome, recording = record(
+                function, inputs, compile=self._compile, branches=self._branches
+            )
+        outcome = Outcome(*outcome)
+        if not (recording.has_checks and outcome.loss.isnan()):  # else each step warns
+            self.recording = recording
+        return outcome
+
+    def forget_branches(self) -> None:
+        """Let the next step be recorded anew, with fewer branches, since one has changed."""
+        if self._branches:
+            self.recording, self.graph, self._branches = None, None, False
 
     def replay(self, inputs: Sequence[Tensor]) -> tuple[Outcome, Sequence[Tensor]]:
         """Compute a step by the recording; the second result is that of :class:`Recording`."""

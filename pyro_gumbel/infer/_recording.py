@@ -1,21 +1,21 @@
-"""A function of tensors, recorded as a list of operations and played again."""
+"""A function of tensors, recorded as a graph of operations and replayed."""
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_gumbel.infer._tape import Call, Tape, collect, memory_of, tensors_in
-from pyro_gumbel.infer._undo import Undo, written_arguments
+from pyro_gumbel.infer._undo import Undo, storage_of, written_arguments
 
 __all__ = [
     "NotRecordable",
@@ -59,8 +59,8 @@ class Recording:
         self.written = [tensor for tensor in self.held if recorder.writes_to(tensor)]
         self.written_inputs = [i for i, tensor in enumerate(inputs) if recorder.writes_to(tensor)]
         self.has_checks = bool(output[1])
-        tape = recorder.tape(output)
-        self._play: Callable[..., Any] = tape.compiled(len(inputs)) if compile else tape
+        graph, values = recorder.finished_graph(output)
+        self._play = _compiled(graph, values) if compile else _Player(graph, values)
 
     @torch.no_grad()
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Any, Sequence[Tensor]]:
@@ -75,7 +75,11 @@ class Recording:
 
 
 def record(
-    function: Callable[..., Any], inputs: Sequence[Tensor], *, compile: bool = False
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    *,
+    compile: bool = False,
+    branches: bool = True,
 ) -> tuple[Any, Recording]:
     """Run a function once and record its operations.
 
@@ -86,6 +90,7 @@ def record(
         function: Takes tensors and returns nested lists of tensors; may differentiate.
         inputs: Its arguments. They must be distinct objects; their memory may overlap.
         compile: Whether to have the recording compiled by ``torch.compile``.
+        branches: Whether this package may branch where it can also compute both.
 
     Returns:
         What the function returned, and the recording.
@@ -97,7 +102,7 @@ def record(
     """
     # On a GPU autograd works in threads of its own, out of the recorder's sight.
     serial = torch.autograd.set_multithreading_enabled(False)
-    with _Recorder(inputs) as recorder, serial, _Reads() as reads:
+    with _Recorder(inputs, branches) as recorder, serial, _Reads() as reads:
         returned = function(*inputs)
         output = (returned, reads.broken())
         recorder.check_generators()
@@ -130,31 +135,32 @@ class _Recorder(Undo):
 
     Attributes:
         held: The tensors that were there before, but for the inputs.
+        records_branches: Whether code of this package may branch on tensors.
     """
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, inputs: Sequence[Tensor], records_branches: bool) -> None:
         super().__init__()
+        self.records_branches = records_branches
         self.held: list[Tensor] = []
-        self._registers: list[Any] = []
-        self._constants: set[int] = set()
-        self._calls: list[Call] = []
+        self._graph = fx.Graph()
+        self._nodes = WeakTensorKeyDictionary()
+        self._values: dict[fx.Node, Any] = {}  # of the attributes of the graph
+        self._literals: set[fx.Node] = set()
         self._written: set[StorageWeakRef] = set()
-        self._places = WeakTensorKeyDictionary()
         self._generators = torch_generators()
-        for tensor in inputs:
-            self._places[tensor] = self._register(None)
+        for number, tensor in enumerate(inputs):
+            self._nodes[tensor] = self._noted(self._graph.placeholder(f"input_{number}"), tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         _check_operation(func, args, kwargs)
-        named = {name: value for name, value in kwargs.items() if tensors_in(value)}
-        options = {name: value for name, value in kwargs.items() if name not in named}
-        if func in _LITERALS:  # such as torch.tensor(0.3), made anew in case that it is changed
-            function, arguments = aten.clone.default, [self._constant(args[0].detach().clone())]
-        else:
-            function, arguments = func, [self._place(x) for x in (*named.values(), *args)]
-        writes = memory_of(written_arguments(func, args, kwargs))
+        writes = _memory_of(written_arguments(func, args, kwargs))
         is_draw = torch.Tag.nondeterministic_seeded in func.tags
+        if func in _LITERALS:  # such as torch.tensor(0.3), made anew in case that it is changed
+            function, arguments, options = aten.clone.default, [self._literal(args[0])], {}
+        else:
+            function, arguments = func, [self._argument(value) for value in args]
+            options = {name: self._argument(value) for name, value in kwargs.items()}
         if is_draw:
             self.check_generators()
         result = super().__torch_dispatch__(func, types, args, kwargs)
@@ -162,18 +168,22 @@ class _Recorder(Undo):
             self._generators = torch_generators()
         self._written |= writes
         if func in _VIEWS and _is_same_view(result, args[0]):
-            self._places[result] = arguments[0]
-            return result
-        is_pure = not (writes or is_draw) and bool(func._schema.returns)
-        call = Call(function, arguments, options, tuple(named), is_pure=is_pure)
-        self._add(call, result, is_written=bool(writes))
+            self._nodes[result] = arguments[0]
+        else:
+            is_pure = func.namespace == "aten" and not (writes or is_draw)
+            self._add(function, arguments, options, result, is_pure=is_pure)
         return result
 
-    def tape(self, output: Any) -> Tape:
-        """Make a tape that returns ``output``, nested lists of tensors."""
-        result = self._place(output)
-        changing = self._written | memory_of(tensors_in(output))
-        return Tape(self._calls, self._registers, self._constants, changing, result)
+    def finished_graph(self, output: Any) -> tuple[fx.Graph, Mapping[fx.Node, Any]]:
+        """Make the graph return ``output``, nested lists of tensors.
+
+        Returns:
+            The graph, and the values of its attributes.
+        """
+        self._graph.output(self._argument(output))
+        changing = self._written | _memory_of(_tensors_in(output))
+        _simplify(self._graph, self._values, self._literals, changing)
+        return self._graph, self._values
 
     def check_generators(self) -> None:
         """Check that nothing but the operations has moved torch's generators."""
@@ -184,52 +194,201 @@ class _Recorder(Undo):
 
     def writes_to(self, tensor: Tensor) -> bool:
         """Return whether an operation writes to the memory of a tensor."""
-        return not self._written.isdisjoint(memory_of([tensor]))
+        return not self._written.isdisjoint(_memory_of([tensor]))
 
     def __exit__(self, *error: Any) -> None:
         if error[0] is None:
             self._copies.clear()
         super().__exit__(*error)
 
-    def _place(self, value: Any) -> int:
-        """Return the register of an argument; a list of tensors is put together by a call."""
+    def _argument(self, value: Any) -> Any:
+        """Return the node of a tensor, and of a list of tensors."""
         if isinstance(value, Tensor):
-            place = self._places.get(value)
-            return self._hold(value) if place is None else place
-        if not tensors_in(value):
-            return self._constant(value)
-        return self._add(Call(collect, [self._place(part) for part in value]), None)
+            node = self._nodes.get(value)
+            return self._hold(value) if node is None else node
+        if not _tensors_in(value):
+            return value
+        return self._add(_collect, [self._argument(part) for part in value], {}, value)
 
-    def _add(self, call: Call, result: Any, *, is_written: bool = False) -> int:
-        memory = memory_of(tensors_in(result))
-        if isinstance(result, Tensor) and is_written and result in self._places:
-            place = self._places[result]
-        else:
-            place = self._register(None)
-        self._calls.append(call._replace(result=place, memory=memory))
+    def _add(
+        self, function: Any, arguments: Any, options: Any, result: Any, *, is_pure: bool = True
+    ) -> fx.Node:
+        node = self._graph.call_function(function, tuple(arguments), options)
+        self._noted(node, result, is_pure=is_pure)
         if isinstance(result, Tensor):
-            self._places[result] = place
-        elif isinstance(result, (list, tuple)):
+            if result not in self._nodes:  # else an argument that was written to
+                self._nodes[result] = node
+        elif isinstance(result, (list, tuple)) and function is not _collect:
             for index, part in enumerate(result):
                 if isinstance(part, Tensor):
-                    self._add(Call(operator.getitem, [place, self._constant(index)]), part)
-        return place
+                    self._add(operator.getitem, [node, index], {}, part)
+        return node
 
-    def _register(self, value: Any) -> int:
-        self._registers.append(value)
-        return len(self._registers) - 1
-
-    def _constant(self, value: Any) -> int:
-        place = self._register(value)
-        self._constants.add(place)
-        return place
-
-    def _hold(self, tensor: Tensor) -> int:
-        if not memory_of([tensor]).isdisjoint(self._made):
+    def _hold(self, tensor: Tensor) -> fx.Node:
+        if not _memory_of([tensor]).isdisjoint(self._made):
             raise NotRecordable("a tensor was made out of the recorder's sight.")
         self.held.append(tensor)
-        self._places[tensor] = self._register(tensor)
-        return self._places[tensor]
+        self._nodes[tensor] = node = self._attribute(tensor)
+        return node
+
+    def _literal(self, tensor: Tensor) -> fx.Node:
+        node = self._attribute(tensor.detach().clone())
+        self._literals.add(node)
+        return node
+
+    def _attribute(self, value: Tensor) -> fx.Node:
+        node = self._graph.get_attr(f"tensor_{len(self._values)}")
+        self._values[node] = value
+        return self._noted(node, value)
+
+    def _noted(self, node: fx.Node, result: Any, *, is_pure: bool = True) -> fx.Node:
+        node.meta = {"memory": _memory_of(_tensors_in(result)), "is_pure": is_pure}
+        return node
+
+
+def _simplify(
+    graph: fx.Graph,
+    values: dict[fx.Node, Any],
+    constants: set[fx.Node],
+    changing: set[StorageWeakRef],
+) -> None:
+    """Compute constants, merge equal operations and remove unused ones.
+
+    Args:
+        graph: The graph.
+        values: The values of its attributes.
+        constants: Those that nothing changes.
+        changing: The memory that is written to, by operations or by the caller.
+    """
+    known: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        parts = (node, *node.all_input_nodes)
+        if not _is_pure(node) or any(changing & part.meta["memory"] for part in parts):
+            continue
+        key = repr((node.target, node.args, node.kwargs))
+        same = known.get(key, node)
+        if same is node and constants.issuperset(node.all_input_nodes):
+            with graph.inserting_before(node):
+                same = graph.get_attr(f"tensor_{len(values)}")
+            same.meta = node.meta
+            values[same] = _callable(node)(*[values.get(x, x) for x in _arguments(node)])
+            constants.add(same)
+        if same is not node:
+            node.replace_all_uses_with(same)
+        known[key] = same
+    for node in reversed(graph.nodes):
+        if not node.users and (_is_pure(node) or node.op == "get_attr"):
+            graph.erase_node(node)
+
+
+class _Player:
+    """Runs operations one after the other, sooner than the code that FX makes does.
+
+    Args:
+        graph: The operations.
+        values: The values of the graph's attributes.
+    """
+
+    def __init__(self, graph: fx.Graph, values: Mapping[fx.Node, Any]) -> None:
+        *nodes, output = graph.nodes
+        places = {node: place for place, node in enumerate(nodes)}
+        registers: list[Any] = [values.get(node) for node in nodes]
+        last_use = {part: node for node in nodes for part in (*node.all_input_nodes, node)}
+        last_use[output.args[0]] = output
+        self._code: list[tuple[Any, Any, int, list[int]]] = []
+        for node in nodes:
+            if node.op != "call_function":
+                continue
+            arguments = []
+            for value in _arguments(node):
+                if isinstance(value, fx.Node):
+                    arguments.append(places[value])
+                else:
+                    arguments.append(len(registers))
+                    registers.append(value)
+            used = (*node.all_input_nodes, node)
+            unused = [places[part] for part in used if last_use[part] is node]
+            self._code.append((_callable(node), _getter(arguments), places[node], unused))
+        self._registers, self._result = registers, places[output.args[0]]
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        registers = self._registers.copy()
+        registers[: len(inputs)] = inputs
+        for operation, arguments, result, unused in self._code:
+            registers[result] = operation(*arguments(registers))
+            for place in unused:
+                registers[place] = None
+        return registers[self._result]
+
+
+def _compiled(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> Callable[..., Any]:
+    """Have ``torch.compile`` fuse the operations."""
+    from torch._inductor import config
+
+    attributes = {str(node.target): values[node] for node in graph.nodes if node in values}
+    compiled = torch.compile(fx.GraphModule(attributes, graph), fullgraph=True, dynamic=False)
+
+    def play(*inputs: Tensor) -> Any:
+        # Eager kernels for the draws, so that the numbers are those of an eager step.
+        with config.patch(fallback_random=True):
+            return compiled(*inputs)
+
+    return play
+
+
+def _is_pure(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.meta["is_pure"]
+
+
+def _arguments(node: fx.Node) -> list[Any]:
+    """List the arguments of an operation; nodes that are given by name come first."""
+    return [*(v for v in node.kwargs.values() if isinstance(v, fx.Node)), *node.args]
+
+
+def _callable(node: fx.Node) -> Callable[..., Any]:
+    """Return the operation of a node as a function of its :func:`_arguments`."""
+    function: Any = getattr(node.target, "_op", node.target)
+    if node.target is aten.mkldnn_rnn_layer.default:
+        function = _with_workspace
+    names = [name for name, value in node.kwargs.items() if isinstance(value, fx.Node)]
+    options = {name: value for name, value in node.kwargs.items() if name not in names}
+    if options:
+        function = functools.partial(function, **options)
+    return functools.partial(_call_by_names, function, names) if names else function
+
+
+def _call_by_names(operation: Callable[..., Any], names: Sequence[str], *values: Any) -> Any:
+    return operation(*values[len(names) :], **dict(zip(names, values, strict=False)))
+
+
+def _collect(*parts: Any) -> tuple[Any, ...]:
+    return parts
+
+
+def _with_workspace(*args: Any) -> Any:
+    """Run a layer of an LSTM on a CPU, which keeps what its gradient needs in grad mode alone."""
+    with torch.enable_grad():
+        return aten.mkldnn_rnn_layer.default(*args)
+
+
+def _getter(places: Sequence[int]) -> Callable[[list[Any]], Any]:
+    """Read several registers, as a list or a tuple."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return operator.itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
+
+
+def _memory_of(tensors: Iterable[Tensor]) -> set[StorageWeakRef]:
+    """Return the memory that tensors lie in."""
+    storages = map(storage_of, tensors)
+    return {StorageWeakRef(storage) for storage in storages if storage is not None}
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    """List the tensors in nested lists."""
+    if isinstance(value, (list, tuple)):
+        return [tensor for part in value for tensor in _tensors_in(part)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def _check_operation(func: Any, args: Any, kwargs: Any) -> None:

@@ -220,10 +220,11 @@ class CapturedSVI(SVI):
             restore()
             step.eager(call, tensors)  # torch's checks may name the cause
             raise
-        loss, *failed = torch.stack([outcome.loss, *(b.to(outcome.loss) for b in broken)]).tolist()
-        if any(failed):
+        if any(flag.item() for flag in broken):
             restore()
-            return self._eager_step(call)[0]
+            loss = self._eager_step(call)[0]
+            step.forget_branches()  # no check has failed
+            return loss
         if expected is not None:
             left = [tensor.detach() for tensor in step.written(inputs)]
             found = outcome._replace(states=[*outcome.states, *left])
@@ -233,7 +234,7 @@ class CapturedSVI(SVI):
                 self.reset()
                 raise RuntimeError(f"CapturedSVI: {difference}. {_ADVICE}")
         self._finish(step, outcome, tensors)
-        return loss
+        return outcome.loss.item()
 
     def _expected(self, step: CapturedStep, call: Call, tensors: Sequence[Tensor]) -> Outcome:
         try:

@@ -224,3 +224,28 @@ def test_a_number_that_the_program_counts_is_left_to_it():
         assert seen == list(range(len(seen)))  # no invented counts
         counts[svi_class] = len(seen)
     assert counts[CapturedSVI] < counts[SVI]
+
+
+def test_probabilities_that_become_extreme():
+    """Whether torch has clamped the logits decides which parameter is read."""
+    usual, extreme = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([1e-9, 0.4, 0.6])
+    runs = []
+
+    def model(x, probs):
+        with pyro.plate("data", 5):
+            z = pyro.sample("z", dist.OneHotCategorical(torch.ones(3)))
+            pyro.sample("x", dist.Normal(z @ pyro.param("a", torch.ones(3)), 1.0), obs=x)
+
+    def guide(x, probs):
+        runs.append(probs)
+        with pyro.plate("data", 5):
+            pyro.sample("z", dist.OneHotCategorical(probs * pyro.param("b", torch.ones(3))))
+
+    def scenario(svi_class):
+        runs.clear()
+        svi = make(svi_class, model, config_gradient(guide, ReinMax()))
+        return [svi.step(x, usual if n < 5 or n % 2 else extreme) for n, x in enumerate(X[:30])]
+
+    with pyro.validation_enabled(True):
+        same(scenario)
+    assert len(runs) < 10

@@ -83,6 +83,23 @@ def test_constants_are_computed_once_and_unused_results_never():
     assert not {"aten::log", "aten::sin"} & set(names)
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events at the end:UserWarning")
+def test_equal_operations_are_computed_once():
+    weight = torch.ones(2, requires_grad=True)
+
+    def function(x):
+        loss = (weight * x).exp().sum() + (weight * x).exp().sum() + (weight * x).cos().sum()
+        draws = torch.zeros(2).uniform_() + torch.zeros(2).uniform_()
+        return [loss.detach(), torch.autograd.grad(loss, weight)[0], draws]
+
+    _, recording = record(function, [X])
+    names = operations(recording, X)
+    assert names.count("aten::exp") == 1
+    assert names.count("aten::uniform_") == 2
+    (loss, gradient, _), _ = recording([X * 2])
+    torch.testing.assert_close((loss, gradient), tuple(function(X * 2)[:2]))
+
+
 def test_operations_on_what_has_changed():
     held = torch.zeros(3)
 
