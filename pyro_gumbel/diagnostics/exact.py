@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,14 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_gumbel._validate import check_coords, check_programs, integer
-from pyro_gumbel.diagnostics._minibatches import Minibatches, find_minibatches
+from pyro_gumbel.diagnostics._programs import (
+    DiscreteSite,
+    Run,
+    States,
+    discrete_sites,
+    find_minibatches,
+    run,
+)
 from pyro_gumbel.diagnostics._state import (
     Params,
     check_complete,
@@ -24,10 +32,22 @@ from pyro_gumbel.diagnostics._state import (
     seeds,
 )
 from pyro_gumbel.diagnostics._storage import check_dims, dims_of
-from pyro_gumbel.diagnostics._sums import expectations, find_states, walk
 from pyro_gumbel.estimators import Call
+from pyro_gumbel.infer._dependence import Dependence
 
 __all__ = ["exact_gradient", "sum_states"]
+
+_ELEMENTS = 20_000  # rows times elements of plates in one run
+_COMPARED = 6  # runs with one value an element
+_KINDS = 4  # of elements of a plate
+
+_WAY_OUT = (
+    "Raise max_states, or take a long run of an unbiased estimator as the reference: "
+    "gradient_draws(..., estimators={'reference': 'auto'}, num_draws=100_000, project=8, "
+    "seed=1)['reference']."
+)
+
+Plates = Mapping[str, int]  # dimensions by name
 
 
 def exact_gradient(
@@ -112,14 +132,31 @@ def sum_states(
         seed_everything(seeds(seed, 1)[0])  # parameters are made as gradient_draws makes them
         leaves = find_parameters(call, keep, params)
         read_gradients(leaves)
+        choices, dependent = find_minibatches(call, list(leaves.values()), max_states)
+        batches = math.prod(map(len, choices.values()))
+        limit = max_states // batches if dependent else max_states
         loss, count = 0.0, 0
-        batches = find_minibatches(call, list(leaves.values()), max_states)
-        for subsamples in batches:
-            parts, count = _parts(call, subsamples, batches, max_states, deadline)
+        for indices in itertools.product(*choices.values()):
+            given = dict(zip(choices, indices, strict=True))
+            states, fewest = _find_states(call, given, limit)
+            if states is not None:
+                parts, count = _expectations(call, given, states), states.count
+            elif fewest.count <= limit:
+                parts, count = _walk(call, given, limit), 0
+            else:
+                each = f" in each of {batches:,} minibatches" if dependent else ""
+                raise ValueError(
+                    f"exact_gradient: {fewest.count:,} joint states of the sites "
+                    f"{[site.name for site in fewest.sites]}{each} are more than "
+                    f"max_states={max_states:,}. {_WAY_OUT}"
+                )
             for part in parts:
-                loss -= part.item() / len(batches)
+                if time.perf_counter() > deadline:
+                    raise TimeoutError("the joint states take too long")
+                loss -= part.item() / batches
+                count += states is None
                 if part.requires_grad:
-                    (-part / len(batches)).backward()
+                    (-part / batches).backward()
         check_complete(leaves, params)
         gradients = {
             name: gradient.detach().cpu().numpy().copy()
@@ -128,35 +165,224 @@ def sum_states(
     return gradients, {"loss": loss, "states": count, "estimator": "exact"}
 
 
-def _parts(
-    call: Call,
-    subsamples: Mapping[str, Tensor],
-    batches: Minibatches,
-    max_states: int,
-    deadline: float,
-) -> tuple[Iterable[Tensor], int]:
-    limit = max_states // len(batches) if batches.dependent else max_states
-    with torch.no_grad():
-        states, smallest = find_states(call, subsamples, limit)
-    if states is not None:
-        return _until(deadline, expectations(call, subsamples, states)), states.count
-    if smallest.count > limit:
-        each = f" in each of {len(batches):,} minibatches" if batches.dependent else ""
-        raise ValueError(
-            f"exact_gradient: {smallest.count:,} joint states of the sites "
-            f"{[site.name for site in smallest.sites]}{each} are more than "
-            f"max_states={max_states:,}. "
-            "Raise max_states, or take a long run of an unbiased estimator as the reference: "
-            "gradient_draws(..., estimators={'reference': 'auto'}, num_draws=100_000, project=8, "
-            "seed=1)['reference']."
+@torch.no_grad()
+def _find_states(
+    call: Call, given: Mapping[str, Tensor], limit: int
+) -> tuple[States | None, States]:
+    """Choose the plates whose elements are summed one by one: as many as possible.
+
+    A plate whose elements meet in a term outside of it is not one of them. For the others runs
+    are compared.
+
+    Returns:
+        The states, or ``None`` if no choice of at most ``limit`` states agrees with single runs;
+        and the fewest states that there may be.
+    """
+    first = run(call, given)
+    sites = discrete_sites(first.sites)
+    nesting = max((-frame.dim for term in first.terms for frame in term.plates), default=0)
+    gathered = _gathered_plates(call, given, sites)
+    plates = sorted({name for site in sites for name in site.plates} - gathered)
+    fewest = States(sites, frozenset(plates), nesting)
+    for size in range(len(plates), -1, -1):
+        for parallel in itertools.combinations(plates, size):
+            states = States(sites, frozenset(parallel), nesting)
+            if states.count <= limit and _agrees(call, given, states):
+                return states, fewest
+    return None, fewest
+
+
+def _gathered_plates(
+    call: Call, given: Mapping[str, Tensor], sites: list[DiscreteSite]
+) -> set[str]:
+    """Find the plates whose elements meet in a term outside of them."""
+    plates = {site.name: set(site.plates) for site in sites}
+    with Dependence() as dependence:
+        values = {
+            site.name: dependence.follow(
+                site.name,
+                site.support[
+                    torch.randint(len(site.support), site.batch_shape + site.inner_shape)
+                ],
+            )
+            for site in sites
+        }
+        return {
+            plate
+            for term in run(call, {**given, **values}).terms
+            for name in dependence.marks(term.value)
+            for plate in plates[name] - set(term.dims)
+        }
+
+
+def _expectations(call: Call, given: Mapping[str, Tensor], states: States) -> Iterator[Tensor]:
+    """Yield the parts of the ELBO, a few states at a time, each with its gradient."""
+    elements = max((math.prod(site.batch_shape) for site in states.sites), default=1)
+    for numbers in torch.arange(states.count).split(max(1, _ELEMENTS // max(elements, 1))):
+        values = states.rows(states.digits(numbers))
+        found = run(call, {**given, **values}, (len(numbers), -states.nesting - 1))
+        yield _weigh(found, states, len(numbers))
+
+
+def _weigh(found: Run, states: States, rows: int) -> Tensor:
+    """Sum the terms of a run whose rows are states, each with the probability of its state."""
+    total = torch.zeros(())
+    for term in found.terms:
+        plates = term.dims
+        log_weight = torch.zeros(())
+        for site in states.sites:
+            if states.parallel & set(site.plates) <= set(plates):
+                log_weight = log_weight + states.reduce(found.log_probs[site.name], site.plates)
+            else:  # the term does not depend on it: each of its values counts alike
+                log_weight = log_weight - math.log(states.size(site))
+        weight, value = torch.broadcast_tensors(
+            log_weight.exp(), states.reduce(term.value, plates)
         )
-    # Their number is known when all are visited.
-    parts = list(_until(deadline, walk(call, subsamples, limit)))
-    return parts, len(parts)
+        value = value.expand(rows, *value.shape[1:])
+        # A state of probability zero may have an infinite cost: 0 * inf would be nan.
+        total = total + (weight * value.masked_fill(weight == 0, 0.0)).sum()
+    return total
 
 
-def _until(deadline: float, parts: Iterable[Tensor]) -> Iterator[Tensor]:
-    for part in parts:
-        if time.perf_counter() > deadline:
-            raise TimeoutError("the joint states take too long")
-        yield part
+def _agrees(call: Call, given: Mapping[str, Tensor], states: States) -> bool:
+    """Compare runs of one state, whose elements differ, with a run whose rows are states.
+
+    In a single run each element of a parallel plate is of one of a few kinds, and takes the values
+    of its kind. In a row all elements are of the same kind. So an element has the terms of its
+    kind's row, unless a program mixes rows or an element sees the values of another.
+    """
+    sizes = {
+        name: site.batch_shape[dim]
+        for site in states.sites
+        for name, dim in site.plates.items()
+        if name in states.parallel
+    }
+    steps = {name: _KINDS**place for place, name in enumerate(sizes)}
+    count = _KINDS ** len(sizes)
+    tables, kinds, singles = [], [], []
+    for repeat in range(_COMPARED):
+        tables.append(
+            {s.name: _draw_digits(s, states, steps, count, repeat) for s in states.sites}
+        )
+        # Elements come in all kinds that there is room for.
+        kinds.append({n: steps[n] * (torch.randperm(size) % _KINDS) for n, size in sizes.items()})
+        values = {}
+        for site in states.sites:
+            shape = (count, *site.batch_shape, *site.inner_shape)
+            own = _own_rows(kinds[-1], site.plates, len(site.batch_shape))
+            own = own.reshape(own.shape + (1,) * len(site.inner_shape))
+            digits = torch.take_along_dim(tables[-1][site.name].expand(shape), own, 0)[0]
+            values[site.name] = site.support[digits]
+        singles.append(run(call, {**given, **values}))
+    taken = {1, *(frame.size for found in singles for t in found.terms for frame in t.plates)}
+    joined = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
+    together = _run_rows(call, given, states, joined, taken)
+    return together is not None and all(
+        _same(single, together, states, kinds[repeat], repeat * count)
+        for repeat, single in enumerate(singles)
+    )
+
+
+def _draw_digits(
+    site: DiscreteSite, states: States, steps: Plates, count: int, repeat: int
+) -> Tensor:
+    """Draw a site's digits for each row: elements of the first two kinds are at the extremes.
+
+    So are all in the first two repeats: hard functions are seldom extreme elsewhere.
+    """
+    shape, last = (count, *states.shape(site)), len(site.support) - 1
+    if repeat < 2:
+        return torch.full(shape, repeat * last)
+    digits = torch.randint(last + 1, shape)
+    own = [steps[name] for name in site.plates if name in steps]
+    if own:
+        digits[0], digits[sum(own)] = 0, last
+    rows = torch.arange(count)
+    return digits[sum((rows // step % _KINDS * step for step in own), torch.zeros_like(rows))]
+
+
+def _own_rows(kinds: Mapping[str, Tensor], plates: Plates, rank: int) -> Tensor:
+    """The row of each element, ``(1, plates...)``; of plates outside, that of the first kind."""
+    rows = torch.zeros((1,) * (rank + 1), dtype=torch.long)
+    for name, dim in plates.items():
+        if name in kinds:
+            rows = rows + kinds[name].reshape(-1, *(1,) * (-1 - dim))
+    return rows
+
+
+def _run_rows(
+    call: Call,
+    given: Mapping[str, Tensor],
+    states: States,
+    digits: Mapping[str, Tensor],
+    taken: set[int],
+) -> Run | None:
+    """Run the programs on rows; ``None`` if a term is not laid out as rows and plates say.
+
+    The number of rows must not be one of ``taken``, the sizes of plates: it is filled up.
+    """
+    nesting, number = states.nesting, max(map(len, digits.values()), default=1)
+    rows = next(rows for rows in itertools.count(number) if rows not in taken)
+    order = torch.arange(rows).clamp(max=number - 1)
+    values = states.rows({name: own[order] for name, own in digits.items()})
+    try:
+        with Dependence() as dependence:
+            values = {name: dependence.follow(name, value) for name, value in values.items()}
+            found = run(call, {**given, **values}, (rows, -nesting - 1))
+            reached = [bool(dependence.marks(term.value)) for term in found.terms]
+    except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
+        return None  # the programs do not broadcast
+    for term, depends in zip(found.terms, reached, strict=True):
+        shape = (1,) * (nesting + 1 - term.value.dim()) + tuple(term.value.shape)
+        dims = term.dims.values()
+        stray = any(shape[dim] != 1 for dim in range(-nesting, 0) if dim not in dims)
+        # What is computed from values that differ between rows has a number for each of them.
+        if stray or len(shape) > nesting + 1 or shape[0] not in ({rows} if depends else {1, rows}):
+            return None
+    return found
+
+
+def _same(
+    single: Run, together: Run, states: States, kinds: Mapping[str, Tensor], start: int
+) -> bool:
+    """Compare a single run with the rows of its kinds, which are those from ``start`` on."""
+    if [term.name for term in single.terms] != [term.name for term in together.terms]:
+        return False
+    for one, many in zip(single.terms, together.terms, strict=True):
+        plates = one.dims
+        alone, rows = states.reduce(one.value, plates), states.reduce(many.value, plates)
+        if len(rows) > 1:
+            own = start + _own_rows(kinds, plates, states.nesting)
+            rows = torch.take_along_dim(rows, own.to(rows.device), 0)
+        tolerance = 1e4 * torch.finfo(alone.dtype).eps
+        if not torch.allclose(alone, rows, rtol=tolerance, atol=tolerance, equal_nan=True):
+            return False
+    return True
+
+
+def _walk(call: Call, given: Mapping[str, Tensor], limit: int) -> Iterator[Tensor]:
+    """Yield the parts of the ELBO state by state, for programs whose course depends on values.
+
+    Raises:
+        ValueError: If there are more than ``limit``.
+    """
+    waiting: list[dict[str, Tensor]] = [{}]
+    visited = 0
+    while waiting:
+        values = waiting.pop()
+        found = run(call, {**given, **values})
+        missing = [site for site in discrete_sites(found.sites) if site.name not in values]
+        if not missing:
+            visited += 1
+            log_prob = torch.stack([value.sum() for value in found.log_probs.values()]).sum()
+            weight = log_prob.exp()
+            reward = torch.stack([term.value.sum() for term in found.terms]).sum()
+            yield torch.where(weight == 0, 0.0, weight * torch.where(weight == 0, 0.0, reward))
+            continue
+        states = States(missing[:1], frozenset(), len(missing[0].batch_shape))
+        if visited + len(waiting) + states.count > limit:
+            raise ValueError(
+                f"exact_gradient: more than {limit:,} joint states, visited one by one. {_WAY_OUT}"
+            )
+        (digits,) = states.digits(torch.arange(states.count)).values()
+        waiting += [{**values, missing[0].name: missing[0].support[own]} for own in digits]

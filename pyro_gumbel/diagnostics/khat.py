@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_gumbel._arviz import tail_khat
 from pyro_gumbel._validate import check_programs, integer
-from pyro_gumbel.diagnostics._programs import Evaluation, evaluate, plates_of
+from pyro_gumbel.diagnostics._programs import Run, plates_of, run
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
 from pyro_gumbel.estimators import Call
 from pyro_gumbel.infer._sampling import SharedSubsample
@@ -89,10 +89,10 @@ def guide_khat(
     with preserved() as keep, SharedSubsample(), _Unscaled():
         with keep.watch():
             seed_everything(seeds(seed, 1)[0])
-            first = evaluate(call, {}, {})
+            first = run(call)
         if plate is None:
             _warn_of_minibatch(first)
-        draws = [_log_weights(evaluate(call, {}, {}), plate) for _ in range(num_samples)]
+        draws = [_log_weights(run(call), plate) for _ in range(num_samples)]
     log_weights = torch.stack(draws, -1).cpu().numpy()
     khats = np.array([_khat(row) for row in log_weights.reshape(-1, num_samples)])
     if plate is None:
@@ -107,12 +107,12 @@ class _Unscaled(Messenger):
         msg["scale"] = 1.0
 
 
-def _warn_of_minibatch(run: Evaluation) -> None:
-    plates = frozenset(frame for term in run.terms for frame in term.plates)
+def _warn_of_minibatch(first: Run) -> None:
+    plates = frozenset(frame for term in first.terms for frame in term.plates)
     for frame in plates:
         if frame.full_size is None or frame.full_size <= frame.size:
             continue
-        outside = [name for name, site in run.sites.items() if frame not in plates_of(site)]
+        outside = [name for name, site in first.sites.items() if frame not in plates_of(site)]
         if outside:
             warnings.warn(
                 f"guide_khat: site {outside[0]!r} is outside the plate {frame.name!r}, of which "
@@ -133,13 +133,15 @@ def _khat(log_weights: np.ndarray) -> float:
     return tail_khat(np.maximum(log_weights, log_weights[~impossible].min() - 100))
 
 
-def _log_weights(run: Evaluation, plate: str | None) -> Tensor:
+def _log_weights(found: Run, plate: str | None) -> Tensor:
     """Sum a run's terms; with ``plate``, those inside it, ``(elements,)``."""
     if plate is None:
-        return torch.stack([term.value.double().sum() for term in run.terms]).sum()
-    inside = [(term, frame) for term in run.terms for frame in term.plates if frame.name == plate]
+        return torch.stack([term.value.double().sum() for term in found.terms]).sum()
+    inside = [
+        (term, frame) for term in found.terms for frame in term.plates if frame.name == plate
+    ]
     if not inside:
-        plates = sorted({frame.name for term in run.terms for frame in term.plates})
+        plates = sorted({frame.name for term in found.terms for frame in term.plates})
         raise ValueError(f"guide_khat: no plate is called {plate!r}; there are {plates}.")
     rows = []
     for term, frame in inside:

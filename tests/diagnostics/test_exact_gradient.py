@@ -97,11 +97,28 @@ def test_hard_terms_of_many_elements(name: str, inside: bool) -> None:
         np.testing.assert_allclose(exact["l"].values, brute_force(), rtol=1e-9, atol=1e-9)
 
 
+def test_a_function_that_is_constant_but_at_the_extreme() -> None:
+    """Of random values none shows that an element sees the others."""
+
+    def model() -> None:
+        with pyro.plate("d", 2):
+            z = pyro.sample("z", dist.Bernoulli(torch.full((7,), 0.5)).to_event(1))
+            both = z.prod(-1).prod(-1, keepdim=True)
+            pyro.factor("f", (5 * both).expand(z.shape[:-1]))
+
+    def guide() -> None:
+        logits = pyro.param("l", torch.full((2, 7), 1.0))
+        with pyro.plate("d", 2):
+            pyro.sample("z", dist.Bernoulli(logits=logits).to_event(1))
+
+    assert exact_gradient(model, guide).attrs["states"] == 2**14
+
+
 def test_many_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = chain()
     problem.reset(torch.float64)
     whole = exact_gradient(problem.model, problem.guide)
-    monkeypatch.setattr("pyro_gumbel.diagnostics._sums._ELEMENTS", 10)
+    monkeypatch.setattr("pyro_gumbel.diagnostics.exact._ELEMENTS", 10)
     parts = exact_gradient(problem.model, problem.guide)
     np.testing.assert_allclose(flat(problem, parts), flat(problem, whole), rtol=1e-12)
 
