@@ -64,7 +64,7 @@ test-triton: $(STAMP)
 	  $(BIN)/python -m pip install --quiet --no-deps --target $(TRITON) triton && \
 	  touch $(TRITON)/.ready; }
 	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 \
-	  $(BIN)/python -m pytest $(PYTEST_ARGS) tests/distributions/test_fused_draw.py
+	  $(BIN)/python -m pytest $(PYTEST_ARGS) tests/distributions/test_triton.py
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

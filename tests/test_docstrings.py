@@ -21,7 +21,7 @@ MODULES = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name: str) -> None:
-    if name.endswith("._fused_draw"):
+    if name.endswith("._triton"):
         pytest.importorskip("triton")
     module = importlib.import_module(name)
     names = {"dist": dist, "pyro": pyro, "torch": torch, **vars(module)}

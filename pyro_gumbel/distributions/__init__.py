@@ -11,12 +11,10 @@
 from __future__ import annotations
 
 from pyro_gumbel.distributions import kl
-from pyro_gumbel.distributions._noise import gumbel_noise
-from pyro_gumbel.distributions._straight_through import straight_through
-from pyro_gumbel.distributions.exp_relaxed import ExpRelaxedOneHot
+from pyro_gumbel.distributions._numerics import gumbel_noise, straight_through
 from pyro_gumbel.distributions.gumbel import Gumbel
 from pyro_gumbel.distributions.one_hot import OneHot, draw_one_hot, multilinear_log_prob
-from pyro_gumbel.distributions.relaxed import RelaxedOneHot
+from pyro_gumbel.distributions.relaxed import ExpRelaxedOneHot, RelaxedOneHot
 from pyro_gumbel.distributions.relaxed_bernoulli import RelaxedBernoulli
 from pyro_gumbel.distributions.truncated_gumbel import TruncatedGumbel
 

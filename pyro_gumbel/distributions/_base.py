@@ -152,6 +152,25 @@ class BaseDistribution(TorchDistribution):
         """Cast and broadcast a statistic to the batch shape."""
         return result.to(self.dtype).expand(self.batch_shape)
 
+    @property
+    def mean(self) -> Tensor:
+        """Raise an error, unless a subclass has a closed form."""
+        raise self._not_closed_form("mean")
+
+    @property
+    def mode(self) -> Tensor:
+        """Raise an error, unless a subclass has a closed form."""
+        raise self._not_closed_form("mode")
+
+    @property
+    def variance(self) -> Tensor:
+        """Raise an error, unless a subclass has a closed form."""
+        raise self._not_closed_form("variance")
+
+    def entropy(self) -> Tensor:
+        """Raise an error, unless a subclass has a closed form."""
+        raise self._not_closed_form("entropy")
+
     def _not_closed_form(self, name: str) -> NotImplementedError:
         return NotImplementedError(
             f"{type(self).__name__}.{name} has no closed form; estimate it from draws of rsample."

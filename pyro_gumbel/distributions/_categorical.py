@@ -1,16 +1,125 @@
-"""Base class of one-hot distributions and their relaxations."""
+"""Base class of one-hot distributions, and the parameters of discrete distributions.
+
+Torch stores the given one of ``probs`` and ``logits`` and computes the other when it is needed. It
+clamps computed logits, which makes zero probabilities positive and small ones too large. The
+functions here read the parameter that the user gave, in float32 or better.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions.utils import logits_to_probs, probs_to_logits
+from torch.nn.functional import logsigmoid
 
-from pyro_gumbel.distributions._base import BaseDistribution
-from pyro_gumbel.distributions._noise import log_exponential_noise
-from pyro_gumbel.distributions._parameters import CategoricalParameters, check_one_given
+from pyro_gumbel.distributions._base import (
+    BaseDistribution,
+    as_floating,
+    checkable,
+    may_branch,
+    may_cache,
+    plain_eager,
+)
+from pyro_gumbel.distributions._numerics import (
+    exact_log,
+    exact_logit,
+    log_exponential_noise,
+    log_softmax,
+    noise_dtype,
+    widen,
+)
+
+
+class CategoricalParameters:
+    """Probabilities or logits as given, and derived tensors, which are computed once.
+
+    Derived tensors have the shape of the parameter (without batch expansion) and are float32 or
+    better. Half-precision parameters therefore define the same distribution as their float32
+    copies.
+    """
+
+    def __init__(self, probs: Any, logits: Any) -> None:
+        """Store the given parameter; raise ``ValueError`` unless exactly one is given."""
+        check_one_given(probs, logits)
+        self.name = "probs" if logits is None else "logits"
+        self.given = as_floating(probs if logits is None else logits)
+        if self.given.dim() == 0 or self.given.shape[-1] == 0:
+            raise ValueError(
+                f"{self.name} must have a last dimension of categories; got shape "
+                f"{tuple(self.given.shape)}. Write torch.zeros(num_categories), for example."
+            )
+        self.dtype = self.given.dtype
+        self._derived: dict[str, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Omit derived tensors from pickles and deep copies."""
+        return {**self.__dict__, "_derived": {}}
+
+    @property
+    def scores(self) -> Tensor:
+        """Log-probabilities up to a constant in each row, with a maximum near zero."""
+        return self._derive("scores", self._compute_scores)
+
+    @property
+    def log_probs(self) -> Tensor:
+        """Normalised log-probabilities; exactly ``-inf`` at zero probabilities."""
+        return self._derive("log_probs", lambda: log_softmax(self.scores))
+
+    def _derive(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        derived = self._derived.get(name)
+        if derived is None:
+            with torch.enable_grad():  # the first call may be a sample() without gradient
+                derived = compute()
+            if may_cache():
+                self._derived[name] = derived
+        return derived
+
+    def _compute_scores(self) -> Tensor:
+        given = widen(self.given)
+        if self.name == "probs":
+            return exact_log(given)
+        # Softmax and gradient do not depend on the offset, but rounding errors do.
+        return given - given.detach().amax(-1, keepdim=True)
+
+    def check(self) -> None:
+        """Raise ``ValueError`` if the values do not define a distribution."""
+        given = self.given.detach()
+        if not checkable(given):
+            return
+        if self.name == "logits":
+            top = given.amax(-1)  # not finite with NaN, +inf or a row of -inf
+            if not torch.isfinite(top).all():
+                raise ValueError(
+                    f"logits must be numbers below +inf, not all -inf in a row; {_culprit(given)}."
+                )
+            return
+        total = given.to(noise_dtype(self.dtype)).sum(-1)
+        if not ((given.amin(-1) >= 0) & (total > 0) & torch.isfinite(total)).all():
+            raise ValueError(
+                "probs must be non-negative and finite, with a positive sum in every row; "
+                f"{_culprit(given)}."
+            )
+
+
+def _culprit(given: Tensor) -> str:
+    if given.isnan().any():
+        return f"found NaN in a tensor of shape {tuple(given.shape)}"
+    low, high = given.min().item(), given.max().item()
+    return f"got values from {low:g} to {high:g} in a tensor of shape {tuple(given.shape)}"
+
+
+def check_one_given(probs: Any, logits: Any) -> None:
+    """Raise ``ValueError`` unless exactly one of the two is given."""
+    if (probs is None) == (logits is None):
+        given = "neither" if probs is None else "both"
+        raise ValueError(
+            f"Exactly one of probs and logits must be given; got {given}. Write probs=... or "
+            "logits=... ."
+        )
 
 
 class CategoricalDistribution(BaseDistribution):
@@ -48,7 +157,7 @@ class CategoricalDistribution(BaseDistribution):
     def _broadcast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype).expand(self.batch_shape + self.event_shape)
 
-    def _perturbed_scores(self, sample_shape: Any) -> Tensor:
+    def _perturbed(self, sample_shape: Any) -> Tensor:
         """Draw logits plus Gumbel noise, float32 or better; their argmax is an exact draw."""
         scores = self._parameters.scores
         shape = self._extended_shape(sample_shape)
@@ -65,3 +174,108 @@ def infer_one_hot_shapes(
     check_one_given(probs, logits)
     shape = torch.Size(probs if logits is None else logits)  # type: ignore[arg-type]
     return shape[:-1], shape[-1:]
+
+
+def value_dtype(fn: Any) -> torch.dtype:
+    """Return the dtype of the parameters, which one-hot and Bernoulli values share."""
+    own = getattr(fn, "dtype", None)
+    return fn._param.dtype if own is None else own
+
+
+def log_probs(fn: Any) -> Tensor:
+    """Return normalised log-probabilities of a one-hot or categorical, ``batch_shape + (C,)``.
+
+    They are exactly ``-inf`` at zero probabilities.
+    """
+    if isinstance(fn, CategoricalDistribution):
+        return fn._parameters.log_probs.expand(fn.batch_shape + fn.event_shape)
+    return _read(getattr(fn, "_categorical", fn), _log, _normalise, is_binary=False)
+
+
+def log_odds(fn: Any) -> Tensor:
+    """Return log-odds of the value 1 of a Bernoulli, ``batch_shape``; infinite if certain."""
+    if isinstance(fn, BaseDistribution):
+        return fn._log_odds().expand(fn.batch_shape)
+    return _read(fn, lambda probs: exact_logit(widen(probs)), widen, is_binary=True)
+
+
+def bit_log_masses(fn: Any) -> Tensor:
+    """Return log-probabilities of 0 and 1 of a Bernoulli, ``batch_shape + (2,)``."""
+    odds = log_odds(fn)
+    return torch.stack([logsigmoid(-odds), logsigmoid(odds)], -1)
+
+
+@torch.no_grad()
+def weights(fn: Any) -> Tensor:
+    """Return unnormalised probabilities of a one-hot or categorical, without gradient."""
+    if not isinstance(fn, CategoricalDistribution):
+        probs = vars(getattr(fn, "_categorical", fn)).get("probs")
+        if probs is not None and probs.dtype == noise_dtype(probs.dtype):
+            return probs.detach()  # given or computed, since torch does not clamp a softmax
+    scores = log_probs(fn)
+    return (scores - scores.amax(-1, keepdim=True)).exp_()
+
+
+@torch.no_grad()
+def bit_probs(fn: Any) -> Tensor:
+    """Return the probability of the value 1 of a Bernoulli, in float64, without gradient."""
+    if isinstance(fn, BaseDistribution):
+        return log_odds(fn).double().sigmoid()
+    return _read(fn, Tensor.double, lambda odds: odds.double().sigmoid(), is_binary=True)
+
+
+def _log(probs: Tensor) -> Tensor:
+    # Torch has normalised the probabilities, in their dtype.
+    return log_softmax(exact_log(widen(probs)))
+
+
+def _normalise(logits: Tensor) -> Tensor:
+    wide = widen(logits)
+    return wide if wide.dtype == logits.dtype else log_softmax(wide)
+
+
+def _read(
+    fn: Any,
+    from_probs: Callable[[Tensor], Tensor],
+    from_logits: Callable[[Tensor], Tensor],
+    *,
+    is_binary: bool,
+) -> Tensor:
+    """Compute a result from the parameter that the user gave to torch's distribution."""
+    own = vars(fn)
+    probs, logits = own.get("probs"), own.get("logits")
+    if logits is None or own.get("_param") is probs:
+        return from_probs(own["probs"])
+    # After expand torch does not record which parameter was given if it had both. They are then
+    # views. Logits that a constructor normalised are not.
+    normalised = plain_eager() and not (logits._is_view() or logits.is_inference())
+    if probs is None or probs.numel() == 0 or normalised:
+        return from_logits(logits)
+    half = probs.dtype != noise_dtype(probs.dtype)
+    derived = (_are_derived if half else _are_clamped)(logits, probs, is_binary)
+    if may_branch(derived):
+        return from_probs(probs) if derived else from_logits(logits)
+    return torch.where(derived, from_probs(probs), from_logits(logits))
+
+
+@torch.no_grad()
+def _are_derived(logits: Tensor, probs: Tensor, is_binary: bool) -> Tensor:
+    """Return whether the logits were computed, by the rounding of both in half precision."""
+    forth = logits == probs_to_logits(probs, is_binary)
+    back = probs == logits_to_probs(logits, is_binary)
+    return forth.sum() > back.sum()
+
+
+@torch.no_grad()
+def _are_clamped(logits: Tensor, probs: Tensor, is_binary: bool) -> Tensor:
+    """Return whether torch computed the logits from probabilities that it clamped.
+
+    In this case the extreme logit is that of torch's bound instead of that of the extreme
+    probability. Without probabilities beyond the bound both parameters are equally accurate.
+    """
+    eps = torch.finfo(probs.dtype).eps
+    low, high = math.log(eps), -math.log(eps)  # torch clamps to [eps, 1 - eps], or only below
+    clamped = (probs.amin() < 0.999 * eps) & (logits.amin() > low - 5e-4)
+    if not is_binary:
+        return clamped
+    return clamped | ((probs.amax() > 1 - eps) & (logits.amax() < high + 1e-2))

@@ -22,16 +22,16 @@ _NUMBERS = ("_param", "param_shape", "_categorical", "probs", "logits")
 def law_of(fn: Any) -> type | None:
     """Return the class of torch, Pyro or this package that defines the distribution of ``fn``.
 
-    This is the nearest ancestor of ``fn`` in these libraries, if no subclass overrides how values
-    are drawn and scored, the support, or the parameters that the ancestor reads.
-
-    Returns:
-        The class, or ``None`` if ``fn``, or a distribution that it contains, overrides one of
-        these.
+    This is the nearest ancestor of ``fn`` in these libraries. It is ``None`` if ``fn``, or a
+    distribution that it contains, overrides how values are drawn and scored, the support, or the
+    parameters that the ancestor reads.
     """
     kind = _kind(fn)
-    parts = (part for part in vars(fn).values() if isinstance(part, Distribution))
-    return kind if all(law_of(part) for part in parts) else None
+    if kind is not None:
+        for part in vars(fn).values():
+            if isinstance(part, Distribution) and law_of(part) is None:
+                return None
+    return kind
 
 
 def has_law_of(fn: Any, *families: type) -> bool:
@@ -57,8 +57,8 @@ def nearest_library(kind: type) -> type:
 
 
 def _kind(fn: Any) -> type | None:
-    own = not vars(fn).keys().isdisjoint(_METHODS)
-    return None if own else _inherited(type(fn))  # type: ignore[arg-type]
+    overrides = not vars(fn).keys().isdisjoint(_METHODS)
+    return None if overrides else _inherited(type(fn))  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=1024)

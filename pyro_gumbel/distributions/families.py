@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributions as torch_dist
 from pyro.distributions import ExpandedDistribution, MaskedDistribution
+from pyro.distributions.distribution import Distribution as PyroDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
@@ -18,10 +19,18 @@ from torch.distributions import (
     Independent,
     Normal,
     OneHotCategorical,
+    TransformedDistribution,
 )
 from torch.nn.functional import softplus
 
 from pyro_gumbel.distributions._base import plain_eager
+from pyro_gumbel.distributions._categorical import (
+    bit_probs,
+    log_odds,
+    log_probs,
+    value_dtype,
+    weights,
+)
 from pyro_gumbel.distributions._law import (
     has_law_of,
     law_of,
@@ -29,14 +38,7 @@ from pyro_gumbel.distributions._law import (
     overridden,
     wraps_like,
 )
-from pyro_gumbel.distributions._noise import gumbel_noise, noise_dtype
-from pyro_gumbel.distributions._numbers import (
-    bit_probs,
-    log_odds,
-    log_probs,
-    value_dtype,
-    weights,
-)
+from pyro_gumbel.distributions._numerics import gumbel_noise, noise_dtype
 from pyro_gumbel.distributions.one_hot import (
     draw_index,
     draw_one_hot,
@@ -50,13 +52,13 @@ __all__ = [
     "base_noise",
     "bit_probs",
     "event_dims",
-    "sample_detached",
     "expand",
     "explain_stranger",
     "from_index",
     "from_noise",
     "has_law_of",
     "has_logits",
+    "has_score_parts",
     "is_bit",
     "is_categorical",
     "is_normal",
@@ -67,9 +69,10 @@ __all__ = [
     "masks",
     "on_own_logits",
     "one_hot_logits",
+    "sample_detached",
+    "score_function",
     "support_values",
     "to_index",
-    "uniform",
     "unwrap",
     "value_dtype",
     "wrap_like",
@@ -78,12 +81,13 @@ __all__ = [
 ]
 
 _KNOWN = (OneHotCategorical, Categorical, Bernoulli, Normal, RelaxedOneHot, RelaxedBernoulli)
+_WRAPPERS = (Independent, MaskedDistribution)
 _CERTAIN = 32768.0  # a logit that is certain in every dtype
 
 
 def wrappers(fn: Distribution) -> Iterator[Any]:
     """Yield the wrappers of ``to_event`` and ``mask`` around a distribution, outermost first."""
-    while wraps_like(fn, Independent, MaskedDistribution):
+    while isinstance(fn, _WRAPPERS) and wraps_like(fn, *_WRAPPERS):
         yield fn
         fn = fn.base_dist
 
@@ -290,14 +294,6 @@ def from_index(fn: Distribution, index: Tensor) -> Tensor:
     return (1 - index).to(value_dtype(fn)) if is_bit(fn) else index
 
 
-def uniform(like: Tensor, sample_shape: tuple[int, ...] = ()) -> Tensor:
-    """Draw uniform noise strictly inside (0, 1), float32 or better, of the shape of ``like``."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    noise = torch.rand((*sample_shape, *like.shape), dtype=dtype, device=like.device)
-    # A shift by half a cell excludes zero, and still excludes one.
-    return noise * (1 - torch.finfo(dtype).eps) + torch.finfo(dtype).eps / 4
-
-
 @torch.no_grad()
 def sample_detached(fn: Distribution) -> Tensor:
     """Draw from ``fn`` without gradient, from its parameters as the user gave them.
@@ -345,3 +341,41 @@ def from_noise(fn: Distribution, noise: Tensor) -> Tensor:
         if is_bit(fn):
             return (noise < bit_probs(fn)).to(value_dtype(fn))
         return from_index(fn, (log_probs(fn) + noise).max(-1).indices)
+
+
+def has_score_parts(fn: Any) -> bool:
+    """Return whether the noise of ``fn.rsample`` has a density that depends on parameters."""
+    if wraps_like(
+        fn, ExpandedDistribution, Independent, MaskedDistribution, TransformedDistribution
+    ):
+        return has_score_parts(fn.base_dist)
+    method = getattr(type(fn), "score_parts", PyroDistribution.score_parts)
+    overridden = method is not PyroDistribution.score_parts or "score_parts" in vars(fn)
+    return overridden and bool(fn.has_rsample)
+
+
+def score_function(fn: Any, value: Tensor) -> Tensor:
+    r"""Return the log-density of the accepted noise of a draw.
+
+    The gradient of an expected cost is the pathwise gradient, plus the cost times the gradient of
+    this term, in which the value depends on the parameters. Pyro's wrappers omit the term if they
+    join dimensions or transform values.
+    ``fn`` is a distribution for which :func:`has_score_parts` is true, and ``value`` its draw. The
+    result has the batch shape and is neither scaled nor masked.
+
+    References:
+        Reparameterization Gradients through Acceptance-Rejection Sampling Algorithms (Naesseth,
+        Ruiz, Linderman, Blei, 2017), https://arxiv.org/abs/1610.05683
+    """
+    if wraps_like(fn, MaskedDistribution):
+        return score_function(fn.base_dist, value)
+    if wraps_like(fn, ExpandedDistribution):
+        score = score_function(fn.base_dist, value)
+        return score.expand(value.shape[: value.dim() - fn.event_dim])
+    if wraps_like(fn, TransformedDistribution):
+        for transform in reversed(fn.transforms):
+            value = transform.inv(value)
+    if wraps_like(fn, Independent, TransformedDistribution):
+        score = score_function(fn.base_dist, value)
+        return sum_rightmost(score, fn.event_dim - fn.base_dist.event_dim)
+    return fn.score_parts(value).score_function

@@ -15,9 +15,9 @@ from pyro_gumbel.distributions._base import (
     broadcast_shapes,
     checkable,
 )
-from pyro_gumbel.distributions._noise import gumbel_noise, noise_dtype
+from pyro_gumbel.distributions._numerics import gumbel_noise, noise_dtype
 
-__all__ = ["Gumbel", "gumbel_noise"]
+__all__ = ["Gumbel"]
 
 EULER_GAMMA = 0.57721566490153286060651209008240243
 

@@ -19,9 +19,9 @@ from torch.distributions import Gumbel as TorchGumbel
 from torch.distributions.kl import _KL_REGISTRY
 
 from pyro_gumbel.distributions._base import at_hand, broadcast_shapes, plain_eager
+from pyro_gumbel.distributions._categorical import bit_log_masses, log_probs
 from pyro_gumbel.distributions._law import law_of, nearest_library
-from pyro_gumbel.distributions._noise import noise_dtype
-from pyro_gumbel.distributions._numbers import bit_log_masses, log_probs
+from pyro_gumbel.distributions._numerics import noise_dtype
 from pyro_gumbel.distributions.families import unwrap
 from pyro_gumbel.distributions.gumbel import EULER_GAMMA, Gumbel
 from pyro_gumbel.distributions.one_hot import OneHot

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_gumbel.distributions._autograd import with_signature
 from pyro_gumbel.distributions._base import plain_eager
 from pyro_gumbel.distributions._categorical import CategoricalDistribution, infer_one_hot_shapes
 from pyro_gumbel.distributions._constraints import relaxed_simplex
-from pyro_gumbel.distributions._noise import log_exponential_noise, noise_dtype
+from pyro_gumbel.distributions._numerics import (
+    log_exponential_noise,
+    noise_dtype,
+    with_signature,
+)
 
 __all__ = ["OneHot", "draw_one_hot", "multilinear_log_prob"]
 
@@ -77,11 +80,11 @@ def _fused_draw(logits: Tensor, sample_shape: torch.Size) -> Tensor | None:
 def _fused_kernel(device: torch.device) -> Callable[[Tensor, torch.Size], Tensor | None] | None:
     """Return the kernel if Triton is installed and can compile for the device."""
     try:
-        from pyro_gumbel.distributions import _fused_draw
+        from pyro_gumbel.distributions import _triton
     except ImportError:
         return None
     try:
-        _fused_draw.try_out(device)
+        _triton.try_out(device)
     except Exception as error:  # of any type, for a missing compiler or driver
         warnings.warn(
             f"Triton is installed and cannot compile for {device}, so one-hot draws are several "
@@ -89,7 +92,7 @@ def _fused_kernel(device: torch.device) -> Callable[[Tensor, torch.Size], Tensor
             stacklevel=2,
         )
         return None
-    return _fused_draw.one_hot_draw
+    return _triton.one_hot_draw
 
 
 def draw_index(weights: Tensor, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008

@@ -1,25 +1,92 @@
-"""The Concrete distribution on the simplex, with optional straight-through draws."""
+"""The Concrete distribution, on the simplex or in log space."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_gumbel.distributions._constraints import relaxed_simplex
-from pyro_gumbel.distributions._density import concrete_log_density, log_coordinate
-from pyro_gumbel.distributions._softmax import softmax
-from pyro_gumbel.distributions._straight_through import straight_through
-from pyro_gumbel.distributions._tempered import TemperedCategorical
+from pyro_gumbel.distributions._base import broadcast_shapes
+from pyro_gumbel.distributions._categorical import CategoricalDistribution, infer_one_hot_shapes
+from pyro_gumbel.distributions._constraints import log_simplex, relaxed_simplex
+from pyro_gumbel.distributions._numerics import log_coordinate, log_softmax, softmax
+from pyro_gumbel.distributions._relaxation import (
+    Relaxation,
+    TemperedDistribution,
+    align_temperature,
+)
 from pyro_gumbel.distributions.one_hot import OneHot, one_hot_argmax
 
-__all__ = ["RelaxedOneHot", "straight_through"]
+__all__ = ["ExpRelaxedOneHot", "RelaxedOneHot"]
 
 
-class RelaxedOneHot(TemperedCategorical):
+class TemperedCategorical(CategoricalDistribution, TemperedDistribution):
+    """A categorical distribution with a temperature, as for the Gumbel-softmax."""
+
+    arg_constraints = {
+        "temperature": constraints.positive,
+        "probs": constraints.simplex,
+        "logits": constraints.real_vector,
+    }
+
+    def _init_tempered(
+        self, temperature: Any, probs: Any, logits: Any, validate_args: bool | None
+    ) -> None:
+        self._init_categorical(probs, logits, validate_args)
+        self._init_temperature(temperature, self._parameters.given.device)
+
+    def _log_density(self, log_value: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return the log-density of log-coordinates :math:`u`.
+
+        .. math::
+            \log \Gamma(C) + (C - 1) \log \tau + \sum_c s_c - C \log \sum_c e^{s_c},
+            \qquad s_c = \phi_c - \tau u_c
+
+        The sums and :math:`C` omit impossible categories, with score :math:`\phi_c = -\infty`.
+
+        Args:
+            log_value: Log-coordinates, ``(..., C)``.
+            present: Whether a category has weight; the density is zero if it is impossible.
+
+        Returns:
+            The log-density, and ``log_value`` with zeros at impossible categories.
+        """
+        scores = self._parameters.scores
+        impossible = scores == -math.inf
+        num_possible = (~impossible).sum(-1).to(scores.dtype)
+        log_value = log_value.masked_fill(impossible, 0.0)
+        temperature = self._temperature_of_scores(scores.dtype)
+        log_shares = log_softmax(scores - log_value * temperature).masked_fill(impossible, 0.0)
+        constant = num_possible.lgamma() + (num_possible - 1) * self._log_temperature(scores.dtype)
+        outside = (present & impossible).any(-1)
+        return (constant + log_shares.sum(-1)).masked_fill(outside, -math.inf), log_value
+
+    def __repr__(self) -> str:
+        temperature, name = self._brief_temperature(), self._parameters.name
+        return (
+            f"{type(self).__name__}(temperature: {temperature}, {name}: {tuple(self.param_shape)})"
+        )
+
+    @staticmethod
+    def infer_shapes(
+        temperature: Sequence[int] = (),
+        probs: Sequence[int] | None = None,
+        logits: Sequence[int] | None = None,
+        **_: Any,
+    ) -> tuple[torch.Size, torch.Size]:
+        """Infer ``batch_shape`` and ``event_shape`` from the shapes of the arguments."""
+        batch_shape, event_shape = infer_one_hot_shapes(probs, logits)
+        if len(temperature) > 0:
+            aligned = align_temperature(torch.Size(temperature), batch_shape)
+            batch_shape = broadcast_shapes(batch_shape, aligned)
+        return batch_shape, event_shape
+
+
+class RelaxedOneHot(TemperedCategorical, Relaxation):
     r"""The Concrete (Gumbel-softmax) distribution, or its straight-through version.
 
     .. math::
@@ -88,37 +155,8 @@ class RelaxedOneHot(TemperedCategorical):
         """One-hot vectors if ``straight_through``, else the simplex."""
         return constraints.one_hot if self.straight_through else relaxed_simplex
 
-    @property
-    def has_enumerate_support(self) -> bool:
-        """True if ``straight_through``."""
-        return self.straight_through
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Draw ``sample_shape + batch_shape + (C,)`` without a gradient."""
-        with torch.no_grad():
-            scores = self._perturbed_scores(sample_shape)
-            return self._harden(scores) if self.straight_through else self._relax(scores)
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Draw ``sample_shape + batch_shape + (C,)``, differentiable in the parameters."""
-        scores = self._perturbed_scores(sample_shape)
-        relaxed = self._relax(scores)
-        return (
-            straight_through(self._harden(scores), relaxed) if self.straight_through else relaxed
-        )
-
-    def rsample_pair(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
-        """Draw a one-hot value and its relaxation from the same noise.
-
-        Returns:
-            The one-hot value, without a gradient, and the relaxed value, differentiable in the
-            parameters; both ``sample_shape + batch_shape + (C,)``.
-        """
-        scores = self._perturbed_scores(sample_shape)
-        return self._harden(scores), self._relax(scores)
-
     def _relax(self, scores: Tensor) -> Tensor:
-        return softmax(self._temper(scores)).to(self.dtype)
+        return softmax(scores / self._temperature_of_scores(scores.dtype)).to(self.dtype)
 
     def _harden(self, scores: Tensor) -> Tensor:
         return one_hot_argmax(scores, self.dtype)
@@ -129,17 +167,8 @@ class RelaxedOneHot(TemperedCategorical):
             return self.one_hot.log_prob(value)
         if self._validate_args:
             self._validate_sample(value)
-        scores = self._parameters.scores
-        log_value = log_coordinate(value)
-        density, log_value = concrete_log_density(
-            log_value,
-            scores,
-            self._working_temperature(scores.dtype),
-            self._log_temperature(scores.dtype),
-        )
-        score = density - log_value.sum(-1)
-        off_support = ((value > 0) & (scores == -math.inf)).any(-1)
-        return self._score(score.masked_fill(off_support, -math.inf), value)
+        density, log_value = self._log_density(log_coordinate(value), value > 0)
+        return self._score(density - log_value.sum(-1), value)
 
     @property
     def one_hot(self) -> OneHot:
@@ -147,8 +176,7 @@ class RelaxedOneHot(TemperedCategorical):
         return OneHot.of(self)
 
     def _discrete(self, name: str) -> OneHot:
-        if not self.straight_through:
-            raise self._not_closed_form(name)
+        self._require_hard(name)
         return self.one_hot
 
     @property
@@ -170,10 +198,63 @@ class RelaxedOneHot(TemperedCategorical):
         """Return the entropy in nats if ``straight_through``."""
         return self._discrete("entropy").entropy()
 
-    def enumerate_support(self, expand: bool = True) -> Tensor:
-        """Return all one-hot values if ``straight_through``."""
-        if not self.straight_through:
-            raise NotImplementedError(
-                "RelaxedOneHot has a finite support only with straight_through=True."
-            )
+    def _hard_support(self, expand: bool) -> Tensor:
         return self.one_hot.enumerate_support(expand)
+
+
+class ExpRelaxedOneHot(TemperedCategorical):
+    r"""The Concrete distribution in log space, whose values are log-probabilities.
+
+    .. math::
+        u = \log\operatorname{softmax}\left(\frac{\phi + G}{\tau}\right), \qquad
+        \log p(u) = \log\Gamma(C) + (C - 1)\log\tau + \sum_c s_c - C\log\sum_c e^{s_c}
+
+    with :math:`s_c = \phi_c - \tau u_c`. The density is exact at every temperature, since values
+    do not underflow. Use this class to evaluate densities. The density is with respect to Lebesgue
+    measure in the coordinates :math:`u_c - u_C`, :math:`c < C`. ``biject_to(support)`` has the
+    same coordinates, so Hamiltonian Monte Carlo is exact, too. ``u.exp()`` is distributed as
+    :class:`RelaxedOneHot`.
+
+    A category of probability zero has the value ``-inf`` and does not enter the density. In
+    float16 log-probabilities are clamped at -65504.
+
+    Shapes, arguments and errors are those of :class:`RelaxedOneHot`.
+
+    References:
+        The Concrete Distribution (Maddison, Mnih, Teh, 2017), https://arxiv.org/abs/1611.00712
+
+    Example:
+        >>> d = ExpRelaxedOneHot(0.01, logits=torch.tensor([50.0, 0.0, -50.0]))
+        >>> u = d.rsample()
+        >>> bool(u.logsumexp(-1).abs() < 1e-6), bool(d.log_prob(u).isfinite())
+        (True, True)
+    """
+
+    support = log_simplex
+
+    def __init__(
+        self,
+        temperature: Any,
+        probs: Any = None,
+        logits: Any = None,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        self._init_tempered(temperature, probs, logits, validate_args)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw ``sample_shape + batch_shape + (C,)``, differentiable in the parameters."""
+        scores = self._perturbed(sample_shape)
+        log_value = log_softmax(scores / self._temperature_of_scores(scores.dtype))
+        if self.dtype == torch.float16:
+            bounded = log_value.clamp(min=torch.finfo(self.dtype).min)
+            log_value = torch.where(log_value == -math.inf, log_value, bounded)
+        return log_value.to(self.dtype)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density on the log-simplex."""
+        if self._validate_args:
+            self._validate_sample(value)
+        wide = value.to(torch.promote_types(value.dtype, self._parameters.scores.dtype))
+        density, _ = self._log_density(wide, value > -math.inf)
+        return self._score(density, value)

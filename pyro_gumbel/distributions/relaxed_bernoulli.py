@@ -12,22 +12,20 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
 from pyro_gumbel.distributions._base import as_floating, broadcast_shapes, checkable, may_cache
-from pyro_gumbel.distributions._density import log_coordinate_pair
-from pyro_gumbel.distributions._noise import logistic_noise
-from pyro_gumbel.distributions._parameters import (
-    align_temperature,
-    check_one_given,
+from pyro_gumbel.distributions._categorical import check_one_given
+from pyro_gumbel.distributions._numerics import (
     exact_logit,
+    log_coordinate_pair,
+    logistic_noise,
+    widen,
 )
-from pyro_gumbel.distributions._straight_through import straight_through
-from pyro_gumbel.distributions._tempered import TemperedDistribution
-from pyro_gumbel.distributions._widen import widen
+from pyro_gumbel.distributions._relaxation import Relaxation, align_temperature
 from pyro_gumbel.distributions.one_hot import multilinear_log_prob
 
 __all__ = ["RelaxedBernoulli"]
 
 
-class RelaxedBernoulli(TemperedDistribution):
+class RelaxedBernoulli(Relaxation):
     r"""The binary Concrete distribution, or its straight-through version.
 
     .. math::
@@ -122,11 +120,6 @@ class RelaxedBernoulli(TemperedDistribution):
         return constraints.unit_interval  # the log-mass is defined between the bits too
 
     @property
-    def has_enumerate_support(self) -> bool:
-        """True if ``straight_through``."""
-        return self.straight_through
-
-    @property
     def dtype(self) -> torch.dtype:
         """Dtype of parameters and samples."""
         return self._given.dtype
@@ -166,34 +159,10 @@ class RelaxedBernoulli(TemperedDistribution):
         return log_odds + logistic_noise(shape, log_odds.dtype, log_odds.device)
 
     def _relax(self, perturbed: Tensor) -> Tensor:
-        return self._temper(perturbed).sigmoid().to(self.dtype)
+        return (perturbed / self._working_temperature(perturbed.dtype)).sigmoid().to(self.dtype)
 
     def _harden(self, perturbed: Tensor) -> Tensor:
         return (perturbed.detach() > 0).to(self.dtype)
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Draw ``sample_shape + batch_shape`` without a gradient."""
-        with torch.no_grad():
-            perturbed = self._perturbed(sample_shape)
-            return self._harden(perturbed) if self.straight_through else self._relax(perturbed)
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Draw ``sample_shape + batch_shape``, differentiable in the parameters."""
-        perturbed = self._perturbed(sample_shape)
-        relaxed = self._relax(perturbed)
-        if not self.straight_through:
-            return relaxed
-        return straight_through(self._harden(perturbed), relaxed)
-
-    def rsample_pair(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
-        """Draw a hard value and its relaxation from the same noise.
-
-        Returns:
-            The hard value, without a gradient, and the relaxed value, differentiable in the
-            parameters; both ``sample_shape + batch_shape``.
-        """
-        perturbed = self._perturbed(sample_shape)
-        return self._harden(perturbed), self._relax(perturbed)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density on the unit interval, or the log-mass if ``straight_through``."""
@@ -220,10 +189,6 @@ class RelaxedBernoulli(TemperedDistribution):
         misses = value != (log_odds > 0)
         return torch.where(constant, torch.where(misses, -math.inf, 0.0).to(score), score)
 
-    def _require_hard(self, name: str) -> None:
-        if not self.straight_through:
-            raise self._not_closed_form(name)
-
     @property
     def mean(self) -> Tensor:
         """The probability if ``straight_through``; otherwise unknown in closed form."""
@@ -249,12 +214,7 @@ class RelaxedBernoulli(TemperedDistribution):
         finite = log_masses.masked_fill(log_masses == -math.inf, 0.0)
         return self._statistic(-(log_masses.exp() * finite).sum(-1))
 
-    def enumerate_support(self, expand: bool = True) -> Tensor:
-        """Return 0 and 1 if ``straight_through``."""
-        if not self.straight_through:
-            raise NotImplementedError(
-                "RelaxedBernoulli has a finite support only with straight_through=True."
-            )
+    def _hard_support(self, expand: bool) -> Tensor:
         values = torch.arange(2, dtype=self.dtype, device=self._given.device)
         values = values.view(2, *(1 for _ in self.batch_shape))
         return values.expand(2, *self.batch_shape) if expand else values

@@ -10,7 +10,7 @@ from torch.distributions import constraints
 
 from pyro_gumbel.distributions._base import broadcast_shapes, checkable
 from pyro_gumbel.distributions._constraints import less_than_eq
-from pyro_gumbel.distributions._noise import log_exponential_noise, noise_dtype
+from pyro_gumbel.distributions._numerics import log_exponential_noise, noise_dtype
 from pyro_gumbel.distributions.gumbel import (
     EULER_GAMMA,
     Gumbel,

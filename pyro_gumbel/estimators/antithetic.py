@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyro_gumbel._validate import check_num_samples
+from pyro_gumbel.distributions._numerics import uniform_noise
 from pyro_gumbel.distributions.families import (
     bit_probs,
     from_index,
@@ -16,7 +17,6 @@ from pyro_gumbel.distributions.families import (
     is_one_hot,
     one_hot_logits,
     to_index,
-    uniform,
     value_dtype,
 )
 from pyro_gumbel.estimators.base import Estimator, Site
@@ -52,7 +52,7 @@ class DisARM(Estimator):
 
     def draw(self, fn: Distribution) -> Tensor:
         probs = bit_probs(fn)
-        noise = uniform(probs)
+        noise = uniform_noise(probs.shape, probs.dtype, probs.device)
         return torch.stack([noise < probs, 1 - noise < probs]).to(value_dtype(fn))
 
     def surrogate(self, site: Site) -> Tensor:
@@ -100,7 +100,9 @@ class ARMS(Estimator):
 
     def draw(self, fn: Distribution) -> Tensor:
         probs = bit_probs(fn)
-        noise = -torch.log(uniform(probs, (self.num_samples,)))
+        noise = -torch.log(
+            uniform_noise((self.num_samples, *probs.shape), probs.dtype, probs.device)
+        )
         share = noise / noise.sum(0)
         copula = (1 - share) ** (self.num_samples - 1)
         # Dependence is negative for the rarer value, so reflect the copula above one half.
@@ -156,7 +158,7 @@ class DisARMTree(Estimator):
         pair = torch.zeros((2, *logits.shape[:-1]), dtype=torch.long, device=logits.device)
         for alpha in _tree(logits):
             probs = alpha.sigmoid()
-            noise = uniform(alpha)
+            noise = uniform_noise(alpha.shape, alpha.dtype, alpha.device)
             turns = torch.stack([noise < probs, 1 - noise < probs]).long()
             pair = 2 * pair + turns.gather(-1, pair.unsqueeze(-1)).squeeze(-1)
         return from_index(fn, pair)

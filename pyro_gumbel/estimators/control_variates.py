@@ -7,7 +7,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor, nn
 
 from pyro_gumbel._validate import check_num_samples
-from pyro_gumbel.distributions._noise import noise_dtype
+from pyro_gumbel.distributions._numerics import noise_dtype
 from pyro_gumbel.distributions.families import (
     is_bit,
     is_one_hot,

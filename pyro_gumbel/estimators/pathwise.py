@@ -9,10 +9,10 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import TransformedDistribution, constraints
 
-from pyro_gumbel.distributions._score_parts import has_score_parts
 from pyro_gumbel.distributions.families import (
     from_noise,
     has_law_of,
+    has_score_parts,
     is_normal,
     log_mass,
 )

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from pyro_gumbel._validate import check_num_samples
 from pyro_gumbel.distributions._base import plain_eager
+from pyro_gumbel.distributions._numerics import gumbel_noise, straight_through
 from pyro_gumbel.distributions.families import is_one_hot
-from pyro_gumbel.distributions.gumbel import gumbel_noise
 from pyro_gumbel.distributions.one_hot import draw_one_hot
-from pyro_gumbel.distributions.relaxed import straight_through
 from pyro_gumbel.estimators.schedules import Schedule, check_temperature
 from pyro_gumbel.estimators.straight_through import (
     OneHotEstimator,

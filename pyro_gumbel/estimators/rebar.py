@@ -9,8 +9,8 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor, nn
 
+from pyro_gumbel.distributions._numerics import gumbel_noise
 from pyro_gumbel.distributions.families import is_bit, one_hot_logits, value_dtype
-from pyro_gumbel.distributions.gumbel import gumbel_noise
 from pyro_gumbel.distributions.one_hot import one_hot_argmax
 from pyro_gumbel.estimators.base import Branches, Site
 from pyro_gumbel.estimators.control_variates import DifferentiatingEstimator, lower

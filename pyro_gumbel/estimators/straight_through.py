@@ -7,7 +7,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor
 
 from pyro_gumbel._validate import check_number
-from pyro_gumbel.distributions._softmax import softmax
+from pyro_gumbel.distributions._numerics import gumbel_noise, softmax, straight_through
 from pyro_gumbel.distributions.families import (
     is_bit,
     is_one_hot,
@@ -16,9 +16,7 @@ from pyro_gumbel.distributions.families import (
     one_hot_logits,
     value_dtype,
 )
-from pyro_gumbel.distributions.gumbel import gumbel_noise
 from pyro_gumbel.distributions.one_hot import draw_one_hot, one_at
-from pyro_gumbel.distributions.relaxed import straight_through
 from pyro_gumbel.estimators.base import Estimator, Route
 from pyro_gumbel.estimators.schedules import Schedule, check_temperature
 

@@ -9,6 +9,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor
 
 from pyro_gumbel._validate import check_num_samples
+from pyro_gumbel.distributions._numerics import gumbel_noise
 from pyro_gumbel.distributions.families import (
     from_index,
     is_categorical,
@@ -16,7 +17,6 @@ from pyro_gumbel.distributions.families import (
     one_hot_logits,
     to_index,
 )
-from pyro_gumbel.distributions.gumbel import gumbel_noise
 from pyro_gumbel.estimators.base import Branches, Estimator, Site
 from pyro_gumbel.estimators.enumeration import joins_variables
 

@@ -19,8 +19,8 @@ from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_gumbel.distributions import OneHot
+from pyro_gumbel.distributions._categorical import log_odds, log_probs, value_dtype
 from pyro_gumbel.distributions._law import overridden
-from pyro_gumbel.distributions._numbers import log_odds, log_probs, value_dtype
 from pyro_gumbel.distributions.families import (
     expand,
     has_law_of,

@@ -10,7 +10,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_gumbel.distributions._base import broadcast_shapes
-from pyro_gumbel.distributions._numbers import bit_log_masses, log_probs
+from pyro_gumbel.distributions._categorical import bit_log_masses, log_probs
 from pyro_gumbel.distributions.families import (
     has_law_of,
     is_bit,

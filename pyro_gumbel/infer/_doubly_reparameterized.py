@@ -38,8 +38,7 @@ from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 
 from pyro_gumbel.distributions._law import has_law_of, wraps_like
-from pyro_gumbel.distributions._score_parts import has_score_parts
-from pyro_gumbel.distributions.families import event_dims, unwrap, wrappers
+from pyro_gumbel.distributions.families import event_dims, has_score_parts, unwrap, wrappers
 from pyro_gumbel.estimators import Pathwise
 from pyro_gumbel.estimators.pathwise import has_score_of_mean_zero, path_of_score
 from pyro_gumbel.infer._dependence import Dependence, Mark

@@ -19,8 +19,13 @@ from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
 
-from pyro_gumbel.distributions._score_parts import score_function
-from pyro_gumbel.distributions.families import event_dims, log_mass, unwrap, wrap_score
+from pyro_gumbel.distributions.families import (
+    event_dims,
+    log_mass,
+    score_function,
+    unwrap,
+    wrap_score,
+)
 from pyro_gumbel.estimators import Call, Estimator, Route
 from pyro_gumbel.infer._analytic_kl import analytic_kls
 from pyro_gumbel.infer._checks import check_programs, explain_mismatch, latent_sites

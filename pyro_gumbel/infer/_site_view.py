@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_gumbel.distributions._score_parts import has_score_parts
-from pyro_gumbel.distributions.families import event_dims, one_hot_logits, unwrap
+from pyro_gumbel.distributions.families import event_dims, has_score_parts, one_hot_logits, unwrap
 from pyro_gumbel.estimators import Branches, Call, Estimator, Route, Site
 from pyro_gumbel.infer._layout import MAIN, Path
 from pyro_gumbel.infer._run import Run

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_gumbel.distributions._score_parts import has_score_parts
-from pyro_gumbel.distributions.families import unwrap
+from pyro_gumbel.distributions.families import has_score_parts, unwrap
 from pyro_gumbel.estimators import Call, Estimator, Pathwise, Route, Score
 from pyro_gumbel.infer._dependence import Dependence
 from pyro_gumbel.infer._doubly_reparameterized import (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_gumbel.distributions._parameters import CategoricalParameters
+from pyro_gumbel.distributions._categorical import CategoricalParameters
 from pyro_gumbel.estimators import Estimator
 from pyro_gumbel.estimators._module import STORE_PREFIX, is_newer, note_own, note_stored
 

@@ -9,9 +9,9 @@ import scipy.stats
 import torch
 from helpers.laws import DTYPES, HALF, count_z, mean_z
 
-from pyro_gumbel.distributions import _noise as noise_module
+from pyro_gumbel.distributions import _numerics as noise_module
 from pyro_gumbel.distributions import gumbel_noise
-from pyro_gumbel.distributions._noise import logistic_noise
+from pyro_gumbel.distributions._numerics import logistic_noise
 
 LAWS = {
     "gumbel": (gumbel_noise, scipy.stats.gumbel_r),

@@ -9,7 +9,7 @@ import torch
 
 import pyro_gumbel.estimators as E  # noqa: N812
 from pyro_gumbel.distributions import OneHot, RelaxedBernoulli, RelaxedOneHot
-from pyro_gumbel.distributions._numbers import log_odds, log_probs, weights
+from pyro_gumbel.distributions._categorical import log_odds, log_probs, weights
 from pyro_gumbel.distributions.families import (
     base_noise,
     from_noise,

@@ -19,7 +19,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
 
-from pyro_gumbel.distributions import _fused_draw  # noqa: E402
+from pyro_gumbel.distributions import _triton  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 ONCE = torch.Size()
@@ -28,7 +28,7 @@ INF = math.inf
 
 
 def draw(logits, sample_shape=ONCE):
-    drawn = _fused_draw.one_hot_draw(logits.to(DEVICE), torch.Size(sample_shape))
+    drawn = _triton.one_hot_draw(logits.to(DEVICE), torch.Size(sample_shape))
     assert drawn.dtype == logits.dtype
     assert drawn.shape == (*sample_shape, *logits.shape)
     assert ((drawn == 0) | (drawn == 1)).all()
@@ -89,7 +89,7 @@ def test_rows_and_copies_have_noise_of_their_own():
 def test_not_contiguous():
     logits = torch.full((4, 6), -INF)
     logits[torch.arange(4), torch.arange(4)] = 0.0
-    drawn = _fused_draw.one_hot_draw(logits.to(DEVICE).T, ONCE).cpu()
+    drawn = _triton.one_hot_draw(logits.to(DEVICE).T, ONCE).cpu()
     assert torch.equal(drawn[:4], torch.eye(4))
 
 
@@ -103,19 +103,19 @@ def test_the_seed_rules():
 
 
 def test_nothing_and_too_much_are_left_to_others():
-    assert _fused_draw.one_hot_draw(torch.zeros(0, 3, device=DEVICE), ONCE) is None
-    assert _fused_draw.one_hot_draw(torch.zeros(3, device=DEVICE), torch.Size([0])) is None
+    assert _triton.one_hot_draw(torch.zeros(0, 3, device=DEVICE), ONCE) is None
+    assert _triton.one_hot_draw(torch.zeros(3, device=DEVICE), torch.Size([0])) is None
     many = torch.zeros(1, device=DEVICE).expand(2**31)
-    assert _fused_draw.one_hot_draw(many, ONCE) is None
+    assert _triton.one_hot_draw(many, ONCE) is None
 
 
 def test_recordings_draw_anew():
     logits = torch.randn(40, 10, device=DEVICE)
-    _, recording = record(lambda x: [_fused_draw.one_hot_draw(x, ONCE) * 2], [logits])
+    _, recording = record(lambda x: [_triton.one_hot_draw(x, ONCE) * 2], [logits])
     torch.manual_seed(5)
     (replayed,), _ = recording([logits])
     torch.manual_seed(5)
-    assert torch.equal(replayed, _fused_draw.one_hot_draw(logits, ONCE) * 2)
+    assert torch.equal(replayed, _triton.one_hot_draw(logits, ONCE) * 2)
     (other,), _ = recording([logits])
     assert not torch.equal(other, replayed)
 
@@ -127,7 +127,7 @@ def test_kernels_compile_for_gpus(kernel, sizes, tmp_path):
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pyro_gumbel.distributions import _fused_draw
+from pyro_gumbel.distributions import _triton
 
 def cubin(kernel, of, constants):
     types = {{name: "i32" for name in kernel.arg_names}} | of
@@ -138,11 +138,11 @@ def cubin(kernel, of, constants):
 for dtype in ("*fp32", "*bf16"):
     tensors = {{"logits": dtype, "draw": dtype, "seed": "*i64"}}
     if {kernel!r} == "rows":
-        assert cubin(_fused_draw._draw_rows, tensors, {sizes})
+        assert cubin(_triton._draw_rows, tensors, {sizes})
     else:
-        assert cubin(_fused_draw._draw_chunk, tensors | {{"best": "*fp32"}}, {{"CHUNK": 4096}})
+        assert cubin(_triton._draw_chunk, tensors | {{"best": "*fp32"}}, {{"CHUNK": 4096}})
         places = {{"best": "*fp32", "draw": dtype}}
-        assert cubin(_fused_draw._place_one, places, {{"CHUNK": 4096, "WIDTH": 16}})
+        assert cubin(_triton._place_one, places, {{"CHUNK": 4096, "WIDTH": 16}})
 """
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     run = subprocess.run(
@@ -163,7 +163,7 @@ def test_what_does_not_compile_is_told_once_and_done_without(monkeypatch):
     def fail(device):
         raise OSError("no C compiler")
 
-    monkeypatch.setattr(_fused_draw, "try_out", fail)
+    monkeypatch.setattr(_triton, "try_out", fail)
     with pytest.warns(UserWarning, match="cannot compile for cpu.*OSError: no C compiler"):
         assert one_hot._fused_draw(torch.zeros(3), ONCE) is None
     assert one_hot._fused_draw(torch.zeros(3), ONCE) is None
@@ -172,7 +172,7 @@ def test_what_does_not_compile_is_told_once_and_done_without(monkeypatch):
 @pytest.mark.usefixtures("fresh_kernel")
 def test_trying_out_takes_no_random_number():
     state = torch.get_rng_state()
-    assert one_hot._fused_kernel(torch.device(DEVICE)) is _fused_draw.one_hot_draw
+    assert one_hot._fused_kernel(torch.device(DEVICE)) is _triton.one_hot_draw
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -184,6 +184,6 @@ def test_double_precision_is_drawn_unfused():
 def test_large_draws_on_a_gpu_are_fused(monkeypatch):
     logits = torch.randn(1 << 10, 1 << 6, device="cuda")
     torch.manual_seed(7)
-    fused = _fused_draw.one_hot_draw(logits, ONCE)
+    fused = _triton.one_hot_draw(logits, ONCE)
     torch.manual_seed(7)
     assert torch.equal(draw_one_hot(logits), fused)

@@ -1,0 +1,212 @@
+"""What Concrete distributions share: a temperature, and draws that may be discrete."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_gumbel._validate import is_number
+from pyro_gumbel.distributions._base import (
+    BaseDistribution,
+    broadcast_shapes,
+    checkable,
+    may_cache,
+)
+from pyro_gumbel.distributions._numerics import straight_through, widen
+
+
+class TemperedDistribution(BaseDistribution):
+    """A distribution with a temperature, a number or a tensor that broadcasts to the batch."""
+
+    _temperature: float | Tensor
+    _wide_temperature: float | Tensor | None = None
+    has_rsample = True
+
+    def _init_temperature(self, temperature: Any, device: torch.device) -> None:
+        """Check the temperature and broadcast the batch shape with it."""
+        self._temperature = resolve_temperature(
+            temperature,
+            self.batch_shape,
+            event_dim=len(self.event_shape),
+            validate=self._validate_args,
+        )
+        self._device = device
+        if isinstance(self._temperature, Tensor):
+            self._batch_shape = broadcast_shapes(self.batch_shape, self._temperature.shape)
+
+    @property
+    def temperature(self) -> Tensor:
+        """Temperature, a scalar or a tensor that broadcasts against ``batch_shape``."""
+        if isinstance(self._temperature, Tensor):
+            return self._temperature
+        return torch.tensor(self._temperature, dtype=self.dtype, device=self._device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Omit the derived tensor from pickles and deep copies."""
+        return {**self.__dict__, "_wide_temperature": None}
+
+    def _working_temperature(self, dtype: torch.dtype) -> float | Tensor:
+        """Return the temperature in the precision of the computation.
+
+        All calls share one tensor, so that a half-precision temperature accumulates its gradient
+        in float32.
+        """
+        if self._wide_temperature is not None:
+            return self._wide_temperature
+        wide = self._temperature
+        if isinstance(wide, Tensor) and wide.dtype != dtype:
+            with torch.enable_grad():
+                wide = widen(wide).to(dtype)
+        if may_cache():
+            self._wide_temperature = wide
+        return wide
+
+    def _temperature_of_scores(self, dtype: torch.dtype) -> float | Tensor:
+        """Return the temperature, shaped to broadcast against scores of each category."""
+        temperature = self._working_temperature(dtype)
+        if isinstance(temperature, Tensor) and self.event_shape:
+            return temperature.unsqueeze(-1)
+        return temperature
+
+    def _log_temperature(self, dtype: torch.dtype) -> float | Tensor:
+        temperature = self._working_temperature(dtype)
+        return temperature.log() if isinstance(temperature, Tensor) else math.log(temperature)
+
+    def _brief_temperature(self) -> str:
+        given = self._temperature
+        return f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"{given:g}"
+
+
+class Relaxation(TemperedDistribution):
+    """A relaxed discrete distribution, whose draws are discrete if ``straight_through``.
+
+    A subclass defines perturbed scores, and how they become a relaxed and a discrete value.
+    """
+
+    straight_through = False
+
+    def _perturbed(self, sample_shape: Any) -> Tensor:
+        """Draw scores plus noise, float32 or better."""
+        raise NotImplementedError
+
+    def _relax(self, perturbed: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _harden(self, perturbed: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _hard_support(self, expand: bool) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def has_enumerate_support(self) -> bool:
+        """True if ``straight_through``."""
+        return self.straight_through
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw ``sample_shape + batch_shape + event_shape`` without a gradient."""
+        with torch.no_grad():
+            perturbed = self._perturbed(sample_shape)
+            return self._harden(perturbed) if self.straight_through else self._relax(perturbed)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw values of the shape of ``sample``, differentiable in the parameters."""
+        perturbed = self._perturbed(sample_shape)
+        relaxed = self._relax(perturbed)
+        if not self.straight_through:
+            return relaxed
+        return straight_through(self._harden(perturbed), relaxed)
+
+    def rsample_pair(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
+        """Draw a discrete value and its relaxation from the same noise.
+
+        Returns:
+            The discrete value, without a gradient, and the relaxed value, differentiable in the
+            parameters; both of the shape of ``sample``.
+        """
+        perturbed = self._perturbed(sample_shape)
+        return self._harden(perturbed), self._relax(perturbed)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Return all discrete values if ``straight_through``."""
+        if not self.straight_through:
+            raise NotImplementedError(
+                f"{type(self).__name__} has a finite support only with straight_through=True."
+            )
+        return self._hard_support(expand)
+
+    def _require_hard(self, name: str) -> None:
+        if not self.straight_through:
+            raise self._not_closed_form(name)
+
+
+def resolve_temperature(
+    temperature: Any, batch_shape: torch.Size, *, event_dim: int, validate: bool
+) -> float | Tensor:
+    """Check a temperature and reshape it so that it broadcasts against ``batch_shape``.
+
+    A trailing 1 at the dimension of categories is removed.
+    """
+    if isinstance(temperature, Tensor):
+        if temperature.dim() > 0:
+            align = align_temperature(temperature.shape, batch_shape, event_dim=event_dim)
+            temperature = temperature.reshape(align)
+        if validate and checkable(temperature):
+            _check_positive(bool((temperature > 0).all()), temperature)
+        return temperature
+    if not is_number(temperature):
+        raise TypeError(
+            f"temperature must be a positive number or tensor; got {temperature!r}. Write "
+            "0.5 or torch.tensor(0.5)."
+        )
+    _check_positive(temperature > 0, temperature)
+    return float(temperature)
+
+
+def align_temperature(
+    shape: torch.Size, batch_shape: torch.Size, *, event_dim: int = 1
+) -> torch.Size:
+    """Return the batch dimensions of a temperature of ``shape``.
+
+    Returns:
+        ``shape`` itself, or ``shape`` without a trailing 1 for the categories.
+
+    Raises:
+        ValueError: If the shape does not broadcast, or is ambiguous.
+    """
+    shape, batch_shape = torch.Size(shape), torch.Size(batch_shape)
+    trailing = event_dim > 0 and len(shape) > 0 and shape[-1] == 1
+    stripped = _broadcast(shape[:-1], batch_shape) if trailing else None
+    for_categories = trailing and len(shape) > len(batch_shape)  # its only possible meaning
+    plain = None if for_categories else _broadcast(shape, batch_shape)
+    if plain is None and stripped is None:
+        raise ValueError(
+            f"temperature of shape {tuple(shape)} does not broadcast against batch_shape "
+            f"{tuple(batch_shape)}; give one temperature, or one per element of the batch, with "
+            "or without a trailing 1."
+        )
+    if plain is not None and stripped is not None and shape.numel() > 1:
+        raise ValueError(
+            f"temperature of shape {tuple(shape)} is ambiguous with batch_shape "
+            f"{tuple(batch_shape)}: its last 1 may be a batch dimension or the dimension of "
+            "categories. Write temperature.unsqueeze(-1) for the first, or "
+            "temperature.squeeze(-1) for the second."
+        )
+    return shape if plain is not None else shape[:-1]
+
+
+def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size | None:
+    try:
+        return broadcast_shapes(a, b)
+    except RuntimeError:
+        return None
+
+
+def _check_positive(positive: bool, temperature: Any) -> None:
+    if not positive:
+        raise ValueError(
+            f"temperature must be positive; got {temperature!r}. Write 0.5, for example."
+        )
