@@ -1,29 +1,82 @@
-"""Moments of gradient draws in one pass, and the figures that they give, with standard errors.
+"""The labels of gradient draws, and their moments in one pass by blocks of coordinates.
 
-The memory does not grow with the number of draws.
+The memory that moments take does not grow with the number of draws.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from scipy import special, stats
+import xarray as xr
 from torch import Tensor
 
-__all__ = ["BATCH", "Bias", "Moments", "Spread", "bias_of", "cosine_of", "snr_of", "two_sided_z"]
+__all__ = [
+    "BATCH",
+    "SPREAD",
+    "Block",
+    "Moments",
+    "blocks_of",
+    "check_draws",
+    "check_reference",
+    "free_name",
+    "is_projected",
+    "own_array",
+    "own_coordinate",
+    "parameters_of",
+    "reference_blocks",
+    "rounding_of",
+]
 
 BATCH = 32
-_INTERVAL = 1.959963984540054  # half the width of a normal's 95 % interval, in standard errors
+SPREAD = ("trace", "trace_variance", "square_trace")
+
+
+def free_name(name: str, taken: Container[Any]) -> str:
+    """Append underscores until the name is free."""
+    while name in taken:
+        name += "_"
+    return name
+
+
+def own_coordinate(dataset: xr.Dataset, name: str, statistic: str) -> xr.DataArray:
+    """Read what stands beside a parameter's draws as ``<name>.<statistic>``."""
+    return dataset.coords[free_name(f"{name}.{statistic}", dataset.data_vars)]
+
+
+def parameters_of(dataset: xr.Dataset) -> list[str]:
+    """The names of the parameters."""
+    return [str(name) for name in dataset.data_vars]
+
+
+def is_projected(dataset: xr.Dataset) -> bool:
+    """Return whether draws are kept as projections and moments."""
+    return "project" in dataset.attrs
+
+
+def own_array(dataset: xr.Dataset, name: str) -> xr.DataArray:
+    """An array with the parameter's own dimensions: of one draw, or of an exact gradient."""
+    if is_projected(dataset):
+        return own_coordinate(dataset, name, "mean")
+    array = dataset[name]
+    return array[0, 0] if array.dims[:2] == ("chain", "draw") else array
 
 
 @dataclass(frozen=True)
-class Spread:
-    r"""How draws of a vector scatter, with :math:`\Sigma` the covariance of one draw.
+class Block:
+    r"""Statistics of some coordinates: a parameter's, a single one, or all.
+
+    :math:`\Sigma` is the covariance of one draw. A gradient that is known exactly is the mean of
+    infinitely many draws without scatter.
 
     Attributes:
+        mean: The mean over draws, ``(n,)``.
+        variance: The sample variances, ``(n,)``.
+        norms: The norm of each draw, ``(chain, draw)``.
         count: Number of draws ``N``.
         trace: Estimate of :math:`\mathrm{tr}\,\Sigma`, the sum of sample variances.
         trace_variance: Variance of that estimate.
@@ -31,7 +84,10 @@ class Spread:
             :math:`(\mathrm{tr}\,\Sigma)^2` over the dimension and :math:`(\mathrm{tr}\,\Sigma)^2`.
     """
 
-    count: int
+    mean: np.ndarray
+    variance: np.ndarray
+    norms: np.ndarray
+    count: float
     trace: float
     trace_variance: float
     square_trace: float
@@ -86,11 +142,9 @@ class Moments:
         self._shift = draws[0].clone()
         self.offset = torch.zeros_like(self._shift, dtype=torch.float64)
         self.squares = torch.zeros_like(self.offset)
-        blocks = len(self.sizes) + 1
-        # Sums over draws, for each block and last for all of them together.
-        self._deviations = self.offset.new_zeros(blocks)
-        self._deviations_squared = self.offset.new_zeros(blocks)
-        self._square_traces = self.offset.new_zeros(blocks)
+        # Sums over draws of squared deviations, of their squares, and over pairs of draws of
+        # products that estimate the trace of Sigma squared: for each block, and last for all.
+        self._sums = self.offset.new_zeros(3, len(self.sizes) + 1)
         return self._shift
 
     @property
@@ -104,27 +158,25 @@ class Moments:
         """The sample variance of each coordinate, ``(n,)``."""
         return self.squares / (self.count - 1)
 
-    def spread(self, block: int | None = None) -> Spread:
-        """Sum up the scatter of a block, or of all coordinates."""
-        index = -1 if block is None else block
-        pieces = self.squares.split(self.sizes)
-        squares = self.squares if block is None else pieces[block]
-        trace = float(squares.sum()) / (self.count - 1)
-        mean = self._deviations[index] / self.count
-        spread = self._deviations_squared[index] / self.count - mean**2
-        dimension = max(len(squares), 1)
+    def spreads(self) -> np.ndarray:
+        """Compute what ``SPREAD`` names, for each block and last for all, ``(blocks + 1, 3)``."""
+        pieces = [*self.squares.split(self.sizes), self.squares]
+        trace = torch.stack([piece.sum() for piece in pieces]) / (self.count - 1)
+        mean, mean_of_squares = self._sums[:2] / self.count
+        trace_variance = (mean_of_squares - mean**2).clamp(min=0) / self.count
         # Within the bounds that hold for any covariance; the upper one if there are too few draws.
-        estimate = float(self._square_traces[index]) / self._pairs if self._pairs else trace**2
-        square_trace = min(max(estimate, trace**2 / dimension), trace**2)
-        return Spread(self.count, trace, max(float(spread), 0.0) / self.count, square_trace)
+        dimensions = trace.new_tensor([max(len(piece), 1) for piece in pieces])
+        estimate = self._sums[2] / self._pairs if self._pairs else trace**2
+        square_trace = estimate.clamp(trace**2 / dimensions, trace**2)
+        return torch.stack([trace, trace_variance, square_trace], 1).cpu().numpy()
 
     def _scatter(self, x: Tensor) -> None:
         """Add up squared deviations, and products that estimate the trace of Sigma squared."""
         grams = [(piece @ piece.T).double() for piece in x.split(self.sizes, 1)]
         stacked = torch.stack([*grams, torch.stack(grams).sum(0)])  # (blocks, B, B)
         deviations = stacked.diagonal(dim1=1, dim2=2)
-        self._deviations += deviations.sum(1)
-        self._deviations_squared += (deviations**2).sum(1)
+        self._sums[0] += deviations.sum(1)
+        self._sums[1] += (deviations**2).sum(1)
         batch = len(x)
         if batch < 4:
             return
@@ -133,7 +185,7 @@ class Moments:
         others = stacked.sum(1, keepdim=True) - stacked - deviations[:, None, :]
         products = stacked - others / (batch - 2)  # (x_i - mean of others)' x_j
         both = products * products.transpose(1, 2)
-        self._square_traces += both.sum((1, 2)) - both.diagonal(dim1=1, dim2=2).sum(1)
+        self._sums[2] += both.sum((1, 2)) - both.diagonal(dim1=1, dim2=2).sum(1)
         self._pairs += batch * (batch - 1)
 
     def _cosines(self, draws: Tensor) -> Tensor:
@@ -147,101 +199,201 @@ class Moments:
         return (along - lengths) / (lengths * others).sqrt()
 
 
-@dataclass(frozen=True)
-class Bias:
-    """The distance of a mean gradient from its reference, compared with noise.
+def check_draws(draws: Any) -> dict[str, xr.Dataset]:
+    """Check that ``draws`` are draws of the same parameters by one or more estimators.
 
-    Attributes:
-        norm: The distance.
-        squared: Its square less the average contribution of noise. It may be negative.
-        mcse: Without bias, ``norm`` is below 1.96 times this in 95 % of repetitions.
-        log_tail: The log of the probability of a larger distance without bias.
-        squared_mcse: Standard error of ``squared``.
+    Raises:
+        TypeError: If they are not a dict of Datasets.
+        ValueError: If there are none, or of different parameters or shapes, or too few.
     """
+    if isinstance(draws, xr.Dataset):
+        draws = {str(draws.attrs.get("estimator", "draws")): draws}
+    if not isinstance(draws, Mapping) or not all(
+        isinstance(dataset, xr.Dataset) for dataset in draws.values()
+    ):
+        raise TypeError(
+            "draws must be a dict of Datasets by label, as gradient_draws(...) returns it; got "
+            f"{type(draws).__name__}."
+        )
+    if not draws:
+        raise ValueError("draws is empty; gradient_draws(..., estimators={...}) makes some.")
+    shapes = {}
+    for label, dataset in draws.items():
+        if not dataset.data_vars:
+            raise ValueError(f"draws of {label!r} hold no parameter.")
+        for name, array in dataset.data_vars.items():
+            if array.dims[:2] != ("chain", "draw"):
+                raise ValueError(
+                    f"draws of {label!r}: {name!r} has dims {array.dims}; they must start with "
+                    "'chain', 'draw'."
+                )
+        number = dataset.sizes["chain"] * dataset.sizes["draw"]
+        if number < 2:
+            raise ValueError(f"draws of {label!r}: got {number}; a variance takes at least 2.")
+        shapes[label] = {n: own_array(dataset, n).shape for n in parameters_of(dataset)}
+        first = next(iter(shapes))
+        if shapes[label] != shapes[first]:
+            raise ValueError(
+                f"draws of {label!r} are of parameters of the shapes {shapes[label]}, those of "
+                f"{first!r} of {shapes[first]}. Draw both with the same params=."
+            )
+    return dict(draws)
 
-    norm: float
-    squared: float
-    mcse: float
-    log_tail: float
-    squared_mcse: float
 
+def check_reference(reference: Any) -> None:
+    """Refuse a reference of another kind.
 
-def bias_of(difference: np.ndarray, spreads: list[Spread], floor: float) -> Bias:
-    r"""Judge the difference of two means by the scatter of the draws behind them.
-
-    Without bias the squared distance is a weighted sum of :math:`\chi^2` variables with mean
-    :math:`\mathrm{tr}\,\Sigma / N` and variance :math:`2\,\mathrm{tr}\,\Sigma^2 / N^2`. It is
-    taken for the multiple of one :math:`\chi^2` that has the same two moments (Satterthwaite,
-    1946). In one dimension the standard error and the probability are the usual ones.
-
-    Args:
-        difference: Mean minus reference, ``(n,)``.
-        spreads: Of the draws, and of the reference's draws if it is a mean, too.
-        floor: The distance that rounding may cause.
+    Raises:
+        TypeError: If it is not a Dataset.
     """
-    squared_norm = float(difference @ difference)
-    mean = sum(spread.trace / spread.count for spread in spreads)
-    variance = sum(2 * spread.square_trace / spread.count**2 for spread in spreads)
-    # Covariances of two independent means add; twice the trace of their product is at most this.
-    if len(spreads) == 2:
-        one, two = (2 * spread.square_trace / spread.count**2 for spread in spreads)
-        variance += 2 * math.sqrt(one * two)
-    noise, noise_variance = mean + floor**2, variance + 2 * floor**4
-    scale = noise_variance / (2 * noise) if noise else 0.0
-    freedom = noise / scale if scale else 1.0
-    norm = math.sqrt(squared_norm)
-    squared = squared_norm - mean
-    largest = math.sqrt(variance / 2)  # no direction has more variance
-    squared_mcse = math.sqrt(4 * max(squared, 0.0) * largest + variance)
-    if not scale:
-        return Bias(norm, squared, 0.0, -math.inf if norm else 0.0, squared_mcse)
-    mcse = math.sqrt(scale * stats.chi2.ppf(0.95, freedom)) / _INTERVAL
-    return Bias(norm, squared, mcse, _log_tail(squared_norm / scale, freedom), squared_mcse)
+    if not isinstance(reference, xr.Dataset):
+        raise TypeError(
+            "reference must be a Dataset: what exact_gradient(...) returns, or draws[label] of an "
+            f"unbiased estimator; got {type(reference).__name__}."
+        )
 
 
-def _log_tail(value: float, freedom: float) -> float:
-    """The log of the probability that a chi-squared variable is larger."""
-    log_tail = stats.chi2.logsf(value, freedom)
-    if not np.isfinite(log_tail) or log_tail < -600:  # underflow: the tail's leading term
-        half = freedom / 2
-        log_tail = (half - 1) * math.log(value / 2) - value / 2 - special.gammaln(half)
-    return min(float(log_tail), 0.0)
+def blocks_of(dataset: xr.Dataset, *, each: bool = False) -> dict[str, Block]:
+    """Summarise draws: a block for each parameter, or each coordinate, and the block ``"all"``.
 
-
-def two_sided_z(log_tails: list[float]) -> float:
-    """The normal's two-sided quantile at the smallest of several probabilities.
-
-    It is corrected for their number (Bonferroni). NaN if one of them is.
+    Raises:
+        ValueError: If projections were cut, or blocks of their coordinates are wanted.
     """
-    if any(math.isnan(log_tail) for log_tail in log_tails):
-        return math.nan
-    log_tail = min(min(log_tails) + math.log(len(log_tails)), 0.0)
-    return max(0.0, -float(special.ndtri_exp(log_tail - math.log(2))))
+    return _summarise(dataset, dataset, each=each)
 
 
-def snr_of(mean: np.ndarray, spread: Spread) -> tuple[float, float]:
-    """The norm of the mean over the root of the total variance, and its standard error."""
-    signal = float(mean @ mean) - spread.trace / spread.count
-    if spread.trace <= 0:
-        return (math.inf if signal > 0 else math.nan), math.nan
-    if signal <= 0:
-        return 0.0, math.sqrt(math.sqrt(2 * spread.square_trace) / spread.count / spread.trace)
-    ratio = math.sqrt(signal / spread.trace)
-    largest = math.sqrt(spread.square_trace)
-    signal_variance = (
-        4 * signal * largest / spread.count + 2 * spread.square_trace / spread.count**2
+def reference_blocks(
+    reference: xr.Dataset, draws: xr.Dataset, *, each: bool = False
+) -> dict[str, Block]:
+    """Summarise a reference for draws: an exact gradient, or draws of an unbiased estimator.
+
+    Raises:
+        TypeError: If it is not a Dataset.
+        ValueError: If a parameter is missing from it, has another shape or other coordinates, or
+            is not finite.
+    """
+    check_reference(reference)
+    for name in parameters_of(draws):
+        _check_fit(reference, draws, name)
+    return _summarise(reference, draws, each=each)
+
+
+def _check_fit(reference: xr.Dataset, draws: xr.Dataset, name: str) -> None:
+    if name not in reference:
+        raise ValueError(
+            f"reference has no parameter {name!r}; it has {parameters_of(reference)}."
+        )
+    one, other = own_array(draws, name).shape, own_array(reference, name).shape
+    if one != other:
+        raise ValueError(
+            f"reference has shape {other} at parameter {name!r}, the draws have {one}."
+        )
+    # Values are matched by position, so labels in another order would be matched wrongly.
+    for dim in set(reference[name].dims) & set(draws[name].dims) - {"chain", "draw"}:
+        if dim not in reference.coords or dim not in draws.coords:
+            continue
+        mine, theirs = draws.coords[dim].values.tolist(), reference.coords[dim].values.tolist()
+        if mine != theirs:
+            raise ValueError(
+                f"reference has the coordinates {theirs} in dimension {dim!r} of parameter "
+                f"{name!r}, the draws have {mine}. Write reference.sel({dim}={mine})."
+            )
+
+
+def _parts(draws: xr.Dataset, *, each: bool) -> dict[str, int]:
+    """The sizes of blocks, in order: parameters, or coordinates labelled ``name[i, j]``."""
+    names = parameters_of(draws)
+    if not each:
+        return {name: own_array(draws, name).size for name in names}
+    if is_projected(draws):
+        raise ValueError(
+            "by='coordinate' needs the draws themselves; these were kept as projections. Draw "
+            "without project=, for the parameters of interest: params=[...]."
+        )
+    parts = {}
+    for name in names:
+        own = own_array(draws, name)
+        for index in np.ndindex(own.shape):
+            at = ", ".join(str(own[d].values[i]) for d, i in zip(own.dims, index, strict=True))
+            parts[free_name(f"{name}[{at}]", names) if at else name] = 1
+    return parts
+
+
+def _summarise(dataset: xr.Dataset, like: xr.Dataset, *, each: bool) -> dict[str, Block]:
+    """Summarise draws or an exact gradient by the parameters of ``like``."""
+    names, parts = parameters_of(like), _parts(like, each=each)
+    drawn = {"chain", "draw"} <= set(dataset.dims)
+    if not drawn:
+        mean = np.concatenate([dataset[name].values.astype(float).ravel() for name in names])
+        for name in names:
+            if not np.isfinite(dataset[name]).all():
+                raise ValueError(f"reference is not finite at parameter {name!r}.")
+        spreads = np.zeros((len(parts) + 1, len(SPREAD)))
+        count, norms = math.inf, np.zeros((0, 0, len(parts)))
+        variance = np.zeros_like(mean)
+    elif is_projected(dataset):
+        mean, variance, count, spreads, norms = _stored(dataset, names)
+    else:
+        mean, variance, count, spreads, norms = _pass_over(dataset, names, list(parts.values()))
+    norms = np.concatenate([norms, np.sqrt((norms**2).sum(-1, keepdims=True))], -1)
+    cuts = np.cumsum(list(parts.values()))[:-1]
+    means, variances = [*np.split(mean, cuts), mean], [*np.split(variance, cuts), variance]
+    return {
+        part: Block(means[i], variances[i], norms[..., i], count, *map(float, spreads[i]))
+        for i, part in enumerate([*parts, "all"])
+    }
+
+
+Summary = tuple[np.ndarray, np.ndarray, float, np.ndarray, np.ndarray]
+
+
+def _pass_over(dataset: xr.Dataset, names: list[str], sizes: list[int]) -> Summary:
+    """Pass once over the draws, chain after chain, a few at a time."""
+    shape = (dataset.sizes["chain"], dataset.sizes["draw"])
+    rows = [dataset[name].values.reshape(math.prod(shape), -1) for name in names]
+    moments, lengths = Moments(sizes), []
+    for start in range(0, math.prod(shape), BATCH):
+        batch = np.concatenate([row[start : start + BATCH] for row in rows], 1)
+        draws = torch.from_numpy(batch.astype(float))
+        moments.update(draws)
+        pieces = [torch.linalg.vector_norm(piece, dim=1) for piece in draws.split(sizes, 1)]
+        lengths.append(torch.stack(pieces, 1))
+    norms = torch.cat(lengths).numpy().reshape(*shape, len(sizes))
+    return moments.mean.numpy(), moments.variance.numpy(), moments.count, moments.spreads(), norms
+
+
+def _stored(dataset: xr.Dataset, names: list[str]) -> Summary:
+    """Read the moments that projections were stored with."""
+    count = dataset.sizes["chain"] * dataset.sizes["draw"]
+    of = dataset.attrs.get("moments_of", count)
+    if of != count:
+        raise ValueError(
+            f"draws kept as projections are cut to {count}, and their moments are those of all "
+            f"{of}. Give them whole, or draw with num_draws={dataset.sizes['draw']}."
+        )
+    mean, variance = (
+        np.concatenate([own_coordinate(dataset, n, part).values.ravel() for n in names])
+        for part in ("mean", "variance")
     )
-    relative = signal_variance / signal**2 + spread.trace_variance / spread.trace**2
-    return ratio, ratio * math.sqrt(relative) / 2
+    norms = dataset.coords["parameter_norm"].transpose("chain", "draw", "parameter")
+    columns = np.stack([dataset.coords[name].values for name in SPREAD], 1)
+    known = dict(zip(dataset.coords["block"].values, columns, strict=True))
+    spreads = np.stack([known[name] for name in names])
+    # The joint scatter of some of the parameters is not known: it is bounded by that of each.
+    bound = [spreads[:, 0].sum(), *(np.sqrt(spreads[:, 1:]).sum(0) ** 2)]
+    whole = known["all"] if len(names) == norms.sizes["parameter"] else np.array(bound)
+    own = norms.sel(parameter=names).values
+    return mean.astype(float), variance.astype(float), count, np.vstack([spreads, whole]), own
 
 
-def cosine_of(mean: np.ndarray, reference: np.ndarray, spread: Spread) -> tuple[float, float]:
-    """The cosine of the mean with the reference, and its standard error."""
-    norms = float(np.linalg.norm(mean) * np.linalg.norm(reference))
-    if norms == 0:
-        return math.nan, math.nan
-    cosine = float(np.clip(mean @ reference / norms, -1, 1))
-    length = float(mean @ mean)
-    across = math.sqrt(spread.square_trace) / spread.count / length
-    away = spread.trace / spread.count / length / 2
-    return cosine, math.sqrt((1 - cosine**2) * across + away**2)
+def rounding_of(dataset: xr.Dataset, size: Any) -> Any:
+    """The error that rounding may put into a gradient of that size.
+
+    Where terms cancel, as at an optimum, the gradient is far smaller than the terms of its sum.
+    Their size is taken from the loss.
+    """
+    dtype = str(dataset.attrs.get("dtype", next(iter(dataset.data_vars.values())).dtype))
+    eps = {"float64": 2.0**-52, "float32": 2.0**-23}.get(dtype, 2.0**-10)
+    loss = np.abs(dataset.coords["loss"].values) if "loss" in dataset.coords else np.zeros(1)
+    finite = loss[np.isfinite(loss)]
+    return eps * (64 * size + 4 * (finite.mean() if finite.size else 0.0))

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from pyro_gumbel.diagnostics._replica import EvaluationCounter
-from pyro_gumbel.diagnostics._state import Params, seeds
+from pyro_gumbel.diagnostics._state import EvaluationCounter, Params, seeds
 from pyro_gumbel.diagnostics.compare import compare_gradients
 from pyro_gumbel.diagnostics.draws import gradient_draws
 from pyro_gumbel.estimators import Call, Estimator, MovingAverage, Route

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
+import math
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor, UntypedStorage
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, UntypedStorage, nn
 from torch.distributions import constraints, transform_to
 
 from pyro_gumbel._validate import is_integer
 from pyro_gumbel.estimators import Call
+from pyro_gumbel.infer._configured_guide import configure_module
+from pyro_gumbel.infer._layout import PARTICLE_PLATE
 from pyro_gumbel.infer._state import generator_states, set_generator_states
 from pyro_gumbel.infer._undo import Undo
 from pyro_gumbel.infer._undo import leaves as nested
 
 __all__ = [
+    "EvaluationCounter",
     "Keeper",
     "Params",
+    "Step",
     "check_complete",
     "find_parameters",
     "preserved",
@@ -77,26 +88,24 @@ class Keeper:
         """Remember leaves with their gradients, and clear these."""
         for leaf in leaves:
             if id(leaf) not in self._leaves:
-                storage = leaf.data
-                self._leaves[id(leaf)] = (leaf, storage, storage.clone(), leaf.grad)
+                self._leaves[id(leaf)] = (leaf, leaf.data, leaf.data.clone(), leaf.grad)
                 leaf.grad = None
 
-    def watch(self) -> Watch:
+    def watch(self) -> _Watch:
         """Remember parameters that no store has, and buffers, before programs use them inside."""
-        return Watch(self)
+        return _Watch(self)
 
     @torch.no_grad()
     def restore(self) -> None:
         for leaf, storage, value, gradient in self._leaves.values():
             if not torch.equal(storage, value):
                 storage.copy_(value)
-            leaf.data = storage
-            leaf.grad = gradient
+            leaf.data, leaf.grad = storage, gradient
         for memory, contents in self.written.values():
             memory.copy_(contents)
 
 
-class Watch(Undo):
+class _Watch(Undo):
     """Takes a run back, and remembers what it read and wrote for later.
 
     It sees the operations of its own thread alone.
@@ -131,9 +140,8 @@ def preserved() -> Iterator[Keeper]:
     store = pyro.get_param_store()
     tables = (store._params, store._param_to_name, store._constraints)
     contents = [dict(table) for table in tables]
-    keep = Keeper()
+    generators, keep = generator_states(), Keeper()
     keep(store._params.values())
-    generators = generator_states()
     try:
         yield keep
     finally:
@@ -151,9 +159,8 @@ def find_parameters(call: Call, keep: Keeper, params: Params = None) -> dict[str
     Args:
         call: The programs and their arguments.
         keep: Remembers tensors before anything is done to them.
-        params: ``None``; or names (shell patterns such as ``"encoder*"`` too) to which the list is
-            cut; or a dict of values to be given to the named parameters, in their constrained
-            space.
+        params: Names or shell patterns to which the list is cut; or a dict of values to be given
+            to parameters, in their constrained space.
 
     Returns:
         Leaves by name, in the order in which the programs asked for them.
@@ -170,7 +177,8 @@ def find_parameters(call: Call, keep: Keeper, params: Params = None) -> dict[str
             poutine.replay(call.model, trace=guide)(*call.args, **call.kwargs)
         found = capture.trace.nodes.items()
         sites |= {name: site for name, site in found if site["type"] == "param"}
-    leaves = {name: _leaf(site["value"]) for name, site in sites.items()}
+    values = {name: site["value"] for name, site in sites.items()}
+    leaves = {name: getattr(v, "unconstrained", lambda v=v: v)() for name, v in values.items()}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     keep(leaves.values())
     if not leaves:
@@ -180,43 +188,14 @@ def find_parameters(call: Call, keep: Keeper, params: Params = None) -> dict[str
         )
     if params is None:
         return leaves
+    store = pyro.get_param_store()
     if isinstance(params, Mapping):
         for name, value in params.items():
             _check_known(name, [name] if name in leaves else [], leaves)
-            _set_value(name, leaves[name], value, _constraint(name, sites[name]))
+            constraint = store._constraints.get(name) or sites[name]["kwargs"].get("constraint")
+            _set_value(name, leaves[name], value, constraint or constraints.real)
         return leaves
-    known = pyro.get_param_store()._params
-    return _select(
-        {**leaves, **{name: known[name] for name in known if name not in leaves}}, params
-    )
-
-
-def check_complete(leaves: dict[str, Tensor], params: Params) -> None:
-    """Refuse to go on if a gradient reached a parameter that the trial runs did not meet.
-
-    Raises:
-        ValueError: If there is such a parameter, though all are to be recorded.
-    """
-    if params is not None and not isinstance(params, Mapping):
-        return
-    recorded = {id(leaf) for leaf in leaves.values()}
-    for name, leaf in pyro.get_param_store()._params.items():
-        own = not name.startswith("gradient$")  # those belong to an estimator
-        if own and leaf.grad is not None and id(leaf) not in recorded:
-            raise ValueError(
-                f"Parameter {name!r} was met in some runs only. Call the guide until it is in "
-                f"Pyro's parameter store, and name all: params={[*leaves, name]}."
-            )
-
-
-def _leaf(value: Tensor) -> Tensor:
-    unconstrained = getattr(value, "unconstrained", None)
-    return value if unconstrained is None else unconstrained()
-
-
-def _constraint(name: str, site: Any) -> constraints.Constraint:
-    known = pyro.get_param_store()._constraints.get(name)
-    return known or site["kwargs"].get("constraint") or constraints.real
+    return _select({**leaves, **dict(store.named_parameters()), **leaves}, params)
 
 
 def _set_value(name: str, leaf: Tensor, value: Any, constraint: Any) -> None:
@@ -226,8 +205,7 @@ def _set_value(name: str, leaf: Tensor, value: Any, constraint: Any) -> None:
         raise TypeError(
             f"params: the value for {name!r} must be a tensor or number; got {value!r}."
         ) from error
-    inside = constraint.check(value)
-    if not inside.all():
+    if not constraint.check(value).all():
         raise ValueError(
             f"params: the value for {name!r} must satisfy {constraint!r}, the parameter's "
             f"constraint; got {value.detach().cpu().numpy()}."
@@ -266,6 +244,24 @@ def _check_known(name: str, found: list[str], leaves: dict[str, Tensor]) -> None
         raise ValueError(f"params: no parameter is called {name!r}; there are {list(leaves)}.")
 
 
+def check_complete(leaves: dict[str, Tensor], params: Params) -> None:
+    """Refuse to go on if a gradient reached a parameter that the trial runs did not meet.
+
+    Raises:
+        ValueError: If there is such a parameter, though all are to be recorded.
+    """
+    if params is not None and not isinstance(params, Mapping):
+        return
+    recorded = {id(leaf) for leaf in leaves.values()}
+    for name, leaf in pyro.get_param_store().named_parameters():
+        own = not name.startswith("gradient$")  # those belong to an estimator
+        if own and leaf.grad is not None and id(leaf) not in recorded:
+            raise ValueError(
+                f"Parameter {name!r} was met in some runs only. Call the guide until it is in "
+                f"Pyro's parameter store, and name all: params={[*leaves, name]}."
+            )
+
+
 def read_gradients(leaves: dict[str, Tensor]) -> list[Tensor]:
     """Take the gradients off the leaves; one that was not reached is zero."""
     gradients = []
@@ -273,3 +269,54 @@ def read_gradients(leaves: dict[str, Tensor]) -> list[Tensor]:
         gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
         leaf.grad = None
     return gradients
+
+
+class Step(NamedTuple):
+    """The record of a gradient: the loss, its seconds, and evaluations of the model."""
+
+    loss: float
+    seconds: float
+    evaluations: int
+
+
+class EvaluationCounter(Messenger):
+    """Counts evaluations of a model, whether they are runs of their own or parts of one run.
+
+    A run counts with the number of elements, left of the model's own plates, of the site that has
+    the most: particles and enumerated values are such elements.
+
+    Attributes:
+        total: Evaluations so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def count(self, call: Call) -> Call:
+        """Return the programs; runs of the model, or of a guide that runs it, are counted."""
+        if isinstance(call.guide, GuideMessenger):
+            return replace(call, guide=configure_module(call.guide, self))
+        if isinstance(call.model, nn.Module):  # estimators look at its signature and parameters
+            return replace(call, model=configure_module(call.model, self))
+        counted = functools.partial(self.run, call.model)
+        return replace(call, model=functools.update_wrapper(counted, call.model))
+
+    def run(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the model once, and count."""
+        self._elements = 1
+        with self:
+            result = program(*args, **kwargs)
+        self.total += self._elements
+        return result
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        if site_is_subsample(msg):
+            return
+        fn: Any = msg["fn"]
+        batch = list(fn.batch_shape)
+        for frame in msg["cond_indep_stack"]:
+            own = frame.vectorized and frame.name != PARTICLE_PLATE
+            if own and frame.dim is not None and len(batch) >= -frame.dim:
+                batch[frame.dim] = 1
+        self._elements = max(self._elements, math.prod(batch))

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
 import xarray as xr
+from scipy import stats
 from torch import Tensor
 
-from pyro_gumbel.diagnostics._moments import BATCH, Moments
-from pyro_gumbel.diagnostics._replica import Step
+from pyro_gumbel.diagnostics._moments import BATCH, SPREAD, Moments, free_name
+from pyro_gumbel.diagnostics._state import Step
 
-__all__ = [
-    "SPREAD",
-    "Recorder",
-    "check_dims",
-    "check_names",
-    "dims_of",
-    "free_name",
-    "is_projected",
-    "own_coordinate",
-    "parameters_of",
-]
+__all__ = ["RESERVED", "Recorder", "check_dims", "check_names", "dims_of"]
+
+_MAX_BYTES = 4 * 2**30
 
 # Dimensions and coordinates of the draws, which no parameter can share its name with.
 _TAKEN = (
@@ -34,11 +27,6 @@ _TAKEN = (
     "parameter_norm repeat seconds site site_effect square_trace trace trace_variance"
 )
 RESERVED = frozenset(_TAKEN.split())
-SPREAD = ("trace", "trace_variance", "square_trace")
-_MAX_BYTES = 4 * 2**30
-
-
-# Names
 
 
 def check_names(names: Iterable[str]) -> None:
@@ -55,7 +43,7 @@ def check_names(names: Iterable[str]) -> None:
         )
 
 
-def check_dims(dims: Any, names: Iterable[str]) -> None:
+def check_dims(dims: Any, names: Collection[str]) -> None:
     """Check that ``dims`` names dimensions of known parameters.
 
     Raises:
@@ -64,16 +52,15 @@ def check_dims(dims: Any, names: Iterable[str]) -> None:
     """
     if dims is None:
         return
-    known = list(names)
     if not isinstance(dims, Mapping) or not all(map(_are_names, dims.values())):
         raise TypeError(
             "dims must be a dict of lists, such as dims={'logits': ['datum', 'category']}; got "
             f"{dims!r}."
         )
     for name, own in dims.items():
-        if name not in known:
-            raise ValueError(f"dims: no parameter is called {name!r}; there are {known}.")
-        taken = sorted((RESERVED | set(known)) & set(own))
+        if name not in names:
+            raise ValueError(f"dims: no parameter is called {name!r}; there are {list(names)}.")
+        taken = sorted(RESERVED.union(names) & set(own))
         if taken:
             raise ValueError(
                 f"dims: parameter {name!r} cannot have a dimension {taken[0]!r}: a parameter, a "
@@ -85,15 +72,8 @@ def _are_names(own: Any) -> bool:
     return isinstance(own, (list, tuple)) and all(isinstance(name, str) for name in own)
 
 
-def free_name(name: str, taken: Collection[Any]) -> str:
-    """Append underscores until the name is free."""
-    while name in taken:
-        name += "_"
-    return name
-
-
 def dims_of(
-    name: str, rank: int, dims: dict[str, list[str]] | None, names: Collection[Any]
+    name: str, rank: int, dims: Mapping[str, Sequence[str]] | None, names: Container[Any]
 ) -> list[str]:
     """The names of a parameter's own dimensions: the caller's, or ``<name>_dim_0``, ...
 
@@ -108,24 +88,6 @@ def dims_of(
             f"{len(dims[name])}: {list(dims[name])}."
         )
     return list(dims[name])
-
-
-def own_coordinate(dataset: xr.Dataset, name: str, statistic: str) -> xr.DataArray:
-    """Read what stands beside a parameter's draws as ``<name>.<statistic>``."""
-    return dataset.coords[free_name(f"{name}.{statistic}", dataset.data_vars)]
-
-
-def parameters_of(dataset: xr.Dataset) -> list[str]:
-    """The names of the parameters."""
-    return [str(name) for name in dataset.data_vars]
-
-
-def is_projected(dataset: xr.Dataset) -> bool:
-    """Return whether draws are kept as projections and moments."""
-    return "project" in dataset.attrs
-
-
-# Recording
 
 
 class Recorder:
@@ -153,21 +115,27 @@ class Recorder:
         dims: dict[str, list[str]] | None,
         project: int | None,
     ) -> None:
-        self.leaves, self.shape = leaves, shape
+        self.leaves, self.shape, self.project = leaves, shape, project
         self.dims = {n: dims_of(n, leaf.dim(), dims, leaves) for n, leaf in leaves.items()}
         self.steps = {name: np.zeros(shape) for name in Step._fields}
         self.norms = np.zeros((*shape, len(leaves)))
         self.cosines = np.zeros(shape)
-        self._directions = None if project is None else _directions(leaves, project)
+        sizes = {name: leaf.numel() for name, leaf in leaves.items()}
+        self._moments = Moments(list(sizes.values()))
         if project is None:
             self._check_memory()
-        self._moments = Moments([leaf.numel() for leaf in leaves.values()])
-        self._kept = {
-            name: np.empty((*shape, leaf.numel()), _numpy(leaf.new_empty(0)).dtype)
-            if project is None
-            else np.empty((*shape, project))
-            for name, leaf in leaves.items()
-        }
+            self._kept = {
+                name: np.empty((*shape, sizes[name]), _numpy(leaf.new_empty(0)).dtype)
+                for name, leaf in leaves.items()
+            }
+        else:
+            self._kept = {name: np.empty((*shape, project)) for name in leaves}
+            generator = torch.Generator().manual_seed(0)
+            random = [torch.randn(size, project, generator=generator) for size in sizes.values()]
+            self._directions = [
+                torch.nn.functional.normalize(own, dim=0).to(leaf)
+                for own, leaf in zip(random, leaves.values(), strict=True)
+            ]
         self._buffers = [leaf.new_empty(BATCH, leaf.numel()) for leaf in leaves.values()]
         self._places: list[tuple[int, int]] = []
 
@@ -197,51 +165,44 @@ class Recorder:
         at = tuple(np.array(self._places).T)
         rows = [buffer[: len(self._places)] for buffer in self._buffers]
         self.norms[at] = torch.stack([_norms(row) for row in rows], 1).cpu().numpy()
-        if self._directions is None:
-            for kept, row in zip(self._kept.values(), rows, strict=True):
-                kept[at] = _numpy(row)
-        else:
-            for kept, row, along in zip(self._kept.values(), rows, self._directions, strict=True):
-                kept[at] = _numpy(row @ along)
+        kept = rows
+        if self.project is not None:
+            kept = [row @ own for row, own in zip(rows, self._directions, strict=True)]
             self.cosines[at] = self._moments.update(torch.cat(rows, 1)).cpu().numpy()
+        for array, row in zip(self._kept.values(), kept, strict=True):
+            array[at] = _numpy(row)
         self._places.clear()
 
     def dataset(self) -> xr.Dataset:
         """Label the draws, and what was noted beside them."""
         self._flush()
-        each = ("chain", "draw")
+        each, leaves = ("chain", "draw"), self.leaves
         coords: dict[str, Any] = {
             "chain": np.arange(self.shape[0]),
             "draw": np.arange(self.shape[1]),
             "grad_norm": (each, np.sqrt((self.norms**2).sum(-1))),
             **{name: (each, values) for name, values in self.steps.items()},
-            **self._values(),
         }
-        if self._directions is not None:
-            data: Any = {name: ((*each, "direction"), kept) for name, kept in self._kept.items()}
-            coords |= {"cosine": (each, self.cosines), **self._summary()}
-            own: dict[str, Any] = {"project": self._directions[0].shape[1]}
-            own["moments_of"] = self._moments.count
-        else:
+        for name, leaf in leaves.items():
+            # Values have a dimension of their own: a coordinate that only some of the variables
+            # have stands in the way of stacking them, which ArviZ does.
+            value = leaf.detach().double().flatten().cpu().clone().numpy()
+            index = free_name(f"{name}.index", leaves)
+            coords[free_name(f"{name}.value", leaves)] = ([index], value)
+        attrs = self._attributes()
+        if self.project is None:
             data = {
-                name: ((*each, *self.dims[name]), kept.reshape(*self.shape, *leaf.shape))
-                for (name, leaf), kept in zip(
-                    self.leaves.items(), self._kept.values(), strict=True
+                name: (
+                    (*each, *self.dims[name]),
+                    self._kept[name].reshape(*self.shape, *leaf.shape),
                 )
+                for name, leaf in leaves.items()
             }
-            own = {}
-        return xr.Dataset(data, coords, own | self._attributes())
-
-    def _values(self) -> dict[str, Any]:
-        # Values have a dimension of their own: a coordinate that only some of the variables have
-        # stands in the way of stacking them, which ArviZ does.
-        return {
-            free_name(f"{name}.value", self.leaves): (
-                [free_name(f"{name}.index", self.leaves)],
-                leaf.detach().double().flatten().cpu().clone().numpy(),
-            )
-            for name, leaf in self.leaves.items()
-        }
+        else:
+            data = {name: ((*each, "direction"), kept) for name, kept in self._kept.items()}
+            coords |= {"cosine": (each, self.cosines), **self._summary()}
+            attrs |= {"project": self.project, "moments_of": self._moments.count}
+        return xr.Dataset(data, coords, attrs)
 
     def _summary(self) -> dict[str, Any]:
         coords: dict[str, Any] = {
@@ -254,42 +215,28 @@ class Recorder:
             for (name, leaf), piece in zip(self.leaves.items(), pieces, strict=True):
                 label = free_name(f"{name}.{statistic}", self.leaves)
                 coords[label] = (self.dims[name], piece.reshape(leaf.shape).numpy())
-        spreads = [*map(self._moments.spread, range(len(self.leaves))), self._moments.spread()]
-        for statistic in SPREAD:
-            values = np.array([getattr(spread, statistic) for spread in spreads])
-            coords[statistic] = (["block"], values)
-        return coords
+        columns = zip(SPREAD, self._moments.spreads().T, strict=True)
+        return coords | {name: (["block"], column) for name, column in columns}
 
     def _attributes(self) -> dict[str, Any]:
         leaves = self.leaves.values()
         coarsest = max((leaf.dtype for leaf in leaves), key=lambda dtype: torch.finfo(dtype).eps)
         seconds = self.steps["seconds"]
-        median = np.median(seconds)
         # The median's standard deviation, from the median absolute deviation of normal draws: the
         # machine's pauses count for nothing.
-        deviation = 1.4826 * np.median(np.abs(seconds - median))
+        deviation = stats.median_abs_deviation(seconds, axis=None, scale="normal")
         evaluations = np.percentile(self.steps["evaluations"], 50, method="lower")
         return {
             "gradient_of": "loss (negative ELBO), by unconstrained parameters",
             "device": str(next(iter(leaves)).device),
             "dtype": str(coarsest).removeprefix("torch."),  # the precision of the gradients
-            "seconds": float(median),
+            "seconds": float(np.median(seconds)),
             "seconds_mcse": float(1.2533 * deviation / np.sqrt(seconds.size)),
             "evaluations": int(evaluations),
             "inference_library": "pyro",
             "inference_library_version": pyro.__version__,
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
         }
-
-
-def _directions(leaves: dict[str, Tensor], number: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.nn.functional.normalize(
-            torch.randn(leaf.numel(), number, generator=generator), dim=0
-        ).to(leaf)
-        for leaf in leaves.values()
-    ]
 
 
 def _norms(rows: Tensor) -> Tensor:

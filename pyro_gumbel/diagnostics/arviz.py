@@ -10,14 +10,15 @@ import torch
 import xarray as xr
 
 from pyro_gumbel._arviz import tree
-from pyro_gumbel.diagnostics._blocks import check_draws, own_shape, reference_blocks
-from pyro_gumbel.diagnostics._storage import (
-    dims_of,
+from pyro_gumbel.diagnostics._moments import (
+    check_draws,
     free_name,
-    is_projected,
+    own_array,
     own_coordinate,
     parameters_of,
+    reference_blocks,
 )
+from pyro_gumbel.diagnostics._storage import dims_of
 
 __all__ = ["to_arviz"]
 
@@ -73,24 +74,18 @@ def to_arviz(
     draws = check_draws(draws)
     _check_sizes(draws)
     first = next(iter(draws.values()))
-    names = parameters_of(first)
-    groups = {
-        "gradients": _join(
-            {label: _variables(dataset, names) for label, dataset in draws.items()}
-        ),
-        "sample_stats": _join({label: _statistics(dataset) for label, dataset in draws.items()}),
-        "constant_data": _constants(first, names, reference),
+    gradients = {
+        label: dataset[parameters_of(dataset)].reset_coords(drop=True)
+        for label, dataset in draws.items()
     }
-    groups["gradients"].attrs = _common_attributes(draws)
+    groups = {
+        "gradients": _join(gradients).assign_attrs(_common_attributes(draws)),
+        "sample_stats": _join({label: _statistics(dataset) for label, dataset in draws.items()}),
+        "constant_data": _constants(first, reference),
+    }
     if posterior is not None:
         groups["posterior"] = _posterior(posterior)
     return tree(groups)
-
-
-def _variables(dataset: xr.Dataset, names: list[str]) -> xr.Dataset:
-    """The draws without what is kept beside them; coordinates of their dimensions stay."""
-    kept = dataset[names]
-    return kept.drop_vars([str(name) for name in kept.coords if name not in kept.dims])
 
 
 def _statistics(dataset: xr.Dataset) -> xr.Dataset:
@@ -110,28 +105,19 @@ def _join(datasets: dict[str, xr.Dataset]) -> xr.Dataset:
     return joined.transpose("chain", "draw", "estimator", ...)
 
 
-def _constants(first: xr.Dataset, names: list[str], reference: xr.Dataset | None) -> xr.Dataset:
-    variables: dict[str, Any] = {}
+def _constants(first: xr.Dataset, reference: xr.Dataset | None) -> xr.Dataset:
+    names, data, attrs = parameters_of(first), {}, {}
+    blocks = {} if reference is None else reference_blocks(reference, first)
     for name in names:
-        dims, shape = _own_dims(first, name), own_shape(first, name)
+        own = own_array(first, name).reset_coords(drop=True)
         if free_name(f"{name}.value", names) in first.coords:
-            variables[name] = (dims, own_coordinate(first, name, "value").values.reshape(shape))
-    if reference is not None:
-        blocks = reference_blocks(reference, first)
-        for name in names:
-            gradient = blocks[name].mean.reshape(own_shape(first, name))
-            variables[free_name(f"{name}.gradient", names)] = (_own_dims(first, name), gradient)
-    data = xr.Dataset(variables)
-    data = data.assign_coords({dim: first.coords[dim] for dim in data.dims if dim in first.coords})
-    if reference is not None:
-        data.attrs["reference"] = str(reference.attrs.get("estimator", ""))
-    return data
-
-
-def _own_dims(dataset: xr.Dataset, name: str) -> tuple[Any, ...]:
-    if is_projected(dataset):
-        return own_coordinate(dataset, name, "mean").dims
-    return dataset[name].dims[2:]
+            value = own_coordinate(first, name, "value").values
+            data[name] = own.copy(data=value.reshape(own.shape))
+        if reference is not None:
+            gradient = own.copy(data=blocks[name].mean.reshape(own.shape))
+            data[free_name(f"{name}.gradient", names)] = gradient
+            attrs["reference"] = str(reference.attrs.get("estimator", ""))
+    return xr.Dataset(data, attrs=attrs)
 
 
 def _posterior(given: Any) -> xr.Dataset:

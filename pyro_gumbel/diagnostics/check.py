@@ -11,16 +11,16 @@ import numpy as np
 import xarray as xr
 
 from pyro_gumbel._validate import integer, positive
-from pyro_gumbel.diagnostics._blocks import (
+from pyro_gumbel.diagnostics._moments import (
     Block,
     blocks_of,
     check_reference,
-    own_shape,
+    own_array,
+    parameters_of,
     reference_blocks,
     rounding_of,
 )
 from pyro_gumbel.diagnostics._state import Params
-from pyro_gumbel.diagnostics._storage import parameters_of
 from pyro_gumbel.diagnostics.compare import rare_events
 from pyro_gumbel.diagnostics.draws import gradient_draws
 from pyro_gumbel.diagnostics.exact import exact_gradient
@@ -172,9 +172,8 @@ def _judge(
 
 def _variance(block: Block, reference: Block) -> np.ndarray:
     """The variance of the difference of two means, by coordinate."""
-    variance = np.maximum(block.variance, block.variance.mean() / 100) / block.scatter.count
-    drawn = reference.spread
-    return variance if drawn is None else variance + reference.variance / drawn.count
+    variance = np.maximum(block.variance, block.variance.mean() / 100) / block.count
+    return variance + reference.variance / reference.count
 
 
 def _distances(
@@ -190,14 +189,14 @@ def _distances(
 def _coordinate(draws: xr.Dataset, name: str, index: int) -> str:
     if not name:
         return ""  # no parameter has an element
-    at = np.unravel_index(index, own_shape(draws, name))
+    at = np.unravel_index(index, own_array(draws, name).shape)
     return f"{name}{list(map(int, at)) if at else ''}"
 
 
 def _explain_bias(
     coordinate: str, block: Block, reference: Block, index: int, z: float, max_z: float
 ) -> str:
-    number, doubt = block.scatter.count, rare_events(block.scatter)
+    number, doubt = block.count, rare_events(block)
     mean = f"at {coordinate} the mean of {number:,} draws is {block.mean[index]:.6g}"
     if math.isinf(z):
         return (

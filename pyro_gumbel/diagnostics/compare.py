@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
+from scipy import special, stats
 
 from pyro_gumbel._arviz import folded_rhat, pareto_khat
-from pyro_gumbel.diagnostics._blocks import (
+from pyro_gumbel.diagnostics._moments import (
     Block,
     blocks_of,
     check_draws,
     reference_blocks,
     rounding_of,
-)
-from pyro_gumbel.diagnostics._moments import (
-    Bias,
-    Spread,
-    bias_of,
-    cosine_of,
-    snr_of,
-    two_sided_z,
 )
 
 __all__ = ["compare_gradients", "rare_events"]
@@ -149,7 +143,7 @@ def _rows(
             # A part of the gradient is rounded like the whole, however small it is.
             rounding = float(rounding_of(dataset, np.linalg.norm(others["all"].mean)))
             tested = [part] if by or len(names) == 1 else ["all", *names]
-            biases = {name: _bias(blocks[name], others[name], rounding) for name in tested}
+            biases = {name: bias_of(blocks[name], others[name], rounding) for name in tested}
             row |= _against(blocks[part], others[part], biases)
             biased = _biased(row["bias_z"], biases, blocks)
         notes = [*_tail_notes(row["khat"], blocks[part].norms), biased]
@@ -163,12 +157,11 @@ def _rows(
 
 
 def _row(block: Block, dataset: xr.Dataset) -> dict[str, Any]:
-    spread = block.scatter
     row: dict[str, Any] = dict.fromkeys(_COLUMNS.split(), math.nan)
-    row["variance"], row["variance_mcse"] = spread.trace, math.sqrt(spread.trace_variance)
+    row["variance"], row["variance_mcse"] = block.trace, math.sqrt(block.trace_variance)
     length = float(np.linalg.norm(block.mean))
-    row["relative_std"] = math.sqrt(spread.trace) / length if length else math.nan
-    row["snr"], row["snr_mcse"] = snr_of(block.mean, spread)
+    row["relative_std"] = math.sqrt(block.trace) / length if length else math.nan
+    row["snr"], row["snr_mcse"] = _snr(block)
     row["khat"] = pareto_khat(block.norms.reshape(-1))
     for name in ("seconds", "seconds_mcse", "evaluations"):
         row[name] = float(dataset.attrs.get(name, math.nan))
@@ -184,23 +177,114 @@ def _efficiency(row: dict[str, Any]) -> dict[str, float]:
     return {"efficiency": 1 / cost, "efficiency_mcse": math.sqrt(relative) / cost}
 
 
-def _bias(block: Block, reference: Block, rounding: float) -> Bias:
-    spreads = [spread for spread in (block.spread, reference.spread) if spread is not None]
-    return bias_of(block.mean - reference.mean, spreads, rounding)
+@dataclass(frozen=True)
+class Bias:
+    """The distance of a mean gradient from its reference, compared with noise.
+
+    Attributes:
+        norm: The distance.
+        squared: Its square less the average contribution of noise. It may be negative.
+        mcse: Without bias, ``norm`` is below 1.96 times this in 95 % of repetitions.
+        log_tail: The log of the probability of a larger distance without bias.
+        squared_mcse: Standard error of ``squared``.
+    """
+
+    norm: float
+    squared: float
+    mcse: float
+    log_tail: float
+    squared_mcse: float
+
+
+def bias_of(block: Block, reference: Block, floor: float) -> Bias:
+    r"""Judge the difference of two means by the scatter of the draws behind them.
+
+    Without bias the squared distance is a weighted sum of :math:`\chi^2` variables with mean
+    :math:`\mathrm{tr}\,\Sigma / N` and variance :math:`2\,\mathrm{tr}\,\Sigma^2 / N^2`. It is
+    taken for the multiple of one :math:`\chi^2` that has the same two moments (Satterthwaite,
+    1946). In one dimension the standard error and the probability are the usual ones.
+
+    ``floor`` is the distance that rounding may cause.
+    """
+    difference = block.mean - reference.mean
+    squared_norm = float(difference @ difference)
+    mean = block.trace / block.count + reference.trace / reference.count
+    # Covariances of two independent means add; twice the trace of their product is at most the
+    # product of the roots.
+    deviations = (math.sqrt(2 * each.square_trace) / each.count for each in (block, reference))
+    variance = sum(deviations) ** 2
+    noise, noise_variance = mean + floor**2, variance + 2 * floor**4
+    scale = noise_variance / (2 * noise) if noise else 0.0
+    freedom = noise / scale if scale else 1.0
+    norm = math.sqrt(squared_norm)
+    squared = squared_norm - mean
+    largest = math.sqrt(variance / 2)  # no direction has more variance
+    squared_mcse = math.sqrt(4 * max(squared, 0.0) * largest + variance)
+    if not scale:
+        return Bias(norm, squared, 0.0, -math.inf if norm else 0.0, squared_mcse)
+    mcse = math.sqrt(scale * stats.chi2.ppf(0.95, freedom)) / stats.norm.ppf(0.975)
+    return Bias(norm, squared, mcse, _log_tail(squared_norm / scale, freedom), squared_mcse)
+
+
+def _log_tail(value: float, freedom: float) -> float:
+    """The log of the probability that a chi-squared variable is larger."""
+    log_tail = stats.chi2.logsf(value, freedom)
+    if not np.isfinite(log_tail) or log_tail < -600:  # underflow: the tail's leading term
+        half = freedom / 2
+        log_tail = (half - 1) * math.log(value / 2) - value / 2 - special.gammaln(half)
+    return min(float(log_tail), 0.0)
+
+
+def two_sided_z(log_tails: list[float]) -> float:
+    """The normal's two-sided quantile at the smallest of several probabilities.
+
+    It is corrected for their number (Bonferroni). NaN if one of them is.
+    """
+    if any(math.isnan(log_tail) for log_tail in log_tails):
+        return math.nan
+    log_tail = min(min(log_tails) + math.log(len(log_tails)), 0.0)
+    return max(0.0, -float(special.ndtri_exp(log_tail - math.log(2))))
+
+
+def _snr(block: Block) -> tuple[float, float]:
+    """The norm of the mean over the root of the total variance, and its standard error."""
+    signal = float(block.mean @ block.mean) - block.trace / block.count
+    if block.trace <= 0:
+        return (math.inf if signal > 0 else math.nan), math.nan
+    if signal <= 0:
+        return 0.0, math.sqrt(math.sqrt(2 * block.square_trace) / block.count / block.trace)
+    ratio = math.sqrt(signal / block.trace)
+    largest = math.sqrt(block.square_trace)
+    signal_variance = 4 * signal * largest / block.count + 2 * block.square_trace / block.count**2
+    relative = signal_variance / signal**2 + block.trace_variance / block.trace**2
+    return ratio, ratio * math.sqrt(relative) / 2
+
+
+def _cosine(block: Block, reference: Block) -> tuple[float, float]:
+    """The cosine of the mean with the reference, and its standard error."""
+    mean, exact = block.mean, reference.mean
+    norms = float(np.linalg.norm(mean) * np.linalg.norm(exact))
+    if norms == 0:
+        return math.nan, math.nan
+    cosine = float(np.clip(mean @ exact / norms, -1, 1))
+    length = float(mean @ mean)
+    across = math.sqrt(block.square_trace) / block.count / length
+    away = block.trace / block.count / length / 2
+    return cosine, math.sqrt((1 - cosine**2) * across + away**2)
 
 
 def _against(block: Block, reference: Block, biases: dict[str, Bias]) -> dict[str, float]:
-    spread, bias = block.scatter, next(iter(biases.values()))
+    bias = next(iter(biases.values()))
     length = float(np.linalg.norm(reference.mean))
-    cosine, cosine_mcse = cosine_of(block.mean, reference.mean, spread)
+    cosine, cosine_mcse = _cosine(block, reference)
     return {
         "bias": bias.norm,
         "bias_mcse": bias.mcse,
         "bias_z": two_sided_z([bias.log_tail for bias in biases.values()]),
         "relative_bias": bias.norm / length if length else math.nan,
-        "relative_std": math.sqrt(spread.trace) / length if length else math.nan,
-        "mse": spread.trace + max(bias.squared, 0.0),
-        "mse_mcse": math.hypot(math.sqrt(spread.trace_variance), bias.squared_mcse),
+        "relative_std": math.sqrt(block.trace) / length if length else math.nan,
+        "mse": block.trace + max(bias.squared, 0.0),
+        "mse_mcse": math.hypot(math.sqrt(block.trace_variance), bias.squared_mcse),
         "cosine": cosine,
         "cosine_mcse": cosine_mcse,
     }
@@ -223,7 +307,7 @@ def _biased(z: float, biases: dict[str, Bias], blocks: dict[str, Block]) -> str:
     if not z > _VISIBLE:
         return ""
     seen = [
-        rare_events(blocks[name].scatter)
+        rare_events(blocks[name])
         for name, bias in biases.items()
         if two_sided_z([bias.log_tail] * len(biases)) > _VISIBLE
     ]
@@ -231,15 +315,15 @@ def _biased(z: float, biases: dict[str, Bias], blocks: dict[str, Block]) -> str:
     return f"biased (z {z:.1f})" + (f", or {doubt}" if doubt else "")
 
 
-def rare_events(spread: Spread) -> str:
+def rare_events(block: Block) -> str:
     """Say so where few draws carry the variance that a bias is compared with; else nothing.
 
     The bias may then be that of the draws: they may have missed a rare event.
     """
-    if spread.carriers >= _FEWEST:
+    if block.carriers >= _FEWEST:
         return ""
     return (
-        f"short of rare events: about {spread.carriers:.0f} of {spread.count:,} draws carry the "
+        f"short of rare events: about {block.carriers:.0f} of {block.count:,} draws carry the "
         "variance, so see whether the bias stays with many more"
     )
 
@@ -264,7 +348,7 @@ def _site_table(draws: dict[str, xr.Dataset]) -> pd.DataFrame:
                 f"by='site': for {label!r} the noise of single sites was not renewed. Write "
                 "gradient_draws(..., site_draws=200)."
             )
-        total = blocks_of(dataset)["all"].scatter.trace or math.nan
+        total = blocks_of(dataset)["all"].trace or math.nan
         effects = dataset.coords["site_effect"].sum("parameter")
         for site in effects.coords["site"].values:
             values = effects.sel(site=site).values

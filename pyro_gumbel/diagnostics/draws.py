@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 import xarray as xr
+from pyro.infer.elbo import ELBO
+from pyro.infer.util import torch_item
+from pyro.ops.jit import CompiledFunction
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -16,20 +24,25 @@ from pyro_gumbel._validate import (
     check_programs,
     integer,
 )
-from pyro_gumbel.diagnostics._replica import Replica, Step, site_effects
 from pyro_gumbel.diagnostics._state import (
+    EvaluationCounter,
     Params,
+    Step,
     check_complete,
     find_parameters,
     preserved,
     read_gradients,
     seed_everything,
+    seed_torch,
     seeds,
 )
 from pyro_gumbel.diagnostics._storage import Recorder, check_dims, check_names
-from pyro_gumbel.estimators import Call
+from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.estimators.registry import NamedEstimators
+from pyro_gumbel.infer import Estimator_ELBO, config_gradient
+from pyro_gumbel.infer._undo import leaves as nested
 
-__all__ = ["gradient_draws"]
+__all__ = ["Replica", "gradient_draws"]
 
 _SITE_SHARE = 0.05  # cost of site effects over that of the draws
 
@@ -162,7 +175,7 @@ def gradient_draws(
             share = _SITE_SHARE * num_chains * num_draws / (len(trial.sites) + 1)
             number = round(share) if site_draws is None else site_draws
             if number:
-                dataset = dataset.assign_coords(site_effects(trial, leaves, number, first))
+                dataset = dataset.assign_coords(_site_effects(trial, leaves, number, first))
             datasets[label] = dataset.assign_attrs(
                 estimator=label,
                 config=repr(estimators[label]),
@@ -190,3 +203,151 @@ def _named(label: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"This was met with estimators[{label!r}].")
         raise
+
+
+class Replica:
+    """One independent copy of an estimator, with the state that the original had.
+
+    Args:
+        choice: A config, an ``ELBO``, or a pair of the two.
+        call: The programs and their arguments.
+        num_particles: Number of particles where the choice has no ELBO.
+        vectorize_particles: Whether they are evaluated in one run, likewise.
+
+    Raises:
+        TypeError: If the choice is another pair.
+    """
+
+    def __init__(
+        self, choice: Any, call: Call, num_particles: int = 1, vectorize_particles: bool = False
+    ) -> None:
+        if isinstance(choice, ELBO):
+            choice = (None, choice)
+        elif not isinstance(choice, tuple):
+            elbo = Estimator_ELBO(num_particles, vectorize_particles=vectorize_particles)
+            choice = (choice, elbo)
+        if len(choice) != 2 or not isinstance(choice[1], ELBO):
+            raise TypeError(
+                "estimators: a pair must be (config, ELBO), such as (ReinMax(), "
+                f"Estimator_ELBO(num_particles=4)); got {choice!r}."
+            )
+        config, elbo = choice
+        # A copy of all that it holds, except the programs and what is compiled of them.
+        compiled = [value for value in vars(elbo).values() if isinstance(value, CompiledFunction)]
+        shared = [call.model, call.guide, *compiled]
+        self.elbo = copy.deepcopy(elbo, {id(value): value for value in shared})
+        self.call = call
+        self.counter = EvaluationCounter()
+        counted = self.counter.count(call)
+        self.model = counted.model
+        guide = counted.guide if config is None else config_gradient(counted.guide, config)
+        # The outermost configuration sees what the inner ones chose, and puts copies in its place.
+        self.guide = config_gradient(guide, self._replace)
+        self.on_site: Callable[[str], None] | None = None
+        self.sites: dict[str, None] = {}
+        self._copies: dict[int, tuple[Estimator, Estimator]] = {}
+
+    def step(self) -> Step:
+        """Estimate the gradient once, into ``.grad``."""
+        before, start = self.counter.total, time.perf_counter()
+        with torch.enable_grad():
+            loss = self.elbo.loss_and_grads(
+                self.model, self.guide, *self.call.args, **self.call.kwargs
+            )
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        loss = loss[0] if isinstance(loss, tuple) else loss  # as of reweighted wake-sleep
+        return Step(torch_item(loss), seconds, self.counter.total - before)
+
+    def save(self) -> Callable[[], None]:
+        """Remember the estimators' state; return what puts it back."""
+        held = [own for _, own in self._copies.values()]
+        for value in nested(vars(self.elbo)):
+            made = value.made() if isinstance(value, NamedEstimators) else {"": value}
+            held += [estimator for estimator in made.values() if isinstance(estimator, Estimator)]
+        states = [(estimator, copy.deepcopy(estimator.state_dict())) for estimator in held]
+
+        def restore() -> None:
+            for estimator, state in states:
+                estimator.load_state_dict(copy.deepcopy(state))
+
+        return restore
+
+    def _replace(self, msg: Any) -> Any:
+        self.sites[msg["name"]] = None
+        if self.on_site is not None:
+            self.on_site(msg["name"])
+        chosen = (msg["infer"] or {}).get("gradient")
+        if not isinstance(chosen, Estimator):
+            return chosen
+        if id(chosen) not in self._copies:
+            # The original is kept beside its copy, so that its id stays its own.
+            self._copies[id(chosen)] = (chosen, copy.deepcopy(chosen))
+        return self._copies[id(chosen)][1]
+
+
+def _site_effects(
+    replica: Replica, leaves: dict[str, Tensor], number: int, seed: int
+) -> dict[str, Any]:
+    r"""Repeat draws of the gradient with the noise of one site renewed.
+
+    The noise of a site is every random number from the moment at which the guide arrives there to
+    its arrival at the next one. With ``g`` and ``g'`` two gradients that share all noise but that
+    of site ``s``,
+
+    .. math:: T_s = \tfrac12 E \|g - g'\|^2 = E[\mathrm{tr\,Var}(g \mid \epsilon_{-s})]
+
+    with :math:`\epsilon_{-s}` the noise of all others, is the variance that would be left if all
+    other sites were held fixed, on average: the *total effect* of the site. What is random without
+    being a site's, a minibatch say, is held fixed too. Effects add up to the whole variance if
+    each site adds noise of its own, and to more where sites act together. Estimators and their
+    state are the same in both gradients: that of ``replica``, which has taken a step before.
+
+    References:
+        Analysis of variance designs for model output (Jansen, 1999),
+        https://doi.org/10.1016/S0010-4655(98)00154-4
+
+    Returns:
+        Coordinates: ``site``, ``parameter``, and the squared distances ``site_effect`` of dims
+        ``site, repeat, parameter``.
+    """
+    restore = replica.save()
+    base_seeds = seeds(seed, 2 * number)
+    sites = list(replica.sites)
+    effects = np.zeros((len(sites), number, len(leaves)))
+    for repeat in range(number):
+        base, renewed = base_seeds[2 * repeat : 2 * repeat + 2]
+        read_gradients(leaves)
+        gradients = _gradients(replica, leaves, base, {})
+        for index, site in enumerate(sites):
+            restore()
+            other = _gradients(replica, leaves, base, {site: renewed})
+            effects[index, repeat] = [
+                float((one - two).double().square().sum()) / 2
+                for one, two in zip(gradients, other, strict=True)
+            ]
+        restore()
+    replica.on_site = None
+    return {
+        "site": sites,
+        "parameter": list(leaves),
+        "site_effect": (["site", "repeat", "parameter"], effects),
+    }
+
+
+def _gradients(
+    replica: Replica, leaves: dict[str, Tensor], base: int, renewed: dict[str, int]
+) -> list[Tensor]:
+    """Take a gradient whose noise is seeded at the start and again at each arrival at a site."""
+    visits: dict[str, int] = {}
+
+    def arrive(name: str) -> None:
+        visits[name] = visits.get(name, 0) + 1
+        word = f"{renewed.get(name, base)}/{name}/{visits[name]}"
+        seed_torch(zlib.crc32(word.encode()))
+
+    replica.on_site = arrive
+    seed_everything(base)
+    replica.step()
+    return [gradient.clone() for gradient in read_gradients(leaves)]

@@ -15,8 +15,12 @@ import xarray as xr
 
 from pyro_gumbel._arviz import plot_forest
 from pyro_gumbel._validate import is_integer
-from pyro_gumbel.diagnostics._blocks import check_draws, reference_blocks
-from pyro_gumbel.diagnostics._storage import is_projected, parameters_of
+from pyro_gumbel.diagnostics._moments import (
+    check_draws,
+    is_projected,
+    parameters_of,
+    reference_blocks,
+)
 
 __all__ = ["plot_efficiency", "plot_gradients", "plot_training"]
 
@@ -77,7 +81,7 @@ def plot_gradients(
     shown = {}
     for label, dataset in draws.items():
         kept = dataset[names].isel(chain=slice(chains), draw=slice(length)).astype(float)
-        means = kept.drop_vars(set(kept.coords) - (set(kept.dims) - {"chain", "draw"}))
+        means = kept.reset_coords(drop=True).drop_vars(["chain", "draw"], errors="ignore")
         shown[label] = means.coarsen(draw=average, boundary="trim").mean()
     if reference is not None:
         shown["reference"] = _constant(reference, first[names], next(iter(shown.values())))

@@ -15,9 +15,9 @@ from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
 from pyro_gumbel._validate import check_programs, integer, positive
-from pyro_gumbel.diagnostics._replica import EvaluationCounter
 from pyro_gumbel.diagnostics._search import FAILURES, Budget, Search, Trial
 from pyro_gumbel.diagnostics._state import (
+    EvaluationCounter,
     Params,
     find_parameters,
     preserved,

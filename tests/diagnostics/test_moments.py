@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
-from pyro_gumbel.diagnostics._moments import Moments, Spread, bias_of, two_sided_z
+from pyro_gumbel.diagnostics._moments import Block, Moments, blocks_of
+from pyro_gumbel.diagnostics.compare import bias_of, two_sided_z
 
 
 def correlated(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -32,10 +34,8 @@ def test_trace_of_the_squared_covariance(law: str) -> None:
         moments = Moments([3, 2])
         for batch in np.array_split(part, 25):
             moments.update(torch.from_numpy(batch))
-        estimates.append(
-            [moments.spread(block).square_trace for block in (0, 1, None)]
-            + [moments.spread(block).trace for block in (0, 1, None)]
-        )
+        trace, _, square_trace = moments.spreads().T
+        estimates.append([*square_trace, *trace])
     exact = [
         np.trace(block @ block) for block in (covariance[:3, :3], covariance[3:, 3:], covariance)
     ]
@@ -51,14 +51,16 @@ def test_equal_draws_have_variance_zero() -> None:
     row = torch.tensor([[0.1, 1e8, -3e-7, 2.0]])
     for _ in range(3):
         moments.update(row.expand(7, 4))
-    assert moments.spread().trace == 0
+    assert (moments.spreads() == 0).all()
     assert torch.equal(moments.mean, row[0].double())
 
 
 def test_far_tails_of_the_bias_test() -> None:
-    spread = Spread(count=100, trace=1.0, trace_variance=0.0, square_trace=1.0)
+    zero = np.zeros(1)
+    exact = Block(zero, zero, zero, np.inf, 0.0, 0.0, 0.0)
     for distance in (0.05, 0.3, 3.0, 300.0):
-        found = bias_of(np.array([distance]), [spread], 0.0)
+        drawn = Block(zero + distance, zero + 1, zero, 100, 1.0, 0.0, 1.0)
+        found = bias_of(drawn, exact, 0.0)
         assert two_sided_z([found.log_tail]) == pytest.approx(distance * 10, rel=1e-6)
 
 
@@ -68,7 +70,5 @@ def test_draws_that_carry_the_variance() -> None:
     few[[7, 50, 51, 222]] = 9.0
     laws = {100: rng.normal(size=300), 4: few, 300: np.arange(300) % 2, 0: np.full(300, 0.1)}
     for expected, values in laws.items():
-        moments = Moments([1])
-        for batch in torch.from_numpy(values.astype(float)).view(-1, 1).split(32):
-            moments.update(batch)
-        assert moments.spread().carriers == pytest.approx(expected, rel=0.2)
+        draws = xr.Dataset({"a": (("chain", "draw"), values.astype(float)[None])})
+        assert blocks_of(draws)["all"].carriers == pytest.approx(expected, rel=0.2)
