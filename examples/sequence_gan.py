@@ -87,12 +87,13 @@ class Game:
         self.batch = batch
 
     def string(self, fixed: bool) -> Tensor:
-        """Draw tokens from the generator, detached if ``fixed``."""
+        """Draw tokens from the generator, without a gradient in its parameters if ``fixed``."""
         token, h, c = self.generator.start((self.batch,))
         tokens = []
         for t in range(grammar.LENGTH):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not fixed):
-                logits, h, c = self.generator.step(token, h, c)
+            self.generator.requires_grad_(not fixed)
+            logits, h, c = self.generator.step(token, h, c)
+            self.generator.requires_grad_()
             token = pyro.sample(f"v_{t}", dist.OneHotCategorical(logits=logits))
             tokens.append(token)
         return torch.stack(torch.broadcast_tensors(*tokens), -2)
@@ -106,8 +107,8 @@ class Game:
     def model(self) -> None:
         """Add the discriminator's reward.
 
-        Tokens have the guide's distribution, detached. The two scores cancel, so the ELBO is the
-        expected reward.
+        Tokens have the guide's distribution, with its parameters fixed. The two scores and their
+        gradients in the tokens cancel, so the ELBO is the expected reward.
         """
         with pyro.plate("strings", self.batch):
             pyro.factor("reward", self.judge(self.string(fixed=True)))
@@ -227,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     make_folder(parser, args.out)
     torch.set_num_threads(1)  # layers this small are slower on more threads
-    # The model's scores cancel the guide's, and so would the gradient that they lack.
+    # The end of a string switches symbols off without a gradient, in both programs alike.
     warnings.filterwarnings("ignore", category=GradientWarning)
     pyro.enable_validation(args.smoke)  # off, since it takes a quarter of a step
     if args.smoke:

@@ -384,6 +384,7 @@ def test_the_generators_probabilities_are_exact(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pyro_gumbel.infer.GradientWarning")  # as the example does
 def test_the_adversarial_game_is_won() -> None:
     pyro.enable_validation(False)
     args = argparse.Namespace(
