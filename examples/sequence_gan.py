@@ -87,7 +87,7 @@ class Game:
         self.batch = batch
 
     def string(self, fixed: bool) -> Tensor:
-        """Draw tokens from the generator, without a gradient in its parameters if ``fixed``."""
+        """Draw tokens from the generator, with its parameters detached if ``fixed``."""
         token, h, c = self.generator.start((self.batch,))
         tokens = []
         for t in range(grammar.LENGTH):
@@ -107,8 +107,8 @@ class Game:
     def model(self) -> None:
         """Add the discriminator's reward.
 
-        Tokens have the guide's distribution, with its parameters fixed. The two scores and their
-        gradients in the tokens cancel, so the ELBO is the expected reward.
+        Tokens have the guide's distribution with fixed parameters, so that both scores and their
+        gradients in the tokens cancel: the ELBO is the expected reward.
         """
         with pyro.plate("strings", self.batch):
             pyro.factor("reward", self.judge(self.string(fixed=True)))
@@ -143,7 +143,7 @@ def make_svi(args: argparse.Namespace, gradient: str) -> tuple[Game, SVI]:
     if isinstance(estimator, Enumerate):
         number = f"{len(grammar.ALPHABET)}^{grammar.LENGTH}"
         raise ValueError(
-            f"{gradient!r} sums over all {number} sequences at once; choose another estimator"
+            f"{gradient!r} sums over all {number} sequences; choose another estimator"
         )
     game = Game(args.hidden, max(args.batch_size // num_particles, 1))
     elbo = Estimator_ELBO(num_particles, vectorize_particles=True, max_plate_nesting=1)
@@ -174,9 +174,8 @@ def train(args: argparse.Namespace, gradient: str, seed: int) -> list[dict[str, 
         if step % args.measure_every == 0 or step == args.steps:
             valid, variation = measure(game, tokens, truth)
             seconds = time.perf_counter() - start
-            history.append(
-                {"step": step, "valid": valid, "variation": variation, "seconds": seconds}
-            )
+            row = {"step": step, "valid": valid, "variation": variation, "seconds": seconds}
+            history.append(row)
             bar.set_postfix(valid=f"{valid:.3f}", variation=f"{variation:.3f}", refresh=False)
         if step % max(args.steps // 5, 1) == 0:
             with torch.no_grad():

@@ -24,11 +24,11 @@ from torch.distributions import constraints, transform_to
 
 from pyro_gumbel._validate import is_integer
 from pyro_gumbel.estimators import Call
-from pyro_gumbel.infer._configured_guide import configure_module
-from pyro_gumbel.infer._layout import PARTICLE_PLATE
+from pyro_gumbel.infer._checks import PARTICLE_PLATE
+from pyro_gumbel.infer._operations import Undo
+from pyro_gumbel.infer._operations import leaves as nested
 from pyro_gumbel.infer._state import generator_states, set_generator_states
-from pyro_gumbel.infer._undo import Undo
-from pyro_gumbel.infer._undo import leaves as nested
+from pyro_gumbel.infer.config import configure_module
 
 __all__ = [
     "EvaluationCounter",

@@ -40,7 +40,7 @@ from pyro_gumbel.diagnostics._storage import Recorder, check_dims, check_names
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.estimators.registry import NamedEstimators
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
-from pyro_gumbel.infer._undo import leaves as nested
+from pyro_gumbel.infer._operations import leaves as nested
 
 __all__ = ["Replica", "gradient_draws"]
 

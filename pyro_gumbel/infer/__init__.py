@@ -1,7 +1,7 @@
 """How an ELBO is built: who gets which estimator, on which particles, at what cost."""
 
 from pyro_gumbel.estimators.registry import estimator_names
-from pyro_gumbel.infer._cost_checks import GradientWarning
+from pyro_gumbel.infer._dependence import GradientWarning
 from pyro_gumbel.infer.captured_svi import CapturedSVI
 from pyro_gumbel.infer.config import config_gradient
 from pyro_gumbel.infer.elbo import Estimator_ELBO

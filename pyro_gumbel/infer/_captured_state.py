@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 from pyro_gumbel.estimators import Estimator
 from pyro_gumbel.estimators.schedules import Schedule
+from pyro_gumbel.infer._operations import hide_from_compiler
 from pyro_gumbel.infer._recording import NotRecordable, set_torch_generators, torch_generators
-from pyro_gumbel.infer._undo import hide_from_compiler
 
 __all__ = ["EstimatorStates", "ModulesAtWork", "Surroundings", "restorer"]
 

@@ -20,11 +20,11 @@ from torch.utils import _pytree as pytree
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.infer._captured_state import EstimatorStates, Surroundings, restorer
 from pyro_gumbel.infer._cuda_graph import GraphedFunction, NotGraphable
+from pyro_gumbel.infer._operations import Undo
 from pyro_gumbel.infer._recording import NotRecordable, Recording, record
 from pyro_gumbel.infer._state import generator_states, set_generator_states
-from pyro_gumbel.infer._undo import Undo
 from pyro_gumbel.infer._update import GraphedUpdate
-from pyro_gumbel.infer.particle_elbo import ParticleELBO
+from pyro_gumbel.infer.elbo import ParticleELBO
 
 __all__ = ["CapturedStep", "OtherParameters", "Outcome"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_gumbel.infer._operations import Undo
 from pyro_gumbel.infer._state import preserved_rng
-from pyro_gumbel.infer._undo import Undo
 
 __all__ = ["GraphedFunction", "NotGraphable"]
 

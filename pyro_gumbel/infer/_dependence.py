@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import enum
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdRef
 
+from pyro_gumbel.estimators import Branches, Estimator
 from pyro_gumbel.infer._operations import (
     Operation,
+    Undo,
     calling_module,
     detached,
+    hide_from_compiler,
     is_library,
+    storage_of,
     tensors,
 )
-from pyro_gumbel.infer._undo import Undo, hide_from_compiler, storage_of
 
-__all__ = ["Dependence", "Mark", "Marks"]
+__all__ = ["Dependence", "GradientWarning", "Mark", "Marks", "ReachedTerm", "check_costs"]
 
 
 class Mark(enum.IntEnum):
@@ -283,3 +288,94 @@ def _join(several: Iterable[Marks]) -> Marks:
         for site, mark in marks.items():
             joined[site] = max(mark, joined.get(site, Mark.CASE))
     return joined
+
+
+Frames = frozenset[CondIndepStackFrame]
+
+
+class GradientWarning(UserWarning):
+    """An estimator ignores part of the cost's dependence on its site's value."""
+
+
+@dataclass(frozen=True)
+class ReachedTerm:
+    """A term of the bound.
+
+    Attributes:
+        site: The site that it scores, in the guide or in the model.
+        marks: How each latent value reached the score.
+        frames: The vectorised plates of the site.
+    """
+
+    site: str
+    marks: Marks
+    frames: Frames
+
+
+def check_costs(
+    estimators: Mapping[str, Estimator],
+    frames: Mapping[str, Frames],
+    terms: Iterable[ReachedTerm],
+) -> None:
+    """Check the dependence of every term on every site whose estimator restricts it.
+
+    Relaxed and straight-through values need a cost with a gradient in the value
+    (``needs_linked_value``). Control variates that use the gradient do not: they have mean zero
+    for any vector in its place. Values that are not draws of the guide in all elements of a plate
+    at once must not reach terms outside the plate (``moves_plates``).
+
+    Args:
+        estimators: The estimator of each latent site of the guide.
+        frames: The vectorised plates of each of these sites.
+        terms: The terms of both programs, scored at values followed by
+            :class:`~pyro_gumbel.infer._dependence.Dependence`.
+
+    Raises:
+        ValueError: If the estimate would be biased and the estimator claims that it is not, or
+            if it would be unusable. A biased estimator that ignores a term gives a
+            :class:`GradientWarning`.
+    """
+    terms = list(terms)
+    for name, estimator in estimators.items():
+        reached = [term for term in terms if name in term.marks]
+        if estimator.needs_smooth_cost:
+            _check_smooth(name, estimator, reached)
+        if estimator.branches is Branches.COUNTERFACTUAL:
+            _check_inside(name, estimator, frames[name], reached)
+
+
+def _check_smooth(name: str, estimator: Estimator, reached: list[ReachedTerm]) -> None:
+    reader = next((term.site for term in reached if term.marks[name] is Mark.JUMP), None)
+    if reader is None:
+        return
+    what = (
+        f"At site {name!r}, {estimator!r} needs the cost's gradient in the value, and site "
+        f"{reader!r} depends on the value without one, as through an index, a comparison or a "
+        "number read into Python"
+    )
+    advice = (
+        "Write the model with products and sums of the value, such as z @ table, or use an "
+        "estimator that needs no gradient: DisARM() for bits, DisARMTree() for categories, "
+        "Score(LeaveOneOut()) for both."
+    )
+    if estimator.unbiased:
+        raise ValueError(f"{what}: the estimate would be biased. {advice}")
+    message = f"{what}: this part of the dependence is not learnt. {advice}"
+    warnings.warn(message, GradientWarning, stacklevel=2)
+
+
+def _check_inside(
+    name: str, estimator: Estimator, frames: Frames, reached: list[ReachedTerm]
+) -> None:
+    plates = {frame for frame in frames if frame.size > 1}
+    for term in reached:
+        outside = sorted(frame.name for frame in plates - term.frames)
+        if outside:
+            raise ValueError(
+                f"At site {name!r}, {estimator!r} moves all elements of the plate "
+                f"{outside[0]!r} at once, and site {term.site!r} outside that plate depends on "
+                "them: the estimate would be biased. Use an estimator whose values are all draws "
+                "of the guide, such as Score(LeaveOneOut()), DisARM() for bits or DisARMTree() "
+                "for categories; or, for LocalExpectation, write .to_event(...) in place of the "
+                "plate."
+            )

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_gumbel.infer._undo import Undo, storage_of, written_arguments
+from pyro_gumbel.infer._operations import Undo, storage_of, written_arguments
 
 __all__ = [
     "NotRecordable",

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pyro
 import pyro.poutine as poutine
-from pyro.distributions import Unit
+from pyro.distributions import Delta, Unit
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
@@ -21,20 +21,23 @@ from torch import Tensor
 
 from pyro_gumbel.distributions.families import (
     event_dims,
+    has_law_of,
     log_mass,
     score_function,
     unwrap,
     wrap_score,
 )
 from pyro_gumbel.estimators import Call, Estimator, Route
-from pyro_gumbel.infer._analytic_kl import analytic_kls
-from pyro_gumbel.infer._checks import check_programs, explain_mismatch, latent_sites
-from pyro_gumbel.infer._cost_checks import ReachedTerm
-from pyro_gumbel.infer._costs import Costs, EnumeratedSite, Frames, Term, site_frames
-from pyro_gumbel.infer._dependence import Dependence
-from pyro_gumbel.infer._layout import PARTICLE_PLATE, Layout, Path
-from pyro_gumbel.infer._sampling import Sampler, SharedSubsample
-from pyro_gumbel.infer._site_options import ModelSiteCheck
+from pyro_gumbel.infer._checks import (
+    PARTICLE_PLATE,
+    ModelSiteCheck,
+    check_programs,
+    explain_mismatch,
+    latent_sites,
+)
+from pyro_gumbel.infer._costs import Costs, EnumeratedSite, Frames, Term, analytic_kls, site_frames
+from pyro_gumbel.infer._dependence import Dependence, ReachedTerm
+from pyro_gumbel.infer._sampling import Layout, Path, Sampler, SharedSubsample
 
 _ALLOCATE = type(_DIM_ALLOCATOR).allocate.__code__  # where Pyro finds that two plates collide
 
@@ -111,6 +114,10 @@ class Run:
         if raw is None:
             raw = self._scores[name] = log_mass(unwrap(fn), self.value(name))
         return sum_rightmost(raw, event_dims(fn))
+
+    def is_computed(self, name: str) -> bool:
+        """Return whether a value is computed, not drawn."""
+        return has_law_of(unwrap(self.guide[name]["fn"]), Delta)
 
     def draw_score(self, name: str) -> Tensor:
         """Score what was drawn at a site, neither scaled nor masked: the value, or its noise."""
@@ -290,10 +297,10 @@ def collect(
     Args:
         model_trace: The model's run.
         guide_trace: The guide's run.
-        sampler: What drew the guide's values.
-        analytic_kl: Whether to put closed-form KL divergences in place of sampled terms.
-        full_scores: Whether ``log q`` keeps its whole gradient, as a bound that is not linear in
-            it needs; else each estimator drops what has mean zero.
+        sampler: The sampler of the guide's values.
+        analytic_kl: Whether closed-form KL divergences replace sampled terms.
+        full_scores: Whether ``log q`` keeps its whole gradient, as a nonlinear bound needs.
+            Otherwise each estimator drops the part of mean zero.
     """
     # Without dimensions of ours any dimension left of the plates is a mistake.
     nesting = sampler.layout.total_nesting if sampler.adds_dimensions else float("inf")
@@ -305,12 +312,12 @@ def collect(
         if name in kls:
             continue
         estimator = sampler.estimators.get(name)
-        if estimator is not None:
-            sampler.check_unchanged(name, site["value"])
-        if estimator is None:  # a value that the guide itself fixed, or a factor
+        if estimator is None:  # the guide itself fixed the value, or it is a factor
             _check_factor(site)
-            raw = _observed_log_prob(site)
-        elif full_scores:
+            terms.append(_term(site, -_score(site), nesting, of_model=False))
+            continue
+        sampler.check_unchanged(name, site["value"])
+        if full_scores:
             raw = scores[name] = log_mass(unwrap(site["fn"]), site["value"])
         else:
             with _named_errors(site):
@@ -322,7 +329,7 @@ def collect(
         terms.append(_term(site, -raw, nesting, of_model=False))
     for name, site in _samples(model_trace).items():
         if name not in kls:
-            terms.append(_term(site, _model_log_prob(site), nesting))
+            terms.append(_term(site, _score(site), nesting))
     if sampler.layout.particle_dim is not None:
         _check_dims(terms, sampler.layout.total_nesting + len(sampler.enumerated))
     observed = {name for name, site in _samples(model_trace).items() if site["is_observed"]}
@@ -337,16 +344,12 @@ def _samples(trace: Trace) -> dict[str, Any]:
     }
 
 
-def _model_log_prob(site: Any) -> Tensor:
-    if site["is_observed"]:
-        return _observed_log_prob(site)
+def _score(site: Any) -> Tensor:
+    """Score a value: one that was observed as its distribution does, others without wrappers."""
     with _named_errors(site):
+        if site["is_observed"]:
+            return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         return log_mass(unwrap(site["fn"]), site["value"])
-
-
-def _observed_log_prob(site: Any) -> Tensor:
-    with _named_errors(site):
-        return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
 
 
 @contextmanager

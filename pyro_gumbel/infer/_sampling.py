@@ -21,14 +21,87 @@ from pyro_gumbel.distributions.families import (
     sample_detached,
     unwrap,
 )
-from pyro_gumbel.estimators import Estimator, Route
+from pyro_gumbel.estimators import Estimator, Pathwise, Route, Score
+from pyro_gumbel.infer._checks import check_guide_site
 from pyro_gumbel.infer._dependence import Dependence
-from pyro_gumbel.infer._layout import MAIN, Layout, Path, left_filled
 from pyro_gumbel.infer._operations import version
-from pyro_gumbel.infer._site_options import check_guide_site
-from pyro_gumbel.infer.learnable import meet_site
+from pyro_gumbel.infer._state import meet_site
 
-__all__ = ["Memory", "NestingNeeded", "Sampler", "SharedSubsample"]
+__all__ = [
+    "Layout",
+    "MAIN",
+    "Memory",
+    "NestingNeeded",
+    "Path",
+    "Sampler",
+    "SharedSubsample",
+    "left_filled",
+]
+
+
+@dataclass(frozen=True)
+class Path:
+    """One path: the site that owns it and which of its values it takes.
+
+    The main path has no owner.
+    """
+
+    owner: str | None = None
+    value: int = 0
+
+
+MAIN = Path()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The paths of one pass.
+
+    Attributes:
+        plate_nesting: Number of dimensions that the programs' own plates take; ``None`` where it
+            is not known, and not needed.
+        paths: The paths that the pass evaluates.
+        repetitions: How often it does, ``R``: all particles where they are rows, else one.
+        vectorized: Whether paths are rows of a plate.
+    """
+
+    plate_nesting: int | None = None
+    paths: tuple[Path, ...] = (MAIN,)
+    repetitions: int = 1
+    vectorized: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the particle plate."""
+        return len(self.paths) * self.repetitions
+
+    @property
+    def particle_dim(self) -> int | None:
+        """The particle plate's dimension from the right of the batch shape, or ``None``."""
+        if not self.vectorized or self.num_rows == 1:
+            return None
+        return -(cast(int, self.plate_nesting) + 1)
+
+    @property
+    def total_nesting(self) -> int:
+        """Number of dimensions of all plates, the particle plate included."""
+        return cast(int, self.plate_nesting) + (self.particle_dim is not None)
+
+    def split(self, tensor: Tensor, event_dim: int = 0) -> Tensor:
+        """Bring particles to the front: ``(paths, repetitions, ...)`` of ``(..., rows, ...)``."""
+        if not self.vectorized:
+            return tensor.reshape(1, 1, *tensor.shape)
+        # A single row has no plate; further passes of the same particle may have one.
+        dim = -(cast(int, self.plate_nesting) + 1) - event_dim
+        rows = left_filled(tensor, -dim).movedim(dim, 0)
+        if rows.shape[0] == 1:
+            rows = rows.expand(self.num_rows, *rows.shape[1:])
+        return rows.unflatten(0, (len(self.paths), self.repetitions))
+
+
+def left_filled(tensor: Tensor, dims: int) -> Tensor:
+    """Give a tensor at least ``dims`` dimensions, by ones on the left."""
+    return tensor.reshape((1,) * (dims - tensor.dim()) + tensor.shape)
 
 
 class NestingNeeded(Exception):
@@ -107,7 +180,6 @@ class Sampler(Messenger):
             return
         if msg["is_observed"]:
             check_guide_site(msg)
-        if msg["value"] is not None:
             return
         name = cast(str, msg["name"])
         estimator = self._choose(msg)
@@ -116,7 +188,10 @@ class Sampler(Messenger):
         self.sizes[name] = estimator.block_size(unwrap(msg["fn"]), event_dims(msg["fn"]))
         if self.verify and self.sizes[name] > 1:
             self._verify_owner(name, estimator, msg["fn"])
-        value = self._value(name, estimator, msg["fn"])
+        if msg["value"] is None:
+            value = self._value(name, estimator, msg["fn"])
+        else:
+            value = _given(msg, estimator)
         value = self.dependence.follow(name, value) if self.dependence else value
         msg["value"] = value
         self._versions[name] = version(value)
@@ -277,6 +352,16 @@ class SharedSubsample(Messenger):
     def _pyro_post_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
             self._indices[_plate_key(msg)] = cast(Tensor, msg["value"])
+
+
+def _given(msg: Message, estimator: Estimator) -> Tensor:
+    """Return a value that a handler of the guide gave to a latent site, as a draw of the site."""
+    if isinstance(estimator, (Pathwise, Score)):
+        return cast(Tensor, msg["value"])
+    raise ValueError(
+        f"At site {msg['name']!r}, {estimator!r} must draw the value, and a handler of the guide, "
+        "such as poutine.replay, gave it. Remove the handler, or use Score() or Pathwise()."
+    )
 
 
 def _repeat_first(noise: Tensor, dim: int, copies: int) -> Tensor:

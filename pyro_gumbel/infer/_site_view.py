@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyro_gumbel.distributions.families import event_dims, has_score_parts, one_hot_logits, unwrap
 from pyro_gumbel.estimators import Branches, Call, Estimator, Route, Site
-from pyro_gumbel.infer._layout import MAIN, Path
 from pyro_gumbel.infer._run import Run
+from pyro_gumbel.infer._sampling import MAIN, Path
 
 __all__ = ["Passes"]
 

@@ -34,7 +34,7 @@ from pyro_gumbel.infer._captured_step import (
 from pyro_gumbel.infer._recording import NotRecordable, is_library
 from pyro_gumbel.infer._state import finish_step
 from pyro_gumbel.infer._update import GraphedUpdate, Updater
-from pyro_gumbel.infer.particle_elbo import ParticleELBO
+from pyro_gumbel.infer.elbo import ParticleELBO
 
 __all__ = ["CapturedSVI"]
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, cast
+import importlib
+import itertools
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn, cast
 
 from pyro.distributions import Delta
 from pyro.poutine.messenger import Messenger
@@ -28,10 +32,138 @@ from pyro_gumbel.estimators.registry import (
     check_choice,
     did_you_mean,
 )
-from pyro_gumbel.infer._configured_guide import ConfiguredGuide, configure_module
-from pyro_gumbel.infer._site_options import check_guide_site
+from pyro_gumbel.infer._checks import check_guide_site
 
-__all__ = ["Config", "GradientMessenger", "config_gradient", "resolve"]
+__all__ = [
+    "Config",
+    "ConfiguredGuide",
+    "GradientMessenger",
+    "config_gradient",
+    "configure_module",
+    "resolve",
+]
+
+Guide = Callable[..., Any]
+
+
+class ConfiguredGuide:
+    """A guide that is not a module, and the messenger that configures it.
+
+    Copying, pickling, introspection and binding to instances work as for the guide. A copy has
+    copies of the estimators, with their state.
+
+    Attributes:
+        guide: The guide.
+        gradient_messenger: The handler that attaches the estimators.
+    """
+
+    def __init__(self, guide: Guide, messenger: GradientMessenger) -> None:
+        functools.update_wrapper(self, guide, updated=())
+        self.guide = guide
+        self.gradient_messenger = messenger
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.gradient_messenger.run(self.guide, *args, **kwargs)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> ConfiguredGuide:
+        """Bind the guide to an instance, so that methods can be decorated."""
+        bind = getattr(type(self.guide), "__get__", None)
+        if instance is None or bind is None:
+            return self
+        return ConfiguredGuide(bind(self.guide, instance, owner), self.gradient_messenger)
+
+    def __eq__(self, other: object) -> bool:
+        # Each access to a method makes a new bound object.
+        return (
+            isinstance(other, ConfiguredGuide)
+            and self.gradient_messenger is other.gradient_messenger
+            and self.guide == other.guide
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.gradient_messenger)
+
+    def __getattr__(self, name: str) -> Any:
+        # While copying, guide is not set yet. Special methods are this class's.
+        if name == "guide" or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.guide, name)
+
+    def __getstate__(self) -> tuple[Any, GradientMessenger]:
+        return _portable(self.guide), self.gradient_messenger
+
+    def __setstate__(self, state: tuple[Any, GradientMessenger]) -> None:
+        guide, messenger = state
+        guide = guide.find() if isinstance(guide, _DecoratedName) else guide
+        ConfiguredGuide.__init__(self, guide, messenger)
+
+    def __repr__(self) -> str:
+        return f"config_gradient({self.guide!r}, {self.gradient_messenger.config!r})"
+
+
+class _DecoratedName(NamedTuple):
+    """The location of a function or method whose name refers to its decorated form.
+
+    ``pickle`` stores functions by name, so it cannot store the undecorated one.
+    """
+
+    holder: Any  # a module's name, or the object of a method
+    path: str
+    depth: int = 0
+
+    def find(self) -> Guide:
+        return next(itertools.islice(self.chain(), self.depth, None))
+
+    def chain(self) -> Iterator[Any]:
+        """Yield the object of this name, the object that it wraps, and so on."""
+        is_module = isinstance(self.holder, str)
+        found = importlib.import_module(self.holder) if is_module else self.holder
+        for part in self.path.split("."):
+            found = getattr(found, part, None)
+        while found is not None:
+            yield found
+            found = getattr(found, "__wrapped__", None)
+
+
+def _portable(guide: Guide) -> Guide | _DecoratedName:
+    """Return a guide, or its location if its name refers to its decorated form."""
+    if isinstance(guide, types.FunctionType):
+        name = _DecoratedName(guide.__module__, guide.__qualname__)
+    elif isinstance(guide, types.MethodType):
+        name = _DecoratedName(guide.__self__, guide.__name__)
+    else:
+        return guide
+    depth = next((depth for depth, found in enumerate(name.chain()) if found == guide), 0)
+    return name._replace(depth=depth) if depth else guide
+
+
+def configure_module(guide: nn.Module, messenger: GradientMessenger) -> nn.Module:
+    """Return a module of the guide's class that shares its attributes and runs configured."""
+    kind, meta = type(guide), type(type(guide))
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        return messenger.run(kind.__call__, self, *args, **kwargs)
+
+    def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> nn.Module:  # noqa: N807
+        return configure_module(*copy.deepcopy((guide, messenger), memo))
+
+    namespace = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__call__": __call__,
+        "__copy__": lambda self: configure_module(copy.copy(guide), messenger),
+        "__deepcopy__": __deepcopy__,
+        "__reduce_ex__": lambda self, protocol: (configure_module, (guide, messenger)),
+        "gradient_messenger": messenger,
+    }
+    # Without the metaclass's __init__, by which AutoGaussian registers its subclasses.
+    configured = meta.__new__(meta, kind.__name__, (kind,), namespace)
+    twin: nn.Module = object.__new__(configured)
+    # Both share one dict, so that parameters and attributes made later (an autoguide's prototype)
+    # are always the same.
+    object.__setattr__(twin, "__dict__", guide.__dict__)
+    return twin
+
 
 Config = Estimator | str | Mapping[str, Choice] | Callable[[Message], Choice]
 
@@ -129,11 +261,6 @@ def _check_config(config: Config) -> Config:
         for site, choice in config.items():
             check_choice(choice, f"config_gradient: for site {site!r} got")
     elif isinstance(config, (Estimator, type)) or not callable(config):
-        if config is None:
-            raise TypeError(
-                "config_gradient: config is missing; expected an estimator, a name, a dict or a "
-                "callable."
-            )
         check_choice(config, "config_gradient: got")
     return config
 
@@ -190,16 +317,13 @@ def config_gradient(
             f"object, config_gradient({guide.__name__}(...), config), or decorate the method that "
             "samples."
         )
+    usage = "write config_gradient(guide, config), or @config_gradient(config=...) as a decorator."
     if guide is not None and (isinstance(guide, Estimator) or not callable(guide)):
         raise TypeError(
-            f"config_gradient: expected the guide as the first argument, got {guide!r}. "
-            "Write config_gradient(guide, config), or @config_gradient(config=...) as a "
-            "decorator."
+            f"config_gradient: expected the guide as the first argument, got {guide!r}; {usage}"
         )
     if config is None:
-        raise TypeError(
-            "config_gradient: config is missing; write config_gradient(guide, config)."
-        )
+        raise TypeError(f"config_gradient: config is missing; {usage}")
     if guide is None:
         return functools.partial(config_gradient, config=config)
     messenger = GradientMessenger(config)

@@ -70,8 +70,8 @@ ROWS = {
     "swapped": (
         lambda: config_gradient({"z": "reinmax"}, ONE_HOT),
         TypeError,
-        r"expected the guide as the first argument, got \{'z': 'reinmax'\}. "
-        r"Write config_gradient\(guide",
+        r"expected the guide as the first argument, got \{'z': 'reinmax'\}; "
+        r"write config_gradient\(guide",
     ),
     "an estimator first": (
         lambda: config_gradient(ReinMax(), ONE_HOT),

@@ -24,7 +24,7 @@ from pyro_gumbel.estimators import (
     Score,
 )
 from pyro_gumbel.infer import CapturedSVI, Estimator_ELBO, config_gradient
-from pyro_gumbel.infer.learnable import meet_site
+from pyro_gumbel.infer._state import meet_site
 
 X = torch.tensor([[1.0, 0.2], [-0.3, 0.8]])
 

@@ -12,7 +12,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_gumbel.infer._dependence import Dependence
-from pyro_gumbel.infer._undo import Undo
+from pyro_gumbel.infer._operations import Undo
 
 X = torch.linspace(-1.0, 2.0, 12).reshape(4, 3)
 

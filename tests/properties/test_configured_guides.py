@@ -403,6 +403,12 @@ def test_a_configured_autoguide_is_copied_with_everything_in_it(name):
     twin(X)
 
 
+def test_configuring_an_autoguide_leaves_the_choice_of_its_class():
+    guide = autoguide.AutoGaussian(latents)
+    config_gradient(guide, "score")
+    assert type(autoguide.AutoGaussian(latents)) is type(guide)
+
+
 @pytest.mark.parametrize("make", [AutoDiscrete, autoguide.AutoDiscreteParallel])
 def test_a_copied_autoguide_has_estimators_of_its_own(make):
     configured = config_gradient(make(discrete), Rebar())

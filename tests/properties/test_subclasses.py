@@ -28,7 +28,7 @@ from pyro_gumbel.distributions.families import (
 )
 from pyro_gumbel.guides import AutoDiscrete
 from pyro_gumbel.infer import Estimator_ELBO, ImportanceWeighted_ELBO, config_gradient
-from pyro_gumbel.infer._analytic_kl import _divergence
+from pyro_gumbel.infer._costs import _divergence
 
 COPIES = 20_000
 DOUBLE = torch.float64
