@@ -66,17 +66,18 @@ def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
     return torch.broadcast_shapes(*shapes)
 
 
+def broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
+    """Return whether tensors of a shape can be expanded to another."""
+    try:
+        return broadcast_shapes(shape, target) == target
+    except RuntimeError:
+        return False
+
+
 def as_floating(value: Any) -> Tensor:
     """Convert numbers, sequences and integer tensors to a floating-point tensor."""
     tensor = torch.as_tensor(value)
     return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
-
-
-def _expands(shape: torch.Size, to: torch.Size) -> bool:
-    if len(shape) > len(to):
-        return False
-    aligned = zip(reversed(shape), reversed(to), strict=False)
-    return all(old in (1, new) for old, new in aligned)
 
 
 class BaseDistribution(TorchDistribution):
@@ -97,7 +98,7 @@ class BaseDistribution(TorchDistribution):
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Self:
         """Broadcast to ``batch_shape`` without copying or recomputing a tensor."""
         batch_shape = torch.Size(batch_shape)
-        if not _expands(self.batch_shape, batch_shape):
+        if not broadcasts_to(self.batch_shape, batch_shape):
             raise ValueError(
                 f"{type(self).__name__}: batch_shape {tuple(self.batch_shape)} does not expand to "
                 f"{tuple(batch_shape)}."

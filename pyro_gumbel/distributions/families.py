@@ -87,7 +87,7 @@ _CERTAIN = 32768.0  # a logit that is certain in every dtype
 
 def wrappers(fn: Distribution) -> Iterator[Any]:
     """Yield the wrappers of ``to_event`` and ``mask`` around a distribution, outermost first."""
-    while isinstance(fn, _WRAPPERS) and wraps_like(fn, *_WRAPPERS):
+    while wraps_like(fn, *_WRAPPERS):
         yield fn
         fn = fn.base_dist
 
@@ -97,8 +97,8 @@ def unwrap(fn: Distribution) -> Distribution:
 
     In a known family, also replace Pyro's lazy ``ExpandedDistribution`` by an expanded one.
     """
-    for wrapper in wrappers(fn):
-        fn = wrapper.base_dist
+    while wraps_like(fn, *_WRAPPERS):
+        fn = fn.base_dist
     return _expand_base(fn) if wraps_like(fn, ExpandedDistribution) else fn
 
 

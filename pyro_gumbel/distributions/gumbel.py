@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -25,22 +26,19 @@ EULER_GAMMA = 0.57721566490153286060651209008240243
 def location_scale(**given: Any) -> dict[str, Tensor]:
     """Convert to floating-point tensors of one dtype; numbers get the dtype of the tensors."""
     tensors = [as_floating(value) for value in given.values() if isinstance(value, Tensor)]
-    dtype = torch.get_default_dtype()
-    if tensors:
-        dtype = tensors[0].dtype
-        for tensor in tensors[1:]:
-            dtype = torch.promote_types(dtype, tensor.dtype)
+    dtypes = [tensor.dtype for tensor in tensors] or [torch.get_default_dtype()]
+    dtype = functools.reduce(torch.promote_types, dtypes)
     device = tensors[0].device if tensors else None
-    return {name: _as_tensor(name, value, dtype, device) for name, value in given.items()}
-
-
-def _as_tensor(name: str, value: Any, dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    try:
-        return torch.as_tensor(value, dtype=dtype, device=device)
-    except TypeError:
-        raise TypeError(
-            f"{name} must be a number or a tensor; got {value!r}. Write 1.0 or torch.tensor(1.0)."
-        ) from None
+    converted = {}
+    for name, value in given.items():
+        try:
+            converted[name] = torch.as_tensor(value, dtype=dtype, device=device)
+        except TypeError:
+            raise TypeError(
+                f"{name} must be a number or a tensor; got {value!r}. Write 1.0 or "
+                "torch.tensor(1.0)."
+            ) from None
+    return converted
 
 
 def check_parameter(name: str, value: Tensor, valid: Tensor, expected: str) -> None:

@@ -45,10 +45,8 @@ class DisARM(Estimator):
 
     unbiased = True
     sites = "Bernoulli"
+    families = (is_bit,)
     num_values = 2
-
-    def supports(self, fn: Distribution) -> bool:
-        return is_bit(fn)
 
     def draw(self, fn: Distribution) -> Tensor:
         probs = bit_probs(fn)
@@ -90,13 +88,11 @@ class ARMS(Estimator):
 
     unbiased = True
     sites = "Bernoulli"
+    families = (is_bit,)
 
     def __init__(self, num_samples: int = 4) -> None:
         super().__init__()
         self.num_samples = self.num_values = check_num_samples("ARMS", num_samples, least=2)
-
-    def supports(self, fn: Distribution) -> bool:
-        return is_bit(fn)
 
     def draw(self, fn: Distribution) -> Tensor:
         probs = bit_probs(fn)
@@ -148,10 +144,8 @@ class DisARMTree(Estimator):
 
     unbiased = True
     sites = "one-hot or categorical"
+    families = (is_one_hot, is_categorical)
     num_values = 2
-
-    def supports(self, fn: Distribution) -> bool:
-        return is_one_hot(fn) or is_categorical(fn)
 
     def draw(self, fn: Distribution) -> Tensor:
         logits = one_hot_logits(fn).detach()

@@ -23,6 +23,8 @@ from pyro_gumbel.estimators._flags import (
 from pyro_gumbel.estimators._module import StatefulModule
 from pyro_gumbel.estimators.schedules import Schedule
 
+Families = tuple[Callable[[Any], bool], ...]
+
 __all__ = ["Branches", "Call", "Estimator", "Route", "Site", "SiteReader"]
 
 
@@ -77,13 +79,6 @@ class Site:
         event_dims: Number of its batch dimensions that ``to_event`` joined.
         call: The programs and their arguments.
         training: Whether this pass may change the state of estimators and baselines.
-        values: The coupled values, ``(K, R) + batch_shape + event_shape``.
-        cost: The detached cost of each value, ``(K, R) + batch_shape``.
-        live_cost: The cost with its gradient.
-        totals: The whole ELBO of each value's path, with gradient, ``(K, R)``.
-        later_scores: Terms for an unbiased gradient of the mean of ``totals``, ``(K,)``.
-        log_prob: ``log q`` of the first value, ``(R,) + batch_shape``.
-        logits: Of a discrete site, with gradient: ``(R,) + batch_shape + joined + (C,)``.
 
     Example:
         The score function without a baseline. The ELBO calls :meth:`~Estimator.surrogate` of a
@@ -249,6 +244,7 @@ class Estimator(StatefulModule):
 
     unbiased: ClassVar[bool]
     sites: ClassVar[str]
+    families: ClassVar[Families] = ()
     route: ClassVar[Route] = Route.SCORE
     branches: ClassVar[Branches] = Branches.SAMPLES
     needs_smooth_cost: ClassVar[bool] = False  # biased where the cost ignores the value's gradient
@@ -270,8 +266,12 @@ class Estimator(StatefulModule):
             super().__setattr__(name, value)
 
     def supports(self, fn: Distribution) -> bool:
-        """Return whether it supports ``fn``, a distribution without ``to_event`` and ``mask``."""
-        raise NotImplementedError
+        """Return whether it supports ``fn``, a distribution without ``to_event`` and ``mask``.
+
+        By default it supports the families of the class attribute ``families``, such as
+        ``(is_bit,)``.
+        """
+        return any(is_family(fn) for is_family in self.families)
 
     def why_unsupported(self, fn: Distribution, event_dims: int) -> str | None:
         """Return why a site of a supported family is unsupported, or ``None``."""

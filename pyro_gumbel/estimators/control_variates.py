@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from pyro_gumbel.distributions.families import (
     sample_detached,
     value_dtype,
 )
-from pyro_gumbel.estimators.base import Branches, Estimator, Route, Site
+from pyro_gumbel.estimators.base import Branches, Estimator, Families, Route, Site
 
 __all__ = ["DoubleControlVariate", "MuProp", "Rodeo", "lower"]
 
@@ -26,10 +28,8 @@ class DifferentiatingEstimator(Estimator):
 
     unbiased = True
     sites = "one-hot or Bernoulli"
+    families: ClassVar[Families] = (is_one_hot, is_bit)
     route = Route.COST_GRADIENT
-
-    def supports(self, fn: Distribution) -> bool:
-        return is_one_hot(fn) or is_bit(fn)
 
     def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
         return log_mass_of_value(fn, value)
@@ -68,7 +68,7 @@ class MuProp(DifferentiatingEstimator):
         linear = _sum_event(grad * (value - mean), site)
         advantage = site.cost[0] - site.cost[1] - linear
         score = (advantage * site.log_prob).sum()
-        return score + (grad * _mean(site)).sum()
+        return score + (grad * mean_of(site)).sum()
 
 
 class DoubleControlVariate(DifferentiatingEstimator):
@@ -115,7 +115,7 @@ class DoubleControlVariate(DifferentiatingEstimator):
         # Sums of the large gradients of impossible values overflow in half precision.
         grads = grads.to(noise_dtype(grads.dtype))
         values = site.values.detach()
-        mean = _mean(site)
+        mean = mean_of(site)
         deviation = values - mean.detach()
         others = (grads.sum(0) - grads) / (self.num_samples - 1)
         correction = _sum_event(others * deviation, site)
@@ -168,6 +168,7 @@ class Rodeo(DifferentiatingEstimator):
     """
 
     sites = "Bernoulli"
+    families = (is_bit,)
 
     def __init__(self, num_samples: int = 2, *, learn: bool = True, hidden: int = 100) -> None:
         super().__init__()
@@ -180,9 +181,6 @@ class Rodeo(DifferentiatingEstimator):
             nn.Linear(2, self.hidden), nn.LeakyReLU(0.3), nn.Linear(self.hidden, 2)
         )
         self.requires_grad_(learn)
-
-    def supports(self, fn: Distribution) -> bool:
-        return is_bit(fn)
 
     def draw(self, fn: Distribution) -> Tensor:
         return independent_draws(fn, self.num_samples).requires_grad_()
@@ -260,7 +258,7 @@ def _leave_one_out(cost: Tensor) -> Tensor:
     return (cost - cost.mean(0)) * (count / (count - 1))
 
 
-def _mean(site: Site) -> Tensor:
+def mean_of(site: Site) -> Tensor:
     """Return the mean of the site, with gradient, shaped like one value."""
     probs = site.logits.softmax(-1)
     return probs[..., 0] if is_bit(site.fn) else probs
@@ -293,7 +291,7 @@ def _flatten_event(tensor: Tensor, site: Site) -> Tensor:
 
 def _jacobian_product(site: Site, vector: Tensor) -> Tensor:
     """Multiply the Jacobian of the site's mean in its logits with ``vector``."""
-    probs = _mean(site).detach()
+    probs = mean_of(site).detach()
     if is_bit(site.fn):
         return probs * (1 - probs) * vector
     return probs * (vector - (probs * vector).sum(-1, keepdim=True))

@@ -90,6 +90,7 @@ class LocalExpectation(Estimator):
 
     unbiased = True
     sites = "factorised one-hot, Bernoulli or categorical"
+    families = (has_logits,)
     branches = Branches.COUNTERFACTUAL
 
     def __init__(self, *, chunk_size: int | None = 64) -> None:
@@ -99,9 +100,6 @@ class LocalExpectation(Estimator):
                 "LocalExpectation", chunk_size, least=1, argument="chunk_size"
             )
         self.chunk_size = chunk_size
-
-    def supports(self, fn: Distribution) -> bool:
-        return has_logits(fn)
 
     def block_size(self, fn: Distribution, event_dims: int) -> int:
         categories = one_hot_logits(fn).shape[-1]

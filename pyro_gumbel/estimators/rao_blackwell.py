@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
 from pyro_gumbel._validate import check_num_samples
@@ -15,7 +14,7 @@ from pyro_gumbel.distributions._base import plain_eager
 from pyro_gumbel.distributions._numerics import gumbel_noise, straight_through
 from pyro_gumbel.distributions.families import is_one_hot
 from pyro_gumbel.distributions.one_hot import draw_one_hot
-from pyro_gumbel.estimators.schedules import Schedule, check_temperature
+from pyro_gumbel.estimators.schedules import Schedule
 from pyro_gumbel.estimators.straight_through import (
     OneHotEstimator,
     current_temperature,
@@ -152,17 +151,15 @@ class _Rao(OneHotEstimator):
     """Base class of both estimators, with a temperature and a number of conditional draws."""
 
     def __init__(self, temperature: float | Tensor | Schedule, *, num_samples: int) -> None:
-        super().__init__()
+        super().__init__(temperature)
         name = type(self).__name__
-        temperature = check_temperature(name, "temperature", temperature)
         if isinstance(temperature, Tensor) and temperature.requires_grad:
             raise ValueError(
                 f"{name}: temperature requires a gradient, but the estimator does not provide "
                 f"one. Write {name}(temperature.detach()), or use GumbelStraightThrough or "
                 "ReinMax, which can learn their temperature."
             )
-        self.temperature = temperature
-        self.num_samples = check_num_samples(type(self).__name__, num_samples, least=1)
+        self.num_samples = check_num_samples(name, num_samples, least=1)
 
     def _average(self, logits: Tensor, log_probs: Tensor, hard: Tensor) -> Tensor:
         """Return ``hard`` with the mean Jacobian, stored as draws or matrices (the smaller)."""
@@ -245,14 +242,12 @@ class ReinMaxRao(_Rao):
     """
 
     sites = "one-hot"
+    families = (is_one_hot,)
 
     def __init__(
         self, temperature: float | Tensor | Schedule = 1.0, *, num_samples: int = 10
     ) -> None:
         super().__init__(temperature, num_samples=num_samples)
-
-    def supports(self, fn: Distribution) -> bool:
-        return is_one_hot(fn)
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:
         hard = draw_one_hot(logits)

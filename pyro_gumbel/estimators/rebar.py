@@ -13,7 +13,7 @@ from pyro_gumbel.distributions._numerics import gumbel_noise
 from pyro_gumbel.distributions.families import is_bit, one_hot_logits, value_dtype
 from pyro_gumbel.distributions.one_hot import one_hot_argmax
 from pyro_gumbel.estimators.base import Branches, Site
-from pyro_gumbel.estimators.control_variates import DifferentiatingEstimator, lower
+from pyro_gumbel.estimators.control_variates import DifferentiatingEstimator, lower, mean_of
 from pyro_gumbel.estimators.rao_blackwell import conditional_scores
 from pyro_gumbel.estimators.schedules import check_temperature
 
@@ -93,7 +93,8 @@ class Rebar(DifferentiatingEstimator):
         surrogate = (advantage.detach() * site.log_prob).sum() + (relaxed.detach() * logits).sum()
         if not self.learn:
             return surrogate
-        estimate = site.per_event(advantage) * _score(site) + _project(site, relaxed)
+        score = (site.values[0] - mean_of(site)).detach()
+        estimate = site.per_event(advantage) * score + _project(site, relaxed)
         return surrogate + lower((estimate**2).sum(), list(self.parameters()))
 
     def _extra(self, site: Site) -> Tensor | None:
@@ -157,12 +158,6 @@ class Relax(Rebar):
                 "the critic with nn.Flatten(-2) and Linear(..., 1)."
             )
         return output
-
-
-def _score(site: Site) -> Tensor:
-    """Return the gradient of ``log q`` of the hard value in the logits."""
-    probs = site.logits.detach().softmax(-1)
-    return site.values[0].detach() - (probs[..., 0] if is_bit(site.fn) else probs)
 
 
 def _project(site: Site, gradient: Tensor) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
 from pyro_gumbel._validate import check_number
+from pyro_gumbel.distributions._base import broadcasts_to
 from pyro_gumbel.distributions._numerics import gumbel_noise, softmax, straight_through
 from pyro_gumbel.distributions.families import (
     is_bit,
@@ -17,7 +20,7 @@ from pyro_gumbel.distributions.families import (
     value_dtype,
 )
 from pyro_gumbel.distributions.one_hot import draw_one_hot, one_at
-from pyro_gumbel.estimators.base import Estimator, Route
+from pyro_gumbel.estimators.base import Estimator, Families, Route
 from pyro_gumbel.estimators.schedules import Schedule, check_temperature
 
 __all__ = [
@@ -41,11 +44,13 @@ class OneHotEstimator(Estimator):
 
     unbiased = False
     sites = "one-hot or Bernoulli"
+    families: ClassVar[Families] = (is_one_hot, is_bit)
     route = Route.PATHWISE
     needs_smooth_cost = True
 
-    def supports(self, fn: Distribution) -> bool:
-        return is_one_hot(fn) or is_bit(fn)
+    def __init__(self, temperature: float | Tensor | Schedule = 1.0) -> None:
+        super().__init__()
+        self.temperature = check_temperature(type(self).__name__, "temperature", temperature)
 
     def draw(self, fn: Distribution) -> Tensor:
         # Logits are in float32 or better, for an accurate softmax and Jacobian. The one-hot value
@@ -89,18 +94,11 @@ def current_temperature(
 
 def _misfit(temperature: float | Tensor | Schedule | None, batch: torch.Size) -> str | None:
     """Return why a temperature does not broadcast to a batch shape, or ``None``."""
-    if not isinstance(temperature, Tensor):
-        return None
-    shape = temperature.shape
-    try:
-        fits = torch.broadcast_shapes(shape, batch) == batch
-    except RuntimeError:
-        fits = False
-    if fits:
+    if not isinstance(temperature, Tensor) or broadcasts_to(temperature.shape, batch):
         return None
     return (
-        f"temperature of shape {tuple(shape)} does not broadcast to the site's batch shape "
-        f"{tuple(batch)}; give a number or one temperature for each element of the batch"
+        f"temperature of shape {tuple(temperature.shape)} does not broadcast to the site's batch "
+        f"shape {tuple(batch)}; give a number or one temperature for each element of the batch"
     )
 
 
@@ -119,8 +117,7 @@ class StraightThrough(OneHotEstimator):
         temperature: Positive number, tensor (broadcast against the batch) or schedule.
 
     Raises:
-        TypeError: If the temperature is of another kind.
-        ValueError: If the temperature is not positive.
+        TypeError, ValueError: If the temperature is of another kind, or not positive.
 
     References:
         Estimating or Propagating Gradients Through Stochastic Neurons (Bengio, Leonard, Courville,
@@ -130,10 +127,6 @@ class StraightThrough(OneHotEstimator):
         >>> StraightThrough(1.3)
         StraightThrough(1.3)
     """
-
-    def __init__(self, temperature: float | Tensor | Schedule = 1.0) -> None:
-        super().__init__()
-        self.temperature = check_temperature(type(self).__name__, "temperature", temperature)
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:
         soft = softmax(self._tempered(logits, self.temperature))
@@ -154,8 +147,7 @@ class GumbelSoftmax(OneHotEstimator):
         temperature: Positive number, tensor or schedule.
 
     Raises:
-        TypeError: If the temperature is of another kind.
-        ValueError: If the temperature is not positive.
+        TypeError, ValueError: If the temperature is of another kind, or not positive.
 
     References:
         Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017),
@@ -170,8 +162,7 @@ class GumbelSoftmax(OneHotEstimator):
     relaxed = True
 
     def __init__(self, temperature: float | Tensor | Schedule = 0.5) -> None:
-        super().__init__()
-        self.temperature = check_temperature(type(self).__name__, "temperature", temperature)
+        super().__init__(temperature)
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:
         scores = logits + gumbel_noise(logits.shape, logits.dtype, logits.device)
@@ -197,8 +188,7 @@ class GumbelStraightThrough(OneHotEstimator):
             hard draw does not depend on the temperature, so only this one affects the gradient.
 
     Raises:
-        TypeError: If a temperature is of another kind.
-        ValueError: If a temperature is not positive.
+        TypeError, ValueError: If a temperature is of another kind, or not positive.
 
     References:
         Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017),
@@ -216,8 +206,7 @@ class GumbelStraightThrough(OneHotEstimator):
         *,
         backward_temperature: float | Tensor | Schedule | None = None,
     ) -> None:
-        super().__init__()
-        self.temperature = check_temperature(type(self).__name__, "temperature", temperature)
+        super().__init__(temperature)
         if backward_temperature is not None:
             backward_temperature = check_temperature(
                 type(self).__name__, "backward_temperature", backward_temperature
@@ -263,16 +252,13 @@ class GappedStraightThrough(OneHotEstimator):
     """
 
     sites = "one-hot"
+    families = (is_one_hot,)
 
     def __init__(self, temperature: float | Tensor | Schedule = 0.5, *, gap: float = 1.0) -> None:
-        super().__init__()
-        self.temperature = check_temperature(type(self).__name__, "temperature", temperature)
+        super().__init__(temperature)
         self.gap = check_number("GappedStraightThrough", "gap", gap, example=1.0)
         if not self.gap >= 0:
             raise ValueError(f"GappedStraightThrough: gap must not be negative; got {gap!r}.")
-
-    def supports(self, fn: Distribution) -> bool:
-        return is_one_hot(fn)
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:
         hard = draw_one_hot(logits)
@@ -297,8 +283,7 @@ class ReinMax(OneHotEstimator):
             increase the bias.
 
     Raises:
-        TypeError: If the temperature is of another kind.
-        ValueError: If the temperature is not positive.
+        TypeError, ValueError: If the temperature is of another kind, or not positive.
 
     References:
         Bridging Discrete and Backpropagation: Straight-Through and Beyond (Liu, Dong, Liu, Yu,
@@ -308,10 +293,6 @@ class ReinMax(OneHotEstimator):
         >>> ReinMax(1.3)
         ReinMax(1.3)
     """
-
-    def __init__(self, temperature: float | Tensor | Schedule = 1.0) -> None:
-        super().__init__()
-        self.temperature = check_temperature(type(self).__name__, "temperature", temperature)
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:
         hard = draw_one_hot(logits)

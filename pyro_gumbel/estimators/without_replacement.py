@@ -30,10 +30,8 @@ class _WithoutReplacement(Estimator):
 
     unbiased = True
     sites = "one-hot or categorical, one variable per element"
+    families = (is_one_hot, is_categorical)
     branches = Branches.COUNTERFACTUAL
-
-    def supports(self, fn: Distribution) -> bool:
-        return is_one_hot(fn) or is_categorical(fn)
 
     def why_unsupported(self, fn: Distribution, event_dims: int) -> str | None:
         if joins_variables(fn, event_dims):
