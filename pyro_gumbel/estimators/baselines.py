@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_gumbel._validate import check_number
+from pyro_gumbel.distributions._base import broadcasts_to
 from pyro_gumbel.estimators._module import StatefulModule
 from pyro_gumbel.estimators.base import Call, Site
 
@@ -180,17 +181,13 @@ class NeuralBaseline(Baseline):
         call = site.call
         if callable(self.input):
             return self.input(*call.args, **call.kwargs)
-        for program in (call.guide, call.model):
-            bound = _bind(program, call)
-            if self.input in bound:
-                return bound[self.input]
-        names = sorted(
-            {name for program in (call.guide, call.model) for name in _bind(program, call)}
-        )
+        arguments = _bind(call.model, call) | _bind(call.guide, call)
+        if self.input in arguments:
+            return arguments[self.input]
         raise ValueError(
             f"NeuralBaseline at site {site.name!r}: guide and model have no argument "
-            f"{self.input!r}; their arguments are {names}. Use one of these as input, or a "
-            "callable of the arguments."
+            f"{self.input!r}; their arguments are {sorted(arguments)}. Use one of these as input, "
+            "or a callable of the arguments."
         )
 
     def _converted(self, value: Any) -> Any:
@@ -204,11 +201,8 @@ class NeuralBaseline(Baseline):
     def _fit(self, prediction: Tensor, site: Site) -> Tensor:
         shape = site.cost.shape[2:]
         for candidate in (prediction, prediction.squeeze(-1) if prediction.dim() else prediction):
-            try:
-                if torch.broadcast_shapes(candidate.shape, shape) == shape:
-                    return candidate
-            except RuntimeError:
-                continue
+            if broadcasts_to(candidate.shape, shape):
+                return candidate
         raise ValueError(
             f"NeuralBaseline at site {site.name!r}: the module returned shape "
             f"{tuple(prediction.shape)}, which does not broadcast to the site's batch shape "

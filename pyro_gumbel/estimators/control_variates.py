@@ -71,7 +71,20 @@ class MuProp(DifferentiatingEstimator):
         return score + (grad * mean_of(site)).sum()
 
 
-class DoubleControlVariate(DifferentiatingEstimator):
+class _LeaveOneOut(DifferentiatingEstimator):
+    """Base of estimators with independent draws, which train their coefficients if ``learn``."""
+
+    def __init__(self, num_samples: int, learn: bool) -> None:
+        super().__init__()
+        name = type(self).__name__
+        self.num_samples = self.num_values = check_num_samples(name, num_samples, least=2)
+        self.learn = learn
+
+    def draw(self, fn: Distribution) -> Tensor:
+        return independent_draws(fn, self.num_samples).requires_grad_()
+
+
+class DoubleControlVariate(_LeaveOneOut):
     r"""Leave-one-out with costs corrected by the cost's gradients at the *other* samples.
 
     .. math::
@@ -101,14 +114,8 @@ class DoubleControlVariate(DifferentiatingEstimator):
     """
 
     def __init__(self, num_samples: int = 2, *, learn: bool = True) -> None:
-        super().__init__()
-        self.num_samples = check_num_samples("DoubleControlVariate", num_samples, least=2)
-        self.num_values = self.num_samples
-        self.learn = learn
+        super().__init__(num_samples, learn)
         self.alpha = nn.Parameter(torch.zeros(()), requires_grad=learn)
-
-    def draw(self, fn: Distribution) -> Tensor:
-        return independent_draws(fn, self.num_samples).requires_grad_()
 
     def surrogate(self, site: Site) -> Tensor:
         grads = site.value_gradients()
@@ -134,7 +141,7 @@ class DoubleControlVariate(DifferentiatingEstimator):
         return surrogate + lower(loss, [self.alpha])
 
 
-class Rodeo(DifferentiatingEstimator):
+class Rodeo(_LeaveOneOut):
     r"""Leave-one-out with discrete Stein operators as control variates.
 
     For sample ``k`` a small network :math:`h = (h^1, h^2)` reads the other samples' linearised
@@ -171,19 +178,13 @@ class Rodeo(DifferentiatingEstimator):
     families = (is_bit,)
 
     def __init__(self, num_samples: int = 2, *, learn: bool = True, hidden: int = 100) -> None:
-        super().__init__()
-        self.num_samples = check_num_samples("Rodeo", num_samples, least=2)
-        self.num_values = self.num_samples
-        self.learn = learn
+        super().__init__(num_samples, learn)
         self.hidden = check_num_samples("Rodeo", hidden, least=1, argument="hidden")
         self.scales = nn.Parameter(torch.zeros(2))
         self.network = nn.Sequential(
             nn.Linear(2, self.hidden), nn.LeakyReLU(0.3), nn.Linear(self.hidden, 2)
         )
         self.requires_grad_(learn)
-
-    def draw(self, fn: Distribution) -> Tensor:
-        return independent_draws(fn, self.num_samples).requires_grad_()
 
     def surrogate(self, site: Site) -> Tensor:
         logits = _flatten_event(site.logits[..., 0], site)
@@ -244,11 +245,8 @@ def lower(loss: Tensor, parameters: list[Tensor]) -> Tensor:
     gradients = torch.autograd.grad(
         loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
     )
-    terms = [
-        (parameter * gradient).sum()
-        for parameter, gradient in zip(parameters, gradients, strict=True)
-    ]
-    total = -torch.stack(terms).sum()
+    pairs = zip(parameters, gradients, strict=True)
+    total = -torch.stack([(parameter * gradient).sum() for parameter, gradient in pairs]).sum()
     return total - total.detach()
 
 
@@ -279,7 +277,7 @@ def _sum_event(tensor: Tensor, site: Site) -> Tensor:
 
 
 def _sum_joined(tensor: Tensor, site: Site) -> Tensor:
-    return tensor.flatten(tensor.dim() - site.event_dims).sum(-1) if site.event_dims else tensor
+    return _flatten_event(tensor, site).sum(-1)
 
 
 def _flatten_event(tensor: Tensor, site: Site) -> Tensor:

@@ -150,7 +150,9 @@ def _chunks(total: int, size: int) -> list[int]:
 class _Rao(OneHotEstimator):
     """Base class of both estimators, with a temperature and a number of conditional draws."""
 
-    def __init__(self, temperature: float | Tensor | Schedule, *, num_samples: int) -> None:
+    def __init__(
+        self, temperature: float | Tensor | Schedule = 0.5, *, num_samples: int = 10
+    ) -> None:
         super().__init__(temperature)
         name = type(self).__name__
         if isinstance(temperature, Tensor) and temperature.requires_grad:
@@ -200,11 +202,6 @@ class GumbelRao(_Rao):
         >>> GumbelRao(0.5, num_samples=100)
         GumbelRao(0.5, num_samples=100)
     """
-
-    def __init__(
-        self, temperature: float | Tensor | Schedule = 0.5, *, num_samples: int = 10
-    ) -> None:
-        super().__init__(temperature, num_samples=num_samples)
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:
         hard = draw_one_hot(logits)

@@ -146,23 +146,19 @@ def check_choice(choice: Any, prefix: str) -> None:
     if choice is None or isinstance(choice, Estimator):
         return
     if isinstance(choice, str):
-        _check_name(choice, prefix)
-        return
+        if choice in estimator_names():
+            return
+        hint = did_you_mean(choice, estimator_names())
+        if choice == "relax":
+            hint = " Relax needs a network: write Relax(critic)."
+        raise ValueError(
+            f"{prefix} {choice!r}, an unknown estimator name; the names are {estimator_names()}."
+            f"{hint}"
+        )
     if isinstance(choice, type) and issubclass(choice, Estimator):
         raise TypeError(
             f"{prefix} the class {choice.__name__}; give an object: {choice.__name__}()."
         )
     raise TypeError(
         f"{prefix} {choice!r}; give an estimator such as ReinMax(), or a name such as 'reinmax'."
-    )
-
-
-def _check_name(name: str, prefix: str) -> None:
-    if name in estimator_names():
-        return
-    hint = did_you_mean(name, estimator_names())
-    if name == "relax":
-        hint = " Relax needs a network: write Relax(critic)."
-    raise ValueError(
-        f"{prefix} {name!r}, an unknown estimator name; the names are {estimator_names()}.{hint}"
     )

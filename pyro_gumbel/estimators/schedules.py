@@ -175,10 +175,8 @@ def check_temperature(
     """
     if "tensor" not in kinds:
         value = without_dimensions(value)
-    if isinstance(value, Schedule):
-        kind = "schedule"
-    elif isinstance(value, Tensor):
-        kind = "tensor"
+    if isinstance(value, (Schedule, Tensor)):
+        kind = "schedule" if isinstance(value, Schedule) else "tensor"
     else:
         kind = "number" if is_number(value) else ""
     if kind not in kinds:
