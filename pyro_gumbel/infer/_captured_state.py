@@ -1,4 +1,4 @@
-"""State that a recorded step reads besides its arguments."""
+"""State around a recorded step: of estimators, modules, and optimisers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.optim import PyroOptim
+from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -19,11 +21,24 @@ from torch.utils import _pytree as pytree
 from pyro_gumbel.estimators import Estimator
 from pyro_gumbel.estimators.schedules import Schedule
 from pyro_gumbel.infer._operations import hide_from_compiler
-from pyro_gumbel.infer._recording import NotRecordable, set_torch_generators, torch_generators
+from pyro_gumbel.infer._recording import NotRecordable
 
-__all__ = ["EstimatorStates", "ModulesAtWork", "Surroundings", "restorer"]
+__all__ = ["EstimatorStates", "ModulesAtWork", "Surroundings", "Updater"]
 
 _PLAIN = (bool, int, float, str)
+_CALLS = (PyroOptim.__call__, PyroLRScheduler.__call__)
+# ASGD is not among them: its multi-tensor form rounds to float32.
+_MULTI_TENSOR = (
+    torch.optim.Adadelta,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.Adamax,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.SGD,
+)
 
 
 class EstimatorStates:
@@ -127,25 +142,16 @@ class Surroundings:
     def __init__(self, params: Mapping[str, Tensor], modules: Iterable[nn.Module]) -> None:
         stored = dict(pyro.get_param_store().named_parameters())
         self._stored = {n: p for n, p in params.items() if stored.get(n) is p}
-        # Schedules are inputs.
-        modules = [m for m in dict.fromkeys(modules) if not isinstance(m, Schedule)]
-        self._registered: list[tuple[Any, str, Any]] = [
-            (entries, name, tensor)
-            for module in modules
-            for entries in (module._parameters, module._buffers)
-            for name, tensor in entries.items()
-            if tensor is not None
-        ]
-        self._attributes: list[tuple[Any, str, Any]] = [
+        self._entries: list[tuple[Any, str, Any]] = [
             (entries, name, value)
-            for module in modules
-            for entries in (vars(module), module._modules)
+            for module in dict.fromkeys(modules)
+            if not isinstance(module, Schedule)  # an input
+            for entries in (module._parameters, module._buffers, module._modules, vars(module))
             for name, value in entries.items()
-            if name != "training" and isinstance(value, (Tensor, nn.Module, *_PLAIN))
+            if isinstance(value, (Tensor, nn.Module, *_PLAIN))
         ]
-        self.buffers = [t for *_, t in self._registered if not isinstance(t, nn.Parameter)]
-        tensors = [*params.values(), *(tensor for *_, tensor in self._registered)]
-        self._trained = [(tensor, tensor.requires_grad) for tensor in tensors]
+        tensors = [value for *_, value in self._entries if isinstance(value, Tensor)]
+        self._trained = [(tensor, tensor.requires_grad) for tensor in (*params.values(), *tensors)]
 
     def are_current(self) -> bool:
         """Return whether everything is as it was found."""
@@ -153,8 +159,7 @@ class Surroundings:
         return (
             all(stored.get(name) is param for name, param in self._stored.items())
             and all(tensor.requires_grad is trained for tensor, trained in self._trained)
-            and not any(map(_has_changed, self._registered))
-            and not any(map(_has_changed, self._attributes))
+            and not any(map(_has_changed, self._entries))
         )
 
     def accept(self) -> None:
@@ -163,17 +168,22 @@ class Surroundings:
         Raises:
             NotRecordable: If it put other tensors in the place of parameters or buffers.
         """
-        replaced = [entry[1] for entry in self._registered if _has_changed(entry)]
+        changed = [entry for entry in self._entries if _has_changed(entry)]
+        replaced = [
+            name
+            for entries, name, value in changed
+            if isinstance(value, Tensor) and "_buffers" not in entries
+        ]
         if replaced:
             raise NotRecordable(
                 f"the program puts other tensors in place of the buffers {replaced}; write to "
                 "them, buffer.copy_(...)."
             )
-        self._attributes = [entry for entry in self._attributes if not _has_changed(entry)]
+        self._entries = [entry for entry in self._entries if not _has_changed(entry)]
 
     def restore(self) -> None:
         """Give modules back what they had."""
-        for entries, name, value in self._registered + self._attributes:
+        for entries, name, value in self._entries:
             entries[name] = value
 
 
@@ -213,18 +223,134 @@ class ModulesAtWork(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def restorer(tensors: Sequence[Tensor]) -> Callable[[], None]:
-    """Return a function that restores tensors and torch's generators."""
-    generators = torch_generators()
-    values = [tensor.detach().clone() for tensor in tensors]
+class Updater:
+    """Hands gradients to a Pyro optimiser and leaves zeros in ``.grad``, as ``SVI`` does.
 
-    @torch.no_grad()
-    def restore() -> None:
-        set_torch_generators(generators)
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)
+    ``SVI`` makes zeros anew at each step and adds the gradients to them. Here the gradients take
+    the place of zeros that nobody has written to. What somebody has, the user or another ``SVI``,
+    counts as it does there.
+    """
 
-    return restore
+    def __init__(self) -> None:
+        self._zeros: dict[Tensor, tuple[Tensor, int]] = {}
+        self._joint: dict[Any, torch.optim.Optimizer] = {}
+
+    def clear(self) -> None:
+        """Let go of the parameters."""
+        self._zeros.clear()
+        self._joint.clear()
+
+    def __call__(
+        self,
+        optim: PyroOptim,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        """Take a step of the optimiser; gradients beyond the parameters' are left alone."""
+        for parameter, gradient in zip(parameters, gradients, strict=False):
+            left = parameter.grad
+            if gradient is None and left is not None:
+                # A copy, for optimisers write to gradients by .data, which no version counts.
+                parameter.grad = left.clone()
+            elif left is None or gradient is None or self._is_resting(parameter):
+                parameter.grad = gradient
+            else:
+                parameter.grad = left + gradient
+        self._step(optim, parameters)
+        self.lay_down(parameters)
+
+    def _step(self, optim: PyroOptim, parameters: Sequence[Tensor]) -> None:
+        """Call ``optim``, with one torch optimiser for all parameters of the same options.
+
+        Pyro makes one torch optimiser for each parameter. Theirs are the options and the state;
+        torch's multi-tensor step of them all gives the same numbers up to rounding.
+        """
+        groups: dict[Any, list[Tensor]] = {}
+        for parameter in parameters:
+            groups.setdefault(_joint_options(optim, parameter), []).append(parameter)
+        if None in groups:
+            optim(groups.pop(None))
+        for (kind, options), group in groups.items():
+            joint = self._joint.get((kind, *group))
+            if joint is None:
+                joint = self._joint[kind, *group] = kind(group, lr=1.0)
+            joint.param_groups[0].update(options)
+            for parameter in group:
+                state = _optimizer(optim, parameter).state
+                if parameter in state:
+                    joint.state[parameter] = state[parameter]
+                if optim.grad_clip[parameter] is not None:
+                    optim.grad_clip[parameter](parameter)
+            joint.step()
+
+    def graph_settings(self, optim: PyroOptim, parameters: Sequence[Tensor]) -> list[Any] | None:
+        """List the numbers and the identities of tensors that a CUDA graph would go on with.
+
+        Returns ``None`` if the optimiser is not made for graphs, or gradients are to be added.
+        """
+        values: list[Any] = [id(optim)]
+        for parameter in parameters:
+            optimizer = _optimizer(optim, parameter)
+            group = optimizer.param_groups[0]
+            if not group.get("capturable") or not self._is_resting(parameter):
+                return None
+            values += [value for name, value in group.items() if name != "params"]
+            values += optimizer.state[parameter].values()
+        return [id(value) if isinstance(value, Tensor) else value for value in values]
+
+    def _is_resting(self, parameter: Tensor) -> bool:
+        """Return whether ``.grad`` is as it was left."""
+        zeros, version = self._zeros.get(parameter, (None, 0))
+        gradient = parameter.grad
+        return gradient is None or (gradient is zeros and gradient._version == version)
+
+    def lay_down(self, parameters: Iterable[Tensor]) -> None:
+        """Leave zeros where there is a gradient."""
+        for parameter in parameters:
+            gradient = parameter.grad
+            if gradient is not None:
+                zeros, version = self._zeros.get(parameter, (gradient, -1))
+                same = zeros.shape == gradient.shape and zeros.dtype == gradient.dtype
+                if zeros._version != version or not same or zeros.device != gradient.device:
+                    zeros = torch.zeros_like(gradient)
+                    self._zeros[parameter] = (zeros, zeros._version)
+                parameter.grad = zeros
+
+
+def _joint_options(optim: PyroOptim, parameter: Tensor) -> Any:
+    """Return the class of a parameter's torch optimiser and its options in a multi-tensor step.
+
+    Returns ``None`` where such a step may differ, or is not known to be the same.
+    """
+    if type(optim).__call__ not in _CALLS or parameter not in optim.optim_objs:
+        return None
+    optimizer = _optimizer(optim, parameter)
+    options = dict(optimizer.param_groups[0])
+    params, kind = options.pop("params"), type(optimizer)
+    foreach, fused = options.get("foreach", False), options.get("fused", False)
+    is_stateless = kind is torch.optim.SGD and not options["momentum"]
+    if (
+        kind not in _MULTI_TENSOR
+        or foreach is False
+        or options.get("differentiable")
+        or any(isinstance(value, (Tensor, list)) for value in options.values())
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or len(params) + len(optimizer.param_groups) != 2
+        or not (is_stateless or parameter in optimizer.state)
+    ):
+        return None
+    if foreach is None and not fused and parameter.is_cpu:  # on a GPU torch chooses foreach
+        tensors = [parameter] if parameter.grad is None else [parameter, parameter.grad]
+        is_plain = all(x.is_contiguous() and x.is_floating_point() for x in tensors)
+        options["fused" if fused is None and is_plain else "foreach"] = True
+    return kind, tuple(options.items())
+
+
+def _optimizer(optim: PyroOptim, parameter: Tensor) -> Any:
+    """Return torch's optimiser of a parameter, out of its learning rate scheduler."""
+    found = optim.optim_objs[parameter]
+    return getattr(found, "optimizer", found)
 
 
 def _has_changed(entry: tuple[Any, str, Any]) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,15 +18,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_gumbel.estimators import Call, Estimator
-from pyro_gumbel.infer._captured_state import EstimatorStates, Surroundings, restorer
-from pyro_gumbel.infer._cuda_graph import GraphedFunction, NotGraphable
+from pyro_gumbel.infer._captured_state import EstimatorStates, Surroundings
 from pyro_gumbel.infer._operations import Undo
 from pyro_gumbel.infer._recording import NotRecordable, Recording, record
-from pyro_gumbel.infer._state import generator_states, set_generator_states
-from pyro_gumbel.infer._update import GraphedUpdate
+from pyro_gumbel.infer._state import generator_states, preserved_rng, set_generator_states
 from pyro_gumbel.infer.elbo import ParticleELBO
 
-__all__ = ["CapturedStep", "OtherParameters", "Outcome"]
+__all__ = ["CapturedStep", "GraphedFunction", "OtherParameters", "Outcome", "leaves_of"]
 
 _ROUNDING = 1e-4  # relative, of the loss and of each gradient
 _CANCELLED = 1e-6  # what rounding leaves of a gradient that should be zero, relative to them all
@@ -69,7 +67,8 @@ class CapturedStep:
         recording: What was recorded, once it was.
         replays: How often it was replayed.
         graph: The recording as a CUDA graph, where it is one.
-        update: The optimiser's step as one, likewise.
+        update: The optimiser's step as one, likewise, after the settings that it goes on with.
+        parts: What tells steps apart by its identity, held so that nothing else gets it.
     """
 
     def __init__(
@@ -79,7 +78,6 @@ class CapturedStep:
         estimators: Iterable[Estimator],
         leaves: Iterable[Tensor],
         modules: Iterable[nn.Module],
-        *,
         compile: bool,
     ) -> None:
         self._elbo, self._compile, self._params = elbo, compile, params
@@ -90,11 +88,13 @@ class CapturedStep:
         self.states = EstimatorStates(estimators, self.device)
         self._surroundings = Surroundings(params, [*modules, *self.states.modules])
         self.recording: Recording | None = None
-        self._branches = True
         self.replays = 0
         self.graph: GraphedFunction | None = None
-        self.update: GraphedUpdate | None = None
-        self._is_graphable = self.device.type == "cuda"
+        self.update: tuple[list[Any], GraphedFunction] | None = None
+        self.parts: list[Any] = []
+        self._graphable = self.device.type == "cuda"
+        self._versions: list[int] = []
+        self._branches = True
 
     def is_current(self) -> bool:
         """Return whether parameters, modules and estimators are those that were recorded."""
@@ -127,10 +127,10 @@ class CapturedStep:
         self._elbo.plan(call)  # may run the programs, which is not the step's
         inputs = [_apart(tensor) for tensor in (*tensors, *self.states.inputs())]
         with self._restored(on_error=True):
-            outcome, recording = record(
+            found, recording = record(
                 function, inputs, compile=self._compile, branches=self._branches
             )
-        outcome = Outcome(*outcome)
+        outcome = Outcome(*found)
         if not (recording.has_checks and outcome.loss.isnan()):  # else each step warns
             self.recording = recording
         return outcome
@@ -140,14 +140,32 @@ class CapturedStep:
         if self._branches:
             self.recording, self.graph, self._branches = None, None, False
 
-    def replay(self, inputs: Sequence[Tensor]) -> tuple[Outcome, Sequence[Tensor]]:
+    def replay(self, inputs: Sequence[Tensor]) -> tuple[Outcome, Tensor | None]:
         """Compute a step by the recording; the second result is that of :class:`Recording`."""
         assert self.recording is not None
-        self._make_graph(inputs)
+        if self._graphable:
+            self._make_graph(self.recording, inputs)
         (loss, gradients, states), broken = (self.graph or self.recording)(inputs)
         if self.graph is not None:  # it overwrites its results, and states are kept
             states = [state.clone() for state in states]
         return Outcome(loss, gradients, states), broken
+
+    def _make_graph(self, recording: Recording, inputs: Sequence[Tensor]) -> None:
+        for device, operation in recording.devices.items():
+            if device not in (None, self.device):
+                self._graphable = False
+                warnings.warn(
+                    "CapturedSVI: the recorded step cannot become one CUDA graph, for "
+                    f"{operation} gives a tensor on {device}. Its operations are launched one by "
+                    f"one, which takes longer; make such tensors on {self.device}.",
+                    stacklevel=5,
+                )
+                return
+        # A kernel reads a number on the CPU when it is captured, and goes on with it.
+        versions = [x._version for x in recording.held if x.device != self.device]
+        if self.graph is None or versions != self._versions:
+            self.graph, self._versions = GraphedFunction(recording, inputs, self.device), versions
+            self.update = None  # which reads the gradients of another
 
     def eager(self, call: Call, tensors: Sequence[Tensor]) -> Outcome:
         """Compute what an eager step would from here on, changing nothing.
@@ -155,9 +173,7 @@ class CapturedStep:
         To the states are added the values that it leaves in the tensors that it writes to.
         """
         written = self.written([*tensors, *self.states.inputs()])
-        # Of a step that was recorded it is known what it writes to.
-        writes = Undo() if self.recording is None else nullcontext()
-        with self._restored([*written, *self._surroundings.buffers]), writes:
+        with self._restored(), Undo():
             outcome = self._compute(call, [_apart(tensor) for tensor in tensors])
             left = [tensor.detach().clone() for tensor in written]
         return outcome._replace(states=[*outcome.states, *left])
@@ -168,12 +184,30 @@ class CapturedStep:
             return []
         return self.recording.written + [inputs[i] for i in self.recording.written_inputs]
 
+    def explain_difference(self, found: Outcome, expected: Outcome) -> str | None:
+        """Describe a part that differs from what is expected, if beyond rounding."""
+        names = [f"the gradient of {self._names[leaf]!r}" for leaf in self.leaves]
+        beside = len(found.gradients) - len(self.leaves)
+        names += ["the gradient of a tensor that is not a parameter"] * beside
+        names += ["what is left in an estimator or a buffer"] * len(found.states)
+        a, b = ([*one.gradients, *one.states, one.loss] for one in (found, expected))
+        norms = list(map(_norms, a, b))
+        rounding = _OTHER_DRAW if self._compile else _ROUNDING
+        cancelled = _OTHER_DRAW if self._compile else _CANCELLED
+        rest = cancelled * math.hypot(*(size for _, size in norms[:-1])) + rounding**2
+        for name, (error, size) in zip([*names, "the loss"], norms, strict=True):
+            if error > rounding * size + (rounding if name == "the loss" else rest):
+                return (
+                    f"{name} differs by {error:.3g} between the recorded step and an eager one "
+                    f"with the same random numbers, where it has the size {size:.3g}; the losses "
+                    f"are {found.loss.item():g} and {expected.loss.item():g}"
+                )
+        return None
+
     def _compute(self, call: Call, tensors: Sequence[Tensor]) -> Outcome:
         """Run the programs and differentiate, with ``tensors`` in place of the arguments'."""
-        leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
         new = iter(tensors)
-        leaves = [next(new) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        args, kwargs = pytree.tree_map_only(Tensor, lambda _: next(new), (call.args, call.kwargs))
         with poutine.trace(param_only=True) as traced:
             loss, surrogate, _ = self._elbo.estimate(Call(call.model, call.guide, args, kwargs))
         self._check_parameters(traced.trace.nodes)
@@ -191,77 +225,65 @@ class CapturedStep:
         return Outcome(loss, _laid_out(wanted, gradients), states)
 
     def _check_parameters(self, met: Collection[str]) -> None:
-        new = [name for name in met if name not in self._params]
-        # Those of estimators are shown at the end of an eager step, not met in the programs.
-        gone = [n for n in self._params if n not in met and not n.startswith("gradient$")]
-        if new:
+        if new := [name for name in met if name not in self._params]:
             raise OtherParameters(
                 f"the parameters {new} were not there in the first step, and a recorded step does "
                 "not train them"
             )
-        if gone:
+        # Those of estimators are shown at the end of an eager step, not met in the programs.
+        if gone := [n for n in self._params if n not in met and not n.startswith("gradient$")]:
             raise OtherParameters(
                 f"the parameters {gone} were there in the first step only, and a recorded step "
                 "goes on training them"
             )
 
     @contextmanager
-    def _restored(
-        self, tensors: Sequence[Tensor] = (), *, on_error: bool = False
-    ) -> Iterator[None]:
-        """Restore generators, tensors, estimators and modules on leaving, or on an error."""
+    def _restored(self, *, on_error: bool = False) -> Iterator[None]:
+        """Restore generators, estimators and modules on leaving, or on an error."""
         with ExitStack() as stack:
             stack.callback(set_generator_states, generator_states())
-            stack.callback(restorer(tensors))
             stack.callback(self.states.restorer())
             stack.callback(self._surroundings.restore)
             yield
             if on_error:
                 stack.pop_all()
 
-    def _make_graph(self, inputs: Sequence[Tensor]) -> None:
-        assert self.recording is not None
-        if not self._is_graphable or (self.graph is not None and self.graph.is_current()):
-            return
-        try:
-            held = self.recording.held
-            self.graph = GraphedFunction(self.recording, inputs, self.device, held)
-        except NotGraphable as error:
-            self._is_graphable, self.graph = False, None
-            warnings.warn(
-                f"CapturedSVI: the recorded step cannot become one CUDA graph, for {error}. Its "
-                "operations are launched one by one, which takes longer; make such tensors on "
-                f"{self.device}.",
-                stacklevel=6,
-            )
 
-    def explain_difference(self, found: Outcome, expected: Outcome) -> str | None:
-        """Describe the part that differs most from what is expected, if beyond rounding."""
-        names = ["the loss", *(f"the gradient of {self._names[leaf]!r}" for leaf in self.leaves)]
-        beside = len(found.gradients) - len(self.leaves)
-        names += ["the gradient of a tensor that is not a parameter"] * beside
-        names += ["what is left in an estimator or a buffer"] * len(found.states)
-        pairs = zip(
-            [found.loss, *found.gradients, *found.states],
-            [expected.loss, *expected.gradients, *expected.states],
-            strict=True,
-        )
-        norms = torch.stack([_norms(*pair).to(found.loss.device) for pair in pairs]).tolist()
-        rounding = _OTHER_DRAW if self._compile else _ROUNDING
-        cancelled = _OTHER_DRAW if self._compile else _CANCELLED
-        total = math.hypot(*(size for _, size in norms[1:]))
-        allowed = [rounding * (1 + norms[0][1])]
-        allowed += [rounding * size + cancelled * total + rounding**2 for _, size in norms[1:]]
-        excess = [error / most for (error, _), most in zip(norms, allowed, strict=True)]
-        worst = max(range(len(norms)), key=excess.__getitem__)
-        if excess[worst] <= 1:
-            return None
-        error, size = norms[worst]
-        return (
-            f"{names[worst]} differs by {error:.3g} between the recorded step and an eager one "
-            f"with the same random numbers, where it has the size {size:.3g}; the losses are "
-            f"{found.loss.item():g} and {expected.loss.item():g}"
-        )
+class GraphedFunction:
+    """A function as one CUDA graph. What a call returns is overwritten by the next one.
+
+    Args:
+        function: Takes a list of tensors. All that it computes is on ``device``.
+        inputs: Arguments of the kind that it takes, on any device.
+        device: The device that it runs on.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Sequence[Tensor]], Any],
+        inputs: Sequence[Tensor],
+        device: torch.device,
+    ) -> None:
+        # A kernel reads a number on the CPU when it is captured, and goes on with it.
+        self._inputs = [tensor.detach().to(device, copy=True) for tensor in inputs]
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            # Libraries set themselves up outside of the capture; nothing is to change by that.
+            with torch.cuda.stream(stream), preserved_rng(), Undo():
+                function(self._inputs)
+            stream.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            # Threads that load data may use the device meanwhile.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._returned = function(self._inputs)
+
+    @torch.no_grad()
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        for static, tensor in zip(self._inputs, inputs, strict=True):
+            static.copy_(tensor)
+        self._graph.replay()
+        return self._returned
 
 
 def leaves_of(surrogate: Tensor) -> list[Tensor]:
@@ -287,16 +309,12 @@ def _apart(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-def _norms(found: Tensor | None, expected: Tensor | None) -> Tensor:
+def _norms(found: Tensor | None, expected: Tensor | None) -> tuple[float, float]:
     """Return the norms of a difference and of its second term; ``None`` is zero."""
-    present = found if found is not None else expected
-    present = torch.zeros(()) if present is None else present.detach().double()
-    a, b = (
-        torch.zeros_like(present) if x is None else x.detach().double() for x in (found, expected)
-    )
+    a, b = (torch.zeros(()) if x is None else x.detach().double() for x in (found, expected))
     same = (a == b) | (a.isnan() & b.isnan())
     error = torch.where(same, 0.0, a - b).nan_to_num(torch.inf)  # a NaN in one alone
-    return torch.stack([error.norm(), b.nan_to_num(0.0, 0.0, 0.0).norm()])
+    return error.norm().item(), b.nan_to_num(0.0, 0.0, 0.0).norm().item()
 
 
 def _laid_out(

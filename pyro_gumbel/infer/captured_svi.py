@@ -9,6 +9,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -20,20 +21,25 @@ from pyro.infer.util import is_validation_enabled
 from pyro.optim import PyroOptim
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.util import warn_if_nan
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_gumbel.estimators import Call
-from pyro_gumbel.infer._captured_state import ModulesAtWork, restorer
+from pyro_gumbel.infer._captured_state import ModulesAtWork, Updater
 from pyro_gumbel.infer._captured_step import (
     CapturedStep,
+    GraphedFunction,
     OtherParameters,
     Outcome,
     leaves_of,
 )
-from pyro_gumbel.infer._recording import NotRecordable, is_library
+from pyro_gumbel.infer._recording import (
+    NotRecordable,
+    is_library,
+    set_torch_generators,
+    torch_generators,
+)
 from pyro_gumbel.infer._state import finish_step
-from pyro_gumbel.infer._update import GraphedUpdate, Updater
 from pyro_gumbel.infer.elbo import ParticleELBO
 
 __all__ = ["CapturedSVI"]
@@ -58,22 +64,24 @@ class CapturedSVI(SVI):
       buffers of modules; schedules, baselines and other states of estimators.
     * **Frozen**: every other value that Python computes or reads while the step is recorded, such
       as a number in a global, a closure or a plain object, and the branches taken.
-    * **Part of the key**, so that another value is another recording: shapes and other arguments
-      than tensors; modes (``train`` or ``eval``) and plain attributes of modules and estimators;
-      the loss's options; handlers around the step; autocast and validation.
+    * **Recorded anew** where they differ: shapes and other arguments than tensors; modes and plain
+      attributes of modules and estimators; the loss's options; handlers around the step; autocast
+      and validation.
     * **Refused** when recorded, with the line of the program: reading a tensor's value into
       Python, shapes that depend on values, draws from Python's, NumPy's or other generators, new
       tensors in place of buffers, sparse gradients.
-    * **Verified**: the first replay, and one of every ``check_every``, is compared with an eager
-      step of the same random numbers. A difference raises an error that names the parameter, and
-      nothing is changed by that step.
+
+    The first replay, and one of every ``check_every``, is compared with an eager step of the same
+    random numbers. A difference raises an error that names the parameter, and that step changes
+    nothing.
 
     Where Pyro's validation is on, every replay computes the checks of all distributions, too. If
     one fails, or the loss is NaN, the step is taken eagerly from the same random numbers, so that
     it ends in the error or warning that ``SVI`` gives.
 
-    To record takes as long as about ten eager steps. The optimiser runs as in ``SVI``; on a GPU it
-    is a graph of its own if it was made with ``capturable=True``.
+    To record takes as long as about ten eager steps. The optimiser has the state that it has in
+    ``SVI``, and steps all parameters at once where torch can; on a GPU it is a graph of its own if
+    it was made with ``capturable=True``.
 
     Args:
         model: The model.
@@ -127,13 +135,13 @@ class CapturedSVI(SVI):
         self.elbo = loss
         self.compile = compile
         self.check_every = check_every
-        self._kinds: OrderedDict[Any, _Kind] = OrderedDict()
+        self._steps: OrderedDict[Any, CapturedStep] = OrderedDict()
         self._updater = Updater()
         self._warned = False
 
     def reset(self) -> None:
         """Forget every recording; the next step of each kind is an eager one."""
-        self._kinds.clear()
+        self._steps.clear()
         self._updater.clear()
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -143,33 +151,61 @@ class CapturedSVI(SVI):
         leaves, spec = _flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         call = Call(self.model, self.guide, args, kwargs)
-        kind = self._kind(leaves, spec)
-        step = kind.steps.get(kind.modes())
-        if step is not None and not step.is_current():
-            self._updater.clear()  # the parameters may be other ones
-            step = None
-        if step is None:
-            return self._first_step(kind, call)
-        if step.recording is None:
-            return self._record(kind, step, call, tensors)
-        return self._replay(step, call, tensors)
-
-    def _first_step(self, kind: _Kind, call: Call) -> float:
-        with ModulesAtWork() as at_work:
-            loss, params, estimators, leaves = self._eager_step(call)
-        kind.modules = list(dict.fromkeys([*kind.modules, *at_work.modules()]))
-        kind.steps[kind.modes()] = CapturedStep(
-            self.elbo, params, estimators, leaves, kind.modules, compile=self.compile
-        )
+        parts = [self.model, self.guide, self.optim, self.elbo, self.elbo.default]
+        for handler in _PYRO_STACK:
+            parts += [type(handler), *getattr(handler, "__dict__", {}).values()]
+        key = (spec, *map(_leaf_key, leaves), *map(_identity, parts), *self._settings())
+        step = self._find(key)
+        if step is not None and step.recording is not None:
+            return self._replay(step, call, tensors)
+        if step is not None:
+            with suppress(OtherParameters):  # than in the first step
+                return self._record(step, call, tensors)
+        loss, step = self._eager_step(call)
+        step.parts = parts
+        self._steps[key] = step
+        self._forget_oldest()
         return loss
 
-    def _eager_step(self, call: Call) -> tuple[float, Any, Any, Any]:
-        """Take the step that ``SVI`` takes.
+    def _settings(self) -> list[Any]:
+        options = [v for k, v in vars(self.elbo).items() if isinstance(v, _PLAIN) and k[0] != "_"]
+        validation = [is_validation_enabled(), dist.is_validation_enabled()]
+        autocast = [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
+        dtypes = [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")]
+        return [*options, *validation, *autocast, *dtypes, torch.get_default_dtype()]
 
-        Returns:
-            The loss, the parameters by name, the estimators, and the tensors that got gradients.
-        """
-        with poutine.trace(param_only=True) as traced:
+    def _find(self, key: Any) -> CapturedStep | None:
+        try:
+            step = self._steps.get(key)
+        except TypeError as error:
+            raise TypeError(
+                f"CapturedSVI.step: every argument must be a tensor or hashable; {error}. Pass "
+                "tensors, or use pyro.infer.SVI."
+            ) from error
+        if step is None:
+            return None
+        self._steps.move_to_end(key)
+        if step.is_current():
+            return step
+        self._updater.clear()  # the parameters may be other ones
+        return None
+
+    def _forget_oldest(self) -> None:
+        if len(self._steps) <= _MANY_KINDS:
+            return
+        self._steps.popitem(last=False)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"CapturedSVI: more than {_MANY_KINDS} kinds of arguments and handlers so far, "
+                "each to be recorded; from now on the oldest are forgotten. Pass numbers that "
+                "change as tensors, batches of one size, and make handlers around steps once.",
+                stacklevel=3,
+            )
+
+    def _eager_step(self, call: Call) -> tuple[float, CapturedStep]:
+        """Take the step that ``SVI`` takes, and note what it meets."""
+        with ModulesAtWork() as at_work, poutine.trace(param_only=True) as traced:
             loss, surrogate, estimators = self.elbo.estimate(call)
             finish_step(estimators)
         if is_validation_enabled():
@@ -187,15 +223,16 @@ class CapturedSVI(SVI):
         unique = list(dict.fromkeys(params.values()))
         self.optim(unique)
         self._updater.lay_down(unique)
-        return loss.item(), params, estimators.values(), leaves
+        step = CapturedStep(
+            self.elbo, params, estimators.values(), leaves, at_work.modules(), self.compile
+        )
+        return loss.item(), step
 
-    def _record(
-        self, kind: _Kind, step: CapturedStep, call: Call, tensors: Sequence[Tensor]
-    ) -> float:
+    def _record(self, step: CapturedStep, call: Call, tensors: Sequence[Tensor]) -> float:
         try:
             outcome = step.record(call, tensors)
         except OtherParameters:
-            return self._first_step(kind, call)
+            raise
         except Exception as error:
             with suppress(OtherParameters):
                 step.eager(call, tensors)  # raises an error of the user's, as SVI does
@@ -209,20 +246,16 @@ class CapturedSVI(SVI):
         compares = step.replays % self.check_every == 1 % self.check_every
         expected = self._expected(step, call, tensors) if compares else None
         inputs = [*tensors, *step.states.inputs()]
-        if not (compares or step.recording.has_checks):
-            outcome, _ = step.replay(inputs)
-            self._finish(step, outcome, tensors)
-            return outcome.loss.item()
-        restore = restorer(step.written(inputs))
+        restore = _restorer(step.written(inputs))
         try:
             outcome, broken = step.replay(inputs)
         except Exception:
             restore()
             step.eager(call, tensors)  # torch's checks may name the cause
             raise
-        if any(flag.item() for flag in broken):
+        if broken is not None and broken.item():
             restore()
-            loss = self._eager_step(call)[0]
+            loss, _ = self._eager_step(call)
             step.forget_branches()  # no check has failed
             return loss
         if expected is not None:
@@ -255,76 +288,35 @@ class CapturedSVI(SVI):
         for tensor, gradient in zip(others, gradients[len(step.leaves) :], strict=True):
             if gradient is not None:
                 tensor.backward(gradient, retain_graph=True)
-        if step.graph is None or not GraphedUpdate.fits(self._updater, self.optim, step.leaves):
-            self._updater(self.optim, step.leaves, gradients)
+        update = partial(self._updater, self.optim, step.leaves, gradients)
+        settings = None
+        if step.graph is not None:
+            settings = self._updater.graph_settings(self.optim, step.leaves)
+        if settings is None:
+            update()
             return
-        if step.update is None or not step.update.is_current(self.optim, gradients):
-            step.update = GraphedUpdate(self._updater, self.optim, step.leaves, gradients)
-        step.update()
-
-    def _kind(self, leaves: list[Any], spec: Any) -> _Kind:
-        """Find the steps on arguments and in surroundings like these."""
-        elbo = self.elbo
-        parts = [self.model, self.guide, self.optim, elbo, elbo.default]
-        for handler in _PYRO_STACK:
-            parts += [type(handler), *getattr(handler, "__dict__", {}).values()]
-        options = [v for k, v in vars(elbo).items() if isinstance(v, _PLAIN) and k[0] != "_"]
-        key = (
-            spec,
-            tuple(map(_leaf_key, leaves)),
-            tuple(map(_identity, parts)),
-            tuple(options),
-            torch.get_default_dtype(),
-            *_autocast(),
-            is_validation_enabled(),
-            dist.is_validation_enabled(),
-        )
-        try:
-            kind = self._kinds.get(key)
-        except TypeError as error:
-            raise TypeError(
-                f"CapturedSVI.step: every argument must be a tensor or hashable; {error}. Pass "
-                "tensors, or use pyro.infer.SVI."
-            ) from error
-        if kind is None:
-            kind = self._kinds[key] = _Kind(parts)
-            self._forget_oldest()
-        self._kinds.move_to_end(key)
-        return kind
-
-    def _forget_oldest(self) -> None:
-        if len(self._kinds) <= _MANY_KINDS:
-            return
-        self._kinds.popitem(last=False)
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"CapturedSVI: more than {_MANY_KINDS} kinds of arguments and handlers so far, "
-                "each to be recorded; from now on the oldest are forgotten. Pass numbers that "
-                "change as tensors, batches of one size, and make handlers around steps once.",
-                stacklevel=5,
-            )
-
-
-class _Kind:
-    """Steps that differ in the modes of modules alone.
-
-    Args:
-        parts: What is part of the key by its identity, held so that nothing else gets it.
-    """
-
-    def __init__(self, parts: list[Any]) -> None:
-        self._parts = parts
-        self.modules: list[nn.Module] = []
-        self.steps: dict[tuple[bool, ...], CapturedStep] = {}
-
-    def modes(self) -> tuple[bool, ...]:
-        return tuple([module.training for module in self.modules])
+        if step.update is None or step.update[0] != settings:
+            step.update = (settings, GraphedFunction(lambda _: update(), [], step.device))
+        step.update[1]([])
 
 
 def _identity(part: Any) -> Any:
     """Numbers, such as a scale, and methods by value, for they are made anew; all else by id."""
     return part if isinstance(part, (*_PLAIN, MethodType)) else id(part)
+
+
+def _restorer(tensors: Sequence[Tensor]) -> Callable[[], None]:
+    """Return a function that restores tensors and torch's generators."""
+    generators = torch_generators()
+    values = [tensor.detach().clone() for tensor in tensors]
+
+    @torch.no_grad()
+    def restore() -> None:
+        set_torch_generators(generators)
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
+
+    return restore
 
 
 def _check_optimizer(optim: PyroOptim) -> None:
@@ -365,10 +357,3 @@ def _leaf_key(leaf: Any) -> Any:
         return type(leaf), leaf
     strides = leaf.stride() if leaf.layout == torch.strided else None
     return leaf.shape, leaf.layout, strides, leaf.dtype, leaf.device, leaf.requires_grad
-
-
-def _autocast() -> list[torch.dtype | None]:
-    return [
-        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        for kind in ("cpu", "cuda")
-    ]

@@ -83,7 +83,7 @@ def same(scenario):
 
 def steps_of(svi):
     """The steps that an SVI has recorded or is about to record, oldest first."""
-    return [step for kind in svi._kinds.values() for step in kind.steps.values()]
+    return list(svi._steps.values())
 
 
 def refused(scenario, match):

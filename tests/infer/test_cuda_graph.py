@@ -6,6 +6,7 @@ import contextlib
 import copy
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from helpers.captured import batches, one_hot_programs, steps_of
@@ -20,8 +21,8 @@ from pyro_gumbel.estimators import (
     ReinMax,
     Score,
 )
-from pyro_gumbel.infer import CapturedSVI, Estimator_ELBO, _cuda_graph, config_gradient
-from pyro_gumbel.infer._cuda_graph import GraphedFunction, NotGraphable
+from pyro_gumbel.infer import CapturedSVI, Estimator_ELBO, config_gradient
+from pyro_gumbel.infer._captured_step import GraphedFunction
 from pyro_gumbel.infer._recording import record
 
 CPU = torch.device("cpu")
@@ -136,37 +137,6 @@ def test_a_graph_computes_what_its_recording_does(watched):
         torch.testing.assert_close(weight, twin)
 
 
-def test_the_first_run_is_undone_where_an_operation_is_elsewhere(watched):
-    weight = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
-    count = torch.zeros(())
-
-    def step(x, scale):
-        count.add_(1)
-        return noisy_step(weight)(x, scale)
-
-    _, recording = record(step, inputs(0))
-    with pytest.raises(NotGraphable, match=r"aten\..* gives a tensor on cpu"):
-        GraphedFunction(recording, inputs(0), torch.device("cpu:0"))
-    assert count == 1  # by the recording
-
-
-def test_numbers_on_another_device_are_watched(watched, monkeypatch):
-    monkeypatch.setattr(_cuda_graph, "_AllOn", contextlib.nullcontext)
-    weight = torch.ones(3, 3, dtype=torch.float64, requires_grad=True)
-    beta = torch.tensor(0.5, dtype=torch.float64)
-
-    def step(x, scale):
-        return noisy_step(weight)(x, scale * beta)
-
-    _, recording = record(step, inputs(0))
-    assert any(tensor is beta for tensor in recording.held)
-    elsewhere = torch.device("cpu:0")  # to torch that is not the CPU
-    graphed = GraphedFunction(recording, inputs(0), elsewhere, recording.held)
-    assert graphed.is_current()
-    beta.fill_(0.25)
-    assert not graphed.is_current()
-
-
 class Capturable(torch.optim.SGD):
     """An optimiser that says that it can be captured, as Adam does on a GPU alone."""
 
@@ -214,7 +184,7 @@ def train(svi_class, estimator, make_optim, watched, steps=12):
             optim.step()
         if svi_class is CapturedSVI:
             for step in steps_of(svi):
-                step._is_graphable = step.replays == 0 or step._is_graphable
+                step._graphable = step.replays == 0 or step._graphable
     return svi, losses, [p.detach().clone() for p in parameters]
 
 
@@ -240,14 +210,46 @@ def test_states_of_estimators_are_not_overwritten(watched):
     torch.testing.assert_close(kept, values, rtol=0, atol=0)
 
 
-def test_what_cannot_be_a_graph_is_replayed_with_a_warning(watched, monkeypatch):
-    def refuse(*args):
-        raise NotGraphable("aten.rand.default gives a tensor on cpu")
+ELSEWHERE = torch.device("cpu:0")  # to torch that is not the CPU
 
-    monkeypatch.setattr("pyro_gumbel.infer._captured_step.GraphedFunction", refuse)
-    with pytest.warns(UserWarning, match="one CUDA graph, for aten.rand.default gives") as warned:
-        svi, *outcome = train(CapturedSVI, ReinMax(), ordinary, watched)
-    assert len(warned) == 1
-    assert all(step.recording is not None for step in steps_of(svi))
-    expected = list(train(SVI, ReinMax(), ordinary, [])[1:])
-    torch.testing.assert_close(outcome, expected, rtol=1e-9, atol=1e-12)
+
+def recorded(beta):
+    """Record a step that reads ``beta``, as if its parameter were on a device that has graphs."""
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+
+    def model(x):
+        mean = pyro.param("weight", weight) * beta
+        pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x[0])
+
+    pyro.clear_param_store()
+    optim = pyro.optim.SGD({"lr": 0.01})
+    svi = CapturedSVI(model, lambda x: None, optim, Estimator_ELBO(max_plate_nesting=0))
+    for batch in batches(2):
+        svi.step(batch)
+    (step,) = steps_of(svi)
+    step.device, step._graphable = ELSEWHERE, True
+    return svi, step
+
+
+def test_a_step_with_tensors_elsewhere_is_replayed_with_a_warning(watched):
+    svi, step = recorded(torch.tensor(0.5).double())
+    with pytest.warns(
+        UserWarning, match=r"one CUDA graph, for aten.* gives a tensor on cpu"
+    ) as got:
+        losses = {svi.step(batch) for batch in batches(3)}
+    assert len(got) == 1
+    assert step.graph is None
+    assert len(losses) == 3
+
+
+def test_numbers_on_another_device_are_watched(watched):
+    beta = torch.tensor(0.5, dtype=torch.float64)
+    _, step = recorded(beta)
+    step.recording.devices.clear()
+    graphs = []
+    for value in (0.5, 0.5, 0.25):
+        if beta != value:
+            beta.fill_(value)
+        step.replay([batches(1)[0]])
+        graphs.append(step.graph)
+    assert graphs[0] is graphs[1] is not graphs[2]

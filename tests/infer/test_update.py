@@ -8,7 +8,7 @@ import torch
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import optim
 
-from pyro_gumbel.infer._update import Updater
+from pyro_gumbel.infer._captured_state import Updater
 
 OPTIMISERS = {
     "adam": lambda: pyro.optim.Adam({"lr": 0.05}),
