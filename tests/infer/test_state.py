@@ -170,8 +170,8 @@ def assert_no_growth(early, late):
     assert late[1:] == early[1:]
 
 
-def test_3000_steps_leave_nothing_behind():
-    counts = run_and_count(3000, {300, 3000})
+def test_500_steps_leave_nothing_behind():
+    counts = run_and_count(500, {50, 500})
     assert_no_growth(*counts)
     assert counts[0][1:] == (4, 4, 4)
 
