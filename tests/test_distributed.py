@@ -36,16 +36,19 @@ def gradients(estimator: str, batch: torch.Tensor) -> tuple[float, torch.Tensor,
     return float(loss), gradient, chosen.state_dict()
 
 
-def worker(rank: int, folder: str, port: int, estimator: str) -> None:
+ESTIMATORS = ("enumerate", "score")
+
+
+def worker(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     environment = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, str(value))
         with parallel.processes(torch.device("cpu")):
-            torch.manual_seed(0)
             batch = parallel.share(image_data.load_images(None, "threshold").train[:31])
-            torch.save(gradients(estimator, batch), Path(folder) / f"{rank}.pt")
+            found = {estimator: gradients(estimator, batch) for estimator in ESTIMATORS}
+            torch.save(found, Path(folder) / f"{rank}.pt")
             dist.barrier()
 
 
@@ -57,40 +60,48 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_gradients_are_those_of_one_process(tmp_path: Path) -> None:
-    """Exact gradients (no draws), on 31 images: 16 in one process and 15 in the other."""
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What each of two processes finds on 31 images: 16 in one and 15 in the other."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(worker, (str(folder), free_port()), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_gradients_are_those_of_one_process(of_two_processes: list[dict]) -> None:
+    """Exact gradients (no draws)."""
     images = image_data.load_images(None, "threshold")
     loss, expected, _ = gradients("enumerate", images.train[:31])
-    mp.spawn(worker, (str(tmp_path), free_port(), "enumerate"), nprocs=2)
-    for rank in range(2):
-        found_loss, found, _ = torch.load(tmp_path / f"{rank}.pt")
+    for process in of_two_processes:
+        found_loss, found, _ = process["enumerate"]
         assert found_loss == pytest.approx(loss, rel=1e-5)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert expected.norm() > 1
 
 
-def test_moving_averages_are_of_the_images_of_all_processes(tmp_path: Path) -> None:
-    """A first step leaves a tenth of its mean cost, which is minus the loss an image."""
-    mp.spawn(worker, (str(tmp_path), free_port(), "score"), nprocs=2)
-    for rank in range(2):
-        loss, _, state = torch.load(tmp_path / f"{rank}.pt")
+def test_moving_averages_are_of_the_images_of_all_processes(of_two_processes: list[dict]) -> None:
+    """A first step leaves a tenth of its mean cost, which is minus the loss per image."""
+    for process in of_two_processes:
+        loss, _, state = process["score"]
         (average,) = state["baseline._extra_state"]["sums"].values()
         assert float(average) == pytest.approx(-0.1 * loss / 31, rel=1e-5)
 
 
-def run(folder: Path, *launcher: str, flags: list[str] = FLAGS) -> dict:
-    command = [sys.executable, *launcher, "examples/vae.py", *flags]
-    command += ["--checkpoint", str(folder / "run.pt"), "--out", str(folder / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def options(folder: Path) -> list[str]:
+    return [*FLAGS, "--checkpoint", str(folder / "run.pt"), "--out", str(folder / "out")]
+
+
+def test_two_processes_train_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vae.main(options(tmp_path / "one"))
+    assert capsys.readouterr().out.count("held-out -ELBO") == 1
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    command = [sys.executable, "-m", *torchrun, str(free_port()), "examples/vae.py"]
+    done = subprocess.run(
+        command + options(tmp_path / "two"), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held-out -ELBO") == 1  # one process reports
-    return torch.load(folder / "run.pt")
-
-
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    one = run(tmp_path / "one")
-    two = run(tmp_path / "two", *torchrun, str(free_port()))
+    one, two = (torch.load(tmp_path / folder / "run.pt") for folder in ("one", "two"))
     assert one["module"].keys() == two["module"].keys()
     for name, value in one["module"].items():
         torch.testing.assert_close(two["module"][name], value, rtol=1e-3, atol=1e-4)

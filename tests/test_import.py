@@ -13,31 +13,44 @@ import pyro_gumbel
 HEAVY = {"arviz", "matplotlib", "pandas", "scipy", "torch._inductor", "triton", "xarray"}
 
 
-def loaded(program: str) -> set[str]:
-    """The modules that a process of its own has loaded after a program."""
-    end = "; import json, sys; print(json.dumps(list(sys.modules)))"
-    found = subprocess.run([sys.executable, "-c", program + end], capture_output=True, check=True)
-    return set(json.loads(found.stdout))
+PROGRAMS = [
+    "import pyro_gumbel",
+    "import pyro_gumbel; pyro_gumbel.diagnostics.train; pyro_gumbel.guides.AutoDiscrete",
+    "from pyro_gumbel import diagnostics, guides",
+    "import pyro_gumbel.diagnostics; from pyro_gumbel.guides import AutoDiscrete",
+    "from pyro_gumbel import *; diagnostics.train; guides.AutoDiscrete",
+]
+READ = """
+import json, sys
+import pyro
+before, loaded = set(sys.modules), []
+for program in json.loads(sys.argv[1]):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pyro_gumbel"]:
+        del sys.modules[name]
+    exec(program, {})
+    loaded.append(sorted(set(sys.modules) - before))
+print(json.dumps(loaded))
+"""
 
 
-def test_nothing_heavy_is_imported() -> None:
-    own = loaded("import pyro_gumbel") - loaded("import pyro")
+@pytest.fixture(scope="module")
+def loaded() -> list[set[str]]:
+    """The modules beyond Pyro's that a new process has loaded after each program."""
+    command = [sys.executable, "-c", READ, json.dumps(PROGRAMS)]
+    found = subprocess.run(command, capture_output=True, check=True)
+    return [set(names) for names in json.loads(found.stdout)]
+
+
+def test_nothing_heavy_is_imported(loaded: list[set[str]]) -> None:
+    own = loaded[0]
     assert not own & HEAVY
     assert {"pyro_gumbel.distributions", "pyro_gumbel.estimators", "pyro_gumbel.infer"} <= own
     assert not own & {"pyro_gumbel.diagnostics", "pyro_gumbel.guides"}
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import pyro_gumbel; pyro_gumbel.diagnostics.train; pyro_gumbel.guides.AutoDiscrete",
-        "from pyro_gumbel import diagnostics, guides",
-        "import pyro_gumbel.diagnostics; from pyro_gumbel.guides import AutoDiscrete",
-        "from pyro_gumbel import *; diagnostics.train; guides.AutoDiscrete",
-    ],
-)
-def test_the_rest_is_imported_when_it_is_used(program: str) -> None:
-    assert {"pyro_gumbel.diagnostics", "pyro_gumbel.guides"} <= loaded(program)
+def test_the_rest_is_imported_when_it_is_used(loaded: list[set[str]]) -> None:
+    for program, names in zip(PROGRAMS[1:], loaded[1:], strict=True):
+        assert {"pyro_gumbel.diagnostics", "pyro_gumbel.guides"} <= names, program
 
 
 def test_names() -> None:

@@ -171,7 +171,7 @@ def recorded_gradients(
 
 
 def mean_gradients(
-    loss: Any, model: Any, guide: Any, repeats: int, batches: int = 40
+    loss: Any, model: Any, guide: Any, repeats: int, batches: int = 24
 ) -> tuple[Tensor, Tensor]:
     """The mean gradient of a repetition, by batches of them, and its standard error."""
     draws = torch.stack([gradients(loss, model, guide) for _ in range(batches)]) / repeats
@@ -180,7 +180,7 @@ def mean_gradients(
 
 def paired_gap(losses: list[Any], model: Any, guides: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Two mean gradients' difference at the same seeds, its error, and the first's mean."""
-    repeats, batches = 300, 40
+    repeats, batches = 500, 24
     plate = pyro.plate("repeats", repeats, dim=-1)
     draws = []
     for loss, guide in zip(losses, guides, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import random
@@ -267,36 +268,39 @@ ONE_HOT_NAMES = [
 ]
 
 
+@functools.cache
+def half_precision_gradients(name, dtype, seed):
+    """Gradients of ten steps."""
+    phi = torch.tensor([2.0, 0.5, -1.0, -30.0]).to(dtype).requires_grad_()
+
+    def guide():
+        with pyro.plate("n", 50):
+            pyro.sample("z", dist.OneHotCategorical(logits=phi.expand(50, 4)))
+
+    def target():
+        with pyro.plate("n", 50):
+            z = pyro.sample("z", dist.OneHotCategorical(logits=torch.zeros(50, 4, dtype=dtype)))
+            pyro.factor("f", z[..., 0] * 2)
+
+    pyro.set_rng_seed(seed)
+    elbo, configured = Estimator_ELBO(4), config_gradient(guide, name)
+    gradients = []
+    for _ in range(10):
+        phi.grad = None
+        loss = elbo.loss_and_grads(target, configured)
+        assert loss.isfinite()
+        assert phi.grad.isfinite().all()
+        assert phi.grad.dtype == dtype
+        gradients.append(phi.grad.double())
+    return torch.stack(gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ONE_HOT_NAMES)
 def test_half_precision_logits(name, dtype):
     """Finite losses and gradients; the gradient is float64's, rounded."""
-    logits = torch.tensor([2.0, 0.5, -1.0, -30.0])
-
-    def run(dtype, seed):
-        pyro.set_rng_seed(seed)
-        phi = logits.to(dtype).requires_grad_()
-
-        def guide():
-            with pyro.plate("n", 50):
-                pyro.sample("z", dist.OneHotCategorical(logits=phi.expand(50, 4)))
-
-        def target():
-            with pyro.plate("n", 50):
-                z = pyro.sample(
-                    "z", dist.OneHotCategorical(logits=torch.zeros(50, 4, dtype=dtype))
-                )
-                pyro.factor("f", z[..., 0] * 2)
-
-        configured = config_gradient(guide, name)
-        loss = Estimator_ELBO(4).loss_and_grads(target, configured)
-        assert loss.isfinite()
-        assert phi.grad.isfinite().all()
-        assert phi.grad.dtype == dtype
-        return phi.grad.double()
-
-    half = torch.stack([run(dtype, seed) for seed in range(10)])
-    full = torch.stack([run(torch.float64, seed) for seed in range(100, 110)])
+    half = half_precision_gradients(name, dtype, 0)
+    full = half_precision_gradients(name, torch.float64, 100)
     # 10 steps of 4 x 50 sites each way; rounding of a sum of 50 terms adds to the noise.
     rounding = 50 * torch.finfo(dtype).eps
     error = (half.var(0) / 10 + full.var(0) / 10).sqrt() + rounding

@@ -61,7 +61,7 @@ def test_each_draw_follows_the_formula(name: str, vectorize: bool) -> None:
 @pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_mean_is_that_of_the_plain_gradient(name: str, vectorize: bool) -> None:
-    case, repeats = CASES[name], 500
+    case, repeats = CASES[name], 850
     model, guide = programs(case, repeats)
     configured = config_gradient(guide, {"d": Score()} if case.bits else {})
     (mean, error), (plain, plain_error) = (
@@ -93,7 +93,7 @@ def by_quadrature(scale: float, mask: bool) -> Tensor:
 def test_the_mean_is_that_of_quadrature(
     scale: float, mask: bool, dtype: torch.dtype, vectorize: bool
 ) -> None:
-    exact, n = by_quadrature(scale, mask), 2000
+    exact, n = by_quadrature(scale, mask), 3400
     torch.set_default_dtype(dtype)
 
     def model() -> None:
@@ -167,12 +167,13 @@ def test_autoguides_have_the_mean_of_the_plain_gradient(kind: type) -> None:
         scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3))
         pyro.sample("x", dist.Normal(z, 1 + scale), obs=torch.tensor(1.1))
 
-    guide = kind(model, init_scale=0.6) if kind is not AutoDelta else kind(model)
+    options, num_draws = ({}, 5) if kind is AutoDelta else ({"init_scale": 0.6}, 150)
+    guide = kind(model, **options)
     guide()
     draws = []
     for doubly in (False, True):
         loss, found = elbo(3, doubly=doubly, vectorize=True), []
-        for seed in range(300):
+        for seed in range(num_draws):
             pyro.set_rng_seed(seed)
             loss.loss_and_grads(model, guide)
             grads = [param.grad for param in guide.parameters() if param.grad is not None]
@@ -181,7 +182,9 @@ def test_autoguides_have_the_mean_of_the_plain_gradient(kind: type) -> None:
         draws.append(torch.stack(found))
     gap = draws[1] - draws[0]
     error = gap.std(0) / math.sqrt(len(gap))
-    assert draws[0].mean(0).norm() > 0.1
+    plain = draws[0].mean(0).norm()
+    assert plain > 0.1
+    assert error.max() < 0.25 * plain
     assert (gap.mean(0).abs() < 5 * error + 1e-9).all()
 
 

@@ -186,7 +186,7 @@ WITH_INVERSE: dict[str, Callable[[int], Any]] = {
 def test_flows_with_an_inverse_have_the_mean_of_the_plain_gradient(
     flow: str, way: str, vectorize: bool
 ) -> None:
-    repeats, batches = 200, 30
+    repeats, batches = 300, 20
     flow_of_two = WITH_INVERSE[flow](2)
 
     def repeated_model() -> None:
@@ -244,7 +244,7 @@ def between_bits(flow: Any, n: int) -> tuple[Callable[[], None], Callable[[], No
 )
 def test_branches_of_coupled_bits_around_a_flow(vectorize: bool, coupled: list[str]) -> None:
     """The mean gradient is that of the score function."""
-    n, batches = 300, 60
+    n, batches = 900, 24
     bit_model, bit_guide = between_bits(T.planar(2), n)
     results = []
     for names in (coupled, []):

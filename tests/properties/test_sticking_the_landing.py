@@ -51,7 +51,7 @@ def test_each_draw_follows_the_formula(name: str, vectorize: bool) -> None:
 @pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_mean_is_that_of_the_plain_gradient(name: str, vectorize: bool) -> None:
-    case, repeats = CASES[name], 500
+    case, repeats = CASES[name], 850
     model, guide = programs(case, repeats)
     beside = {"d": Score()} if case.bits else {}
     (mean, error), (plain, plain_error) = (
