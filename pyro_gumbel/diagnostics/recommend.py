@@ -61,7 +61,7 @@ class Recommendation:
         ...     pyro.sample("z", dist.Bernoulli(0.3))
         >>> def guide():
         ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.0))))
-        >>> found = recommend(model, guide, budget_evaluations=5000, progress=False)
+        >>> found = recommend(model, guide, budget_evaluations=1000, progress=False)
         >>> loss = found.elbo().loss(model, config_gradient(guide, found.config))
         >>> config, table = found
         >>> print(found.message)
@@ -167,7 +167,7 @@ def recommend(
         ...     pyro.sample("z", dist.Bernoulli(0.3))
         >>> def guide():
         ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.0))))
-        >>> found = recommend(model, guide, budget_evaluations=5000, progress=False)
+        >>> found = recommend(model, guide, budget_evaluations=1000, progress=False)
         >>> found.config
         {'z': Enumerate()}
     """

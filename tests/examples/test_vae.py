@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from evaluation import held_out_bounds
 from pyro_gumbel.infer import estimator_names
 from vae_options import make_parser
 
-ROOT = Path(__file__).parents[2]
 TINY = ["--smoke", "--latents", "3", "--categories", "4", "--hidden", "16", "--num-samples", "5"]
 QUICK = ["--epochs", "12", "--lr", "0.01"]
 NAMES = [
@@ -137,6 +135,88 @@ def test_finished_run_is_only_read(tmp_path: Path) -> None:
     assert torch.equal(parameters(first), parameters(second))
 
 
+# The tensors in a checkpoint of version 0.1.0.
+LAYERS_0_1 = {
+    "encoder.0.weight": (16, 64),
+    "encoder.0.bias": (16,),
+    "encoder.2.weight": (12, 16),
+    "encoder.2.bias": (12,),
+    "decoder.0.weight": (16, 12),
+    "decoder.0.bias": (16,),
+    "decoder.2.weight": (64, 16),
+    "decoder.2.bias": (64,),
+}
+ESTIMATORS_0_1 = {
+    "rebar": {"log_temperature": torch.tensor(-0.7), "scale": torch.tensor(0.9)},
+    "score": {
+        "baseline._extra_state": {
+            "sums": {"z": torch.tensor(-14.2)},
+            "weights": {"z": torch.tensor(0.34)},
+        }
+    },
+}
+SETTINGS_0_1 = {
+    "binarize": "threshold",
+    "latent": "onehot",
+    "latents": 3,
+    "categories": 4,
+    "hidden": [16],
+    "temperature": None,
+    "num_particles": 1,
+    "analytic_kl": False,
+    "seed": 0,
+    "batch_size": 100,
+    "lr": 0.003,
+    "optimizer": "adam",
+    "images": "digits, 120 images of 64 pixels",
+    "processes": 1,
+}
+
+
+def checkpoint_0_1(gradient: str) -> dict[str, Any]:
+    layers = {name: torch.randn(shape) / 10 for name, shape in LAYERS_0_1.items()}
+    optimizer = {}
+    trained = {name.replace(".", "$$$", 1): value for name, value in layers.items()}
+    for name, value in ESTIMATORS_0_1[gradient].items():
+        if isinstance(value, torch.Tensor):
+            trained[f"gradient$z$$${name}"] = value
+    for name, value in trained.items():
+        one = torch.optim.Adam([value.clone().requires_grad_()], lr=0.003)
+        one.param_groups[0]["params"][0].grad = torch.ones_like(value)
+        one.step()
+        optimizer[name] = one.state_dict()
+    return {
+        "format": "pyro_gumbel examples, checkpoint 1",
+        "settings": {**SETTINGS_0_1, "gradient": gradient},
+        "epochs": [{"train_loss": 44.0, "held_out_loss": 42.0, "seconds": 2.2}],
+        "module": {
+            **{f"0.{name}": value for name, value in layers.items()},
+            "0.prior": torch.zeros(3, 4),
+            **{f"1.{name}": value for name, value in ESTIMATORS_0_1[gradient].items()},
+        },
+        "optimizer": optimizer,
+        "generator": torch.get_rng_state(),
+        "cuda_generators": [],
+    }
+
+
+@pytest.mark.parametrize("gradient", ESTIMATORS_0_1)
+def test_checkpoint_of_version_0_1_resumes(tmp_path: Path, gradient: str) -> None:
+    state = checkpoint_0_1(gradient)
+    torch.save(state, tmp_path / "run.pt")
+    saving = ["--checkpoint", str(tmp_path / "run.pt")]
+    fitted, epochs = run(*saving, "--epochs", "1", gradient=gradient)
+    assert epochs == state["epochs"]
+    for name in LAYERS_0_1:
+        assert torch.equal(fitted.state_dict()[name], state["module"][f"0.{name}"])
+    _, epochs = run(*saving, "--epochs", "2", gradient=gradient)
+    assert epochs[1]["train_loss"] < epochs[0]["train_loss"] + 10
+    resumed = torch.load(tmp_path / "run.pt")
+    assert resumed["module"].keys() == state["module"].keys()
+    assert resumed["optimizer"].keys() == state["optimizer"].keys()
+    assert resumed["optimizer"]["encoder$$$0.weight"]["state"][0]["step"] == 3  # two batches
+
+
 def not_a_checkpoint(path: Path) -> None:
     path.write_bytes(b"\x89PNG nothing of the kind")
 
@@ -200,17 +280,14 @@ def test_checkpoint_with_more_epochs_than_asked_for(tmp_path: Path) -> None:
 # The commands
 
 
-def test_vae_command(tmp_path: Path) -> None:
-    command = [sys.executable, "examples/vae.py", *TINY, "--out", str(tmp_path / "out")]
+def test_vae_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compare = ["--compare", "reinmax,score:2", "--seeds", "2", "--device", "cpu"]
-    done = subprocess.run(
-        [*command, *compare], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("rein", "sco"))]
+    vae.main([*TINY, "--out", str(tmp_path / "out"), *compare])
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines() if line.startswith(("rein", "sco"))]
     assert [row[0] for row in rows] == ["reinmax", "score:2"]
     for name in ("reconstructions.png", "samples.png", "training.png", "history.nc"):
-        assert name in done.stdout
+        assert name in printed
         assert (tmp_path / "out" / name).stat().st_size > 1000
 
 
