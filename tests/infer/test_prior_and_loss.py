@@ -102,7 +102,7 @@ def test_the_loss_is_zero_where_guide_and_prior_agree(kind, name, dtype):
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_the_loss_is_the_enumerated_one(kind, name):
-    """40 steps of 1,000 particles, through the gradient's code and through that of ``loss``."""
+    """24 steps of 1,700 particles, through the gradient's code and through that of ``loss``."""
     logits = torch.zeros_like(prior(kind)).requires_grad_()
     q, p = probs(kind, logits.detach()), prior(kind)
     exact = 3 * 2.5 * (q * (q / p).log()).sum()
@@ -114,11 +114,11 @@ def test_the_loss_is_the_enumerated_one(kind, name):
             pyro.sample("z", law(kind, logits=logits))
 
     guide = config_gradient(lambda: program(logits), name)
-    elbo = Estimator_ELBO(1000, vectorize_particles=True, max_plate_nesting=1)
+    elbo = Estimator_ELBO(1700, vectorize_particles=True, max_plate_nesting=1)
     model = functools.partial(program, logits_of_model(kind))
     for evaluate in (elbo.loss, elbo.loss_and_grads):
-        losses = torch.tensor([float(evaluate(model, guide)) for _ in range(40)], dtype=DOUBLE)
-        assert losses.std() / 40**0.5 < 0.02 * exact
+        losses = torch.tensor([float(evaluate(model, guide)) for _ in range(24)], dtype=DOUBLE)
+        assert losses.std() / 24**0.5 < 0.02 * exact
         assert worst_z(losses[:, None], exact[None]) < 5
 
 
