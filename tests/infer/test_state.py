@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 import io
-import random
 
 import numpy as np
 import pyro
@@ -19,16 +17,14 @@ from torch import nn
 from pyro_gumbel.estimators import (
     Exponential,
     GumbelSoftmax,
-    LeaveOneOut,
     Linear,
     MovingAverage,
     NeuralBaseline,
-    ReinMax,
     Rodeo,
     Score,
     StraightThrough,
 )
-from pyro_gumbel.infer import Estimator_ELBO, config_gradient, estimator_names
+from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
 X = torch.tensor([0.3, -1.0, 2.0])
 
@@ -183,130 +179,6 @@ def test_10000_steps_leave_nothing_behind():
     assert_no_growth(*counts)
 
 
-@pytest.mark.parametrize("vectorize", [False, True])
-def test_the_trial_run_takes_no_random_numbers(vectorize):
-    """The first step of a loss draws what any later one draws; all three generators are kept."""
-
-    def noisy(x):
-        pyro.sample("y", dist.Normal(random.random() + np.random.rand(), 1.0))
-        guide(x)
-
-    def likely(x):
-        pyro.sample("y", dist.Normal(0.0, 1.0))
-        model(x)
-
-    guide(X)  # makes the parameters
-    elbo = Estimator_ELBO(2, vectorize_particles=vectorize)
-    losses = []
-    for _ in range(3):
-        pyro.set_rng_seed(5)
-        losses.append(elbo.loss(likely, noisy, X))
-    assert losses[0] == losses[1] == losses[2]
-
-
-def test_a_given_nesting_is_the_found_one():
-    guide(X)
-    losses = []
-    for nesting in (float("inf"), 1):
-        pyro.set_rng_seed(5)
-        elbo = Estimator_ELBO(3, vectorize_particles=True, max_plate_nesting=nesting)
-        losses.append(elbo.loss(model, guide, X))
-    assert losses[0] == losses[1]
-
-
-def test_a_loss_holds_no_minibatch():
-    """What a step was called with can be freed after it."""
-    elbo = Estimator_ELBO(2, vectorize_particles=True)
-    batch = X.clone()
-    elbo.loss_and_grads(model, guide, batch)
-    assert not any(thing is elbo for thing in gc.get_referrers(batch))
-    gc.collect()
-    held = [thing for thing in gc.get_referrers(batch) if isinstance(thing, (tuple, dict))]
-    assert all(thing is globals() or "batch" in thing for thing in held)
-
-
-def test_gradients_accumulate_like_torchs():
-    """Two calls add up; the loss comes back detached and on its own."""
-    elbo = Estimator_ELBO()
-    configured = config_gradient(guide, {"z": ReinMax(), "b": ReinMax()})
-    guide(X)
-    parameter = pyro.get_param_store()._params["logits"]
-    grads = []
-    for seed in (1, 2):
-        pyro.set_rng_seed(seed)
-        parameter.grad = None
-        loss = elbo.loss_and_grads(model, configured, X)
-        assert not loss.requires_grad
-        assert loss.shape == ()
-        grads.append(parameter.grad.clone())
-    parameter.grad = None
-    for seed in (1, 2):
-        pyro.set_rng_seed(seed)
-        elbo.loss_and_grads(model, configured, X)
-    torch.testing.assert_close(parameter.grad, grads[0] + grads[1])
-
-
-def test_differentiable_loss_is_loss_and_grads():
-    configured = config_gradient(guide, {"z": ReinMax(), "b": Score(LeaveOneOut())})
-    guide(X)
-    params = [pyro.get_param_store()._params[name] for name in ("logits", "odds")]
-    elbo = Estimator_ELBO(3, vectorize_particles=True)
-    pyro.set_rng_seed(3)
-    loss = elbo.loss_and_grads(model, configured, X)
-    expected = [parameter.grad.clone() for parameter in params]
-    pyro.set_rng_seed(3)
-    again = elbo.differentiable_loss(model, configured, X)
-    assert again.item() == loss.item()
-    for found, grad in zip(torch.autograd.grad(again, params), expected, strict=True):
-        torch.testing.assert_close(found, grad)
-
-
-# Half precision.
-
-ONE_HOT_NAMES = [
-    name for name in estimator_names() if name not in {"arms", "disarm", "pathwise", "rodeo"}
-]
-
-
-@functools.cache
-def half_precision_gradients(name, dtype, seed):
-    """Gradients of ten steps."""
-    phi = torch.tensor([2.0, 0.5, -1.0, -30.0]).to(dtype).requires_grad_()
-
-    def guide():
-        with pyro.plate("n", 50):
-            pyro.sample("z", dist.OneHotCategorical(logits=phi.expand(50, 4)))
-
-    def target():
-        with pyro.plate("n", 50):
-            z = pyro.sample("z", dist.OneHotCategorical(logits=torch.zeros(50, 4, dtype=dtype)))
-            pyro.factor("f", z[..., 0] * 2)
-
-    pyro.set_rng_seed(seed)
-    elbo, configured = Estimator_ELBO(4), config_gradient(guide, name)
-    gradients = []
-    for _ in range(10):
-        phi.grad = None
-        loss = elbo.loss_and_grads(target, configured)
-        assert loss.isfinite()
-        assert phi.grad.isfinite().all()
-        assert phi.grad.dtype == dtype
-        gradients.append(phi.grad.double())
-    return torch.stack(gradients)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ONE_HOT_NAMES)
-def test_half_precision_logits(name, dtype):
-    """Finite losses and gradients; the gradient is float64's, rounded."""
-    half = half_precision_gradients(name, dtype, 0)
-    full = half_precision_gradients(name, torch.float64, 100)
-    # 10 steps of 4 x 50 sites each way; rounding of a sum of 50 terms adds to the noise.
-    rounding = 50 * torch.finfo(dtype).eps
-    error = (half.var(0) / 10 + full.var(0) / 10).sqrt() + rounding
-    assert ((half.mean(0) - full.mean(0)).abs() / error).max() < 5
-
-
 def by_name(estimators):
     return lambda site: estimators.get(site["name"])
 
@@ -418,26 +290,3 @@ def test_an_infinite_cost_leaves_the_moving_average_usable():
         site.cost = cost
         values.append(baseline(site)[0])
     assert float(values[2]) == pytest.approx(1.0)
-
-
-def test_the_first_step_of_an_enumerated_loop_draws_as_rows_do():
-    """Finding out the number of plates breaks a run off; nothing of it may remain."""
-    data = torch.randn(8)
-
-    def model():
-        with pyro.plate("data", 8, subsample_size=3) as index:
-            z = pyro.sample("z", dist.Bernoulli(0.3))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=data[index])
-
-    def guide():
-        q = pyro.param("q", torch.tensor(0.2))
-        with pyro.plate("data", 8, subsample_size=3):
-            pyro.sample("z", dist.Bernoulli(logits=q))
-
-    losses = []
-    for vectorize in (True, False):
-        pyro.set_rng_seed(11)
-        elbo = Estimator_ELBO(vectorize_particles=vectorize)
-        configured = config_gradient(guide, "enumerate")
-        losses.append([float(elbo.loss_and_grads(model, configured)) for _ in range(3)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

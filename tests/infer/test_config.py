@@ -1,4 +1,4 @@
-"""Who gets which estimator: grammar, precedence, and programs left untouched."""
+"""Configurations: grammar, precedence, errors, and programs left untouched."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.faulty import (
+    BIT,
+    ONE_HOT,
+    misnamed,
+    observed,
+    site,
+    step,
+)
 from pyro import poutine
 
 from pyro_gumbel.estimators import (
@@ -18,7 +26,11 @@ from pyro_gumbel.estimators import (
     Score,
     StraightThrough,
 )
-from pyro_gumbel.infer import Estimator_ELBO, config_gradient, estimator_names
+from pyro_gumbel.infer import (
+    Estimator_ELBO,
+    config_gradient,
+    estimator_names,
+)
 
 
 def program():
@@ -243,3 +255,147 @@ def test_a_point_estimate_keeps_its_gradient_under_the_score_function(choice):
 
     Estimator_ELBO().loss_and_grads(model, config_gradient(guide, choice))
     torch.testing.assert_close(pyro.param("w_map").unconstrained().grad, torch.tensor(2.0))
+
+
+ROWS = {
+    # Arguments of config_gradient
+    "no config": (
+        lambda: config_gradient(ONE_HOT),
+        TypeError,
+        r"config is missing; write config_gradient\(guide, config\)",
+    ),
+    "nothing": (
+        lambda: config_gradient(),
+        TypeError,
+        r"config is missing; write config_gradient\(guide, config\)",
+    ),
+    "guide left out": (
+        lambda: config_gradient({"z": ReinMax()}),
+        TypeError,
+        r"expected the guide as the first argument, got \{'z': ReinMax\(1.0\)\}.*"
+        r"@config_gradient\(config=",
+    ),
+    "a name first": (
+        lambda: config_gradient("reinmax"),
+        TypeError,
+        r"expected the guide as the first argument, got 'reinmax'",
+    ),
+    "swapped": (
+        lambda: config_gradient({"z": "reinmax"}, ONE_HOT),
+        TypeError,
+        r"expected the guide as the first argument, got \{'z': 'reinmax'\}; "
+        r"write config_gradient\(guide",
+    ),
+    "an estimator first": (
+        lambda: config_gradient(ReinMax(), ONE_HOT),
+        TypeError,
+        r"expected the guide as the first argument, got ReinMax\(1.0\)",
+    ),
+    "decorated no program": (
+        lambda: config_gradient(config="reinmax")(3),
+        TypeError,
+        r"expected the guide as the first argument, got 3",
+    ),
+    "unknown name": (
+        lambda: config_gradient(ONE_HOT, "rienmax"),
+        ValueError,
+        r"'rienmax', an unknown estimator name; the names are \[.*'score'.*Did you mean 'reinmax'",
+    ),
+    "no name without a network": (
+        lambda: config_gradient(ONE_HOT, "relax"),
+        ValueError,
+        r"'relax', an unknown estimator name;.*Relax needs a network: write Relax\(critic\)",
+    ),
+    "unknown name of a site": (
+        lambda: config_gradient(ONE_HOT, {"z": "gumbel"}),
+        ValueError,
+        r"for site 'z' got 'gumbel', an unknown estimator name",
+    ),
+    "a class's name": (
+        lambda: config_gradient(ONE_HOT, "ReinMax"),
+        ValueError,
+        r"'ReinMax', an unknown estimator name.*Did you mean 'reinmax'",
+    ),
+    "a class": (
+        lambda: config_gradient(ONE_HOT, {"z": ReinMax}),
+        TypeError,
+        r"for site 'z' got the class ReinMax; give an object: ReinMax\(\)",
+    ),
+    "a class for all": (
+        lambda: config_gradient(ONE_HOT, ReinMax),
+        TypeError,
+        r"config_gradient: got the class ReinMax; give an object: ReinMax\(\)",
+    ),
+    "a number": (
+        lambda: config_gradient(ONE_HOT, {"z": 0.5}),
+        TypeError,
+        r"for site 'z' got 0.5; give an estimator such as ReinMax\(\), or a name such as",
+    ),
+    "a number for all": (
+        lambda: config_gradient(ONE_HOT, 0.5),
+        TypeError,
+        r"config_gradient: got 0.5; give an estimator such as ReinMax\(\)",
+    ),
+    "a callable's nonsense": (
+        lambda: config_gradient(ONE_HOT, lambda msg: 3)(),
+        TypeError,
+        r"at site 'z', the config callable returned 3; give an estimator",
+    ),
+    "unknown site": (
+        lambda: config_gradient(misnamed, {"latent_x": ReinMax()})(),
+        ValueError,
+        r"no latent site 'latent_x'; its sites are \['latent_z'\]. Did you mean 'latent_z'\?.*"
+        r"use a callable",
+    ),
+    "a site in another case": (
+        lambda: config_gradient(ONE_HOT, {"Z": ReinMax()})(),
+        ValueError,
+        r"no latent site 'Z'; its sites are \['z'\]. Did you mean 'z'\? Observed sites of the "
+        r"model have no estimator",
+    ),
+    "a site that is no name": (
+        lambda: config_gradient(ONE_HOT, {0: ReinMax(), "a": ReinMax()})(),
+        ValueError,
+        r"no latent site 0; its sites are \['z'\]",
+    ),
+    "a site that is observed": (
+        lambda: config_gradient(observed, {"z": ReinMax()})(),
+        ValueError,
+        r"site 'z' is observed in the guide, and only latent sites have estimators: \[\]. Remove "
+        r"'z' from the config, or remove obs=.*use a callable",
+    ),
+    # infer={...} of a site
+    "infer: a number": (
+        step(BIT, site(lambda: dist.Bernoulli(0.3), gradient=1)),
+        TypeError,
+        r"at site 'z', infer\['gradient'\] is 1; give an estimator",
+    ),
+    "infer: unknown name": (
+        step(BIT, site(lambda: dist.Bernoulli(0.3), gradient="scorer")),
+        ValueError,
+        r"at site 'z', infer\['gradient'\] is 'scorer', an unknown est.*Did you mean 'score'",
+    ),
+    "infer: Pyro's baseline": (
+        step(BIT, site(lambda: dist.Bernoulli(0.3), baseline={"typo": 1})),
+        ValueError,
+        r"At site 'z', infer\['baseline'\] has no effect in Estimator_ELBO; write "
+        r"infer=\{'gradient': Score\(MovingAverage\(\)\)\}",
+    ),
+    "infer: Pyro's enumerate": (
+        step(BIT, site(lambda: dist.Bernoulli(0.3), enumerate="parallel")),
+        ValueError,
+        r"infer\['enumerate'\] has no effect in .*; write infer=\{'gradient': Enumerate\(\)\}",
+    ),
+    "infer: a typo": (
+        step(BIT, site(lambda: dist.Bernoulli(0.3), estimator="nonsense")),
+        ValueError,
+        r"infer\['estimator'\] has no effect in .*; the option for an estimator is 'gradient'",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_message(row):
+    run, kind, pattern = ROWS[row]
+    with pytest.raises(kind, match="(?s)" + pattern):
+        run()

@@ -1,4 +1,4 @@
-"""Bad configurations, options and parameters: errors that name the culprit and the remedy."""
+"""Errors about arguments of estimators, baselines and schedules."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers.faulty import (
-    BIT,
     MISFIT,
     ONE_HOT,
     PLATED_ONE_HOT,
     UNNAMED,
     P,
-    misnamed,
     named_arguments,
-    observed,
-    site,
     step,
     with_gradient,
 )
@@ -42,194 +38,9 @@ from pyro_gumbel.estimators import (
     Score,
     StraightThrough,
 )
-from pyro_gumbel.infer import Estimator_ELBO, ImportanceWeighted_ELBO, config_gradient
+from pyro_gumbel.infer import config_gradient
 
 ROWS = {
-    # config_gradient: what it is given
-    "no config": (
-        lambda: config_gradient(ONE_HOT),
-        TypeError,
-        r"config is missing; write config_gradient\(guide, config\)",
-    ),
-    "nothing": (
-        lambda: config_gradient(),
-        TypeError,
-        r"config is missing; write config_gradient\(guide, config\)",
-    ),
-    "guide left out": (
-        lambda: config_gradient({"z": ReinMax()}),
-        TypeError,
-        r"expected the guide as the first argument, got \{'z': ReinMax\(1.0\)\}.*"
-        r"@config_gradient\(config=",
-    ),
-    "a name first": (
-        lambda: config_gradient("reinmax"),
-        TypeError,
-        r"expected the guide as the first argument, got 'reinmax'",
-    ),
-    "swapped": (
-        lambda: config_gradient({"z": "reinmax"}, ONE_HOT),
-        TypeError,
-        r"expected the guide as the first argument, got \{'z': 'reinmax'\}; "
-        r"write config_gradient\(guide",
-    ),
-    "an estimator first": (
-        lambda: config_gradient(ReinMax(), ONE_HOT),
-        TypeError,
-        r"expected the guide as the first argument, got ReinMax\(1.0\)",
-    ),
-    "decorated no program": (
-        lambda: config_gradient(config="reinmax")(3),
-        TypeError,
-        r"expected the guide as the first argument, got 3",
-    ),
-    "unknown name": (
-        lambda: config_gradient(ONE_HOT, "rienmax"),
-        ValueError,
-        r"'rienmax', an unknown estimator name; the names are \[.*'score'.*Did you mean 'reinmax'",
-    ),
-    "no name without a network": (
-        lambda: config_gradient(ONE_HOT, "relax"),
-        ValueError,
-        r"'relax', an unknown estimator name;.*Relax needs a network: write Relax\(critic\)",
-    ),
-    "unknown name of a site": (
-        lambda: config_gradient(ONE_HOT, {"z": "gumbel"}),
-        ValueError,
-        r"for site 'z' got 'gumbel', an unknown estimator name",
-    ),
-    "a class's name": (
-        lambda: config_gradient(ONE_HOT, "ReinMax"),
-        ValueError,
-        r"'ReinMax', an unknown estimator name.*Did you mean 'reinmax'",
-    ),
-    "a class": (
-        lambda: config_gradient(ONE_HOT, {"z": ReinMax}),
-        TypeError,
-        r"for site 'z' got the class ReinMax; give an object: ReinMax\(\)",
-    ),
-    "a class for all": (
-        lambda: config_gradient(ONE_HOT, ReinMax),
-        TypeError,
-        r"config_gradient: got the class ReinMax; give an object: ReinMax\(\)",
-    ),
-    "a number": (
-        lambda: config_gradient(ONE_HOT, {"z": 0.5}),
-        TypeError,
-        r"for site 'z' got 0.5; give an estimator such as ReinMax\(\), or a name such as",
-    ),
-    "a number for all": (
-        lambda: config_gradient(ONE_HOT, 0.5),
-        TypeError,
-        r"config_gradient: got 0.5; give an estimator such as ReinMax\(\)",
-    ),
-    "a callable's nonsense": (
-        lambda: config_gradient(ONE_HOT, lambda msg: 3)(),
-        TypeError,
-        r"at site 'z', the config callable returned 3; give an estimator",
-    ),
-    "unknown site": (
-        lambda: config_gradient(misnamed, {"latent_x": ReinMax()})(),
-        ValueError,
-        r"no latent site 'latent_x'; its sites are \['latent_z'\]. Did you mean 'latent_z'\?.*"
-        r"use a callable",
-    ),
-    "a site in another case": (
-        lambda: config_gradient(ONE_HOT, {"Z": ReinMax()})(),
-        ValueError,
-        r"no latent site 'Z'; its sites are \['z'\]. Did you mean 'z'\? Observed sites of the "
-        r"model have no estimator",
-    ),
-    "a site that is no name": (
-        lambda: config_gradient(ONE_HOT, {0: ReinMax(), "a": ReinMax()})(),
-        ValueError,
-        r"no latent site 0; its sites are \['z'\]",
-    ),
-    "a site that is observed": (
-        lambda: config_gradient(observed, {"z": ReinMax()})(),
-        ValueError,
-        r"site 'z' is observed in the guide, and only latent sites have estimators: \[\]. Remove "
-        r"'z' from the config, or remove obs=.*use a callable",
-    ),
-    # infer={...} at the site
-    "infer: a number": (
-        step(BIT, site(lambda: dist.Bernoulli(0.3), gradient=1)),
-        TypeError,
-        r"at site 'z', infer\['gradient'\] is 1; give an estimator",
-    ),
-    "infer: unknown name": (
-        step(BIT, site(lambda: dist.Bernoulli(0.3), gradient="scorer")),
-        ValueError,
-        r"at site 'z', infer\['gradient'\] is 'scorer', an unknown est.*Did you mean 'score'",
-    ),
-    "infer: Pyro's baseline": (
-        step(BIT, site(lambda: dist.Bernoulli(0.3), baseline={"typo": 1})),
-        ValueError,
-        r"At site 'z', infer\['baseline'\] has no effect in Estimator_ELBO; write "
-        r"infer=\{'gradient': Score\(MovingAverage\(\)\)\}",
-    ),
-    "infer: Pyro's enumerate": (
-        step(BIT, site(lambda: dist.Bernoulli(0.3), enumerate="parallel")),
-        ValueError,
-        r"infer\['enumerate'\] has no effect in .*; write infer=\{'gradient': Enumerate\(\)\}",
-    ),
-    "infer: a typo": (
-        step(BIT, site(lambda: dist.Bernoulli(0.3), estimator="nonsense")),
-        ValueError,
-        r"infer\['estimator'\] has no effect in .*; the option for an estimator is 'gradient'",
-    ),
-    # Estimator_ELBO's options
-    "default: unknown": (
-        lambda: Estimator_ELBO(default="reinmaks"),
-        ValueError,
-        r"Estimator_ELBO: default is 'reinmaks', an unknown estimator name.*'reinmax'\?",
-    ),
-    "default: a class": (
-        lambda: Estimator_ELBO(default=Score),
-        TypeError,
-        r"Estimator_ELBO: default is the class Score; give an object: Score\(\)",
-    ),
-    "no particles": (
-        lambda: Estimator_ELBO(num_particles=0),
-        ValueError,
-        r"Estimator_ELBO: num_particles must be an integer of at least 1; got 0",
-    ),
-    "half a particle": (
-        lambda: Estimator_ELBO(num_particles=1.5),
-        ValueError,
-        r"num_particles must be an integer of at least 1; got 1.5",
-    ),
-    "a misspelt option": (
-        lambda: Estimator_ELBO(vectorise_particles=True),
-        TypeError,
-        r"Estimator_ELBO has no argument 'vectorise_particles'; its arguments are \["
-        r"'num_particles', 'analytic_kl', .*Did you mean 'vectorize_particles'\?",
-    ),
-    "a misspelt option of the importance-weighted bound": (
-        lambda: ImportanceWeighted_ELBO(2, doubly_reparametrized=True),
-        TypeError,
-        r"ImportanceWeighted_ELBO has no argument .*Did you mean 'doubly_reparameterized'\?",
-    ),
-    "recording by torch.jit": (
-        lambda: Estimator_ELBO(jit_options={"check_trace": False}),
-        TypeError,
-        r"Estimator_ELBO: jit_options has no effect; .*CapturedSVI\(model, guide, optim, loss\)",
-    ),
-    "another bound's exponent": (
-        lambda: ImportanceWeighted_ELBO(2, tail_adaptive_beta=-0.5),
-        TypeError,
-        r"ImportanceWeighted_ELBO: tail_adaptive_beta has no effect; .*TraceTailAdaptive_ELBO",
-    ),
-    "a deprecated option": (
-        lambda: Estimator_ELBO(max_iarange_nesting=1),
-        TypeError,
-        r"Estimator_ELBO: max_iarange_nesting has no effect; write max_plate_nesting",
-    ),
-    "an option of no kind": (
-        lambda: Estimator_ELBO(kwargs=3),
-        TypeError,
-        r"Estimator_ELBO has no argument 'kwargs'",
-    ),
     # Parameters of estimators
     "decay": (lambda: MovingAverage(1.0), ValueError, r"decay must lie in \[0, 1\); got 1.0"),
     "negative decay": (lambda: MovingAverage(-0.1), ValueError, r"decay .*; got -0.1"),
@@ -378,25 +189,6 @@ def test_message(row):
         run()
 
 
-def test_options_of_pyro_and_of_subclasses_are_known():
-    class Louder(Estimator_ELBO):
-        def __init__(self, *, volume=1, **kwargs):
-            super().__init__(**kwargs)
-
-    assert Louder(volume=2, retain_graph=True, max_plate_nesting=1).retain_graph
-    with pytest.raises(TypeError, match="Louder has no argument 'volumes'.*Did you mean 'volume'"):
-        Louder(volumes=2)
-    with pytest.raises(TypeError, match="Louder: jit_options has no effect"):
-        Louder(jit_options={})
-
-
-def test_only_options_with_an_effect_are_suggested():
-    with pytest.raises(TypeError, match="has no argument 'jit_option'") as caught:
-        Estimator_ELBO(jit_option={})
-    assert "'retain_graph'" in str(caught.value)
-    assert "'jit_options'" not in str(caught.value)
-
-
 TEMPERED = [
     GappedStraightThrough,
     GumbelRao,
@@ -451,8 +243,3 @@ def test_numbers_of_numpy_become_pythons():
 def test_backward_temperature_is_checked_by_its_own_name():
     with pytest.raises(ValueError, match="backward_temperature must be positive; got 0"):
         GumbelStraightThrough(1.0, backward_temperature=0)
-
-
-def test_switches_of_warnings_are_accepted():
-    elbo = Estimator_ELBO(ignore_jit_warnings=True, strict_enumeration_warning=False)
-    assert elbo.num_particles == 1
