@@ -1,7 +1,7 @@
 # Each target creates the environment that it needs, once. To use another Python:
 #   make test PYTHON=python3.12
 # To use another build of torch:
-#   make test TORCH='torch==2.9.1'
+#   make test TORCH='torch==2.13.0'
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -92,7 +92,7 @@ $(STAMP): pyproject.toml
 	  { echo 'the venv module is missing: install python3-venv or a similar package'; exit 1; }
 	@echo 'creating $(VENV) once; this downloads torch and takes a few minutes'; \
 	torch='$(TORCH)'; \
-	if [ -z "$$torch" ]; then torch='torch>=2.4'; \
+	if [ -z "$$torch" ]; then torch='torch>=2.13'; \
 	  if ! command -v nvidia-smi >/dev/null 2>&1 && \
 	    $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; \
 	  then torch='torch==2.13.0'; fi; fi; \
