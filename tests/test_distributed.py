@@ -125,7 +125,7 @@ def test_processes_draw_latents_of_their_own_and_images_in_one_order(monkeypatch
     assert torch.equal(orders[1], orders[3])
 
 
-def test_a_batch_smaller_than_the_processes_is_told(monkeypatch) -> None:
+def test_a_batch_smaller_than_the_number_of_processes_is_refused(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         ValueError, match="the smallest batch of 1500 images has 1 for 2 processes"

@@ -64,7 +64,7 @@ def test_every_estimator_has_a_row() -> None:
     assert set(first_column("Estimators")) == classes
 
 
-def test_bias_column_says_what_the_class_says() -> None:
+def test_bias_column_matches_the_classes() -> None:
     rows = re.findall(r"^\| `(\w+)[^|]*\| (yes|no|exact)\b", README, flags=re.MULTILINE)
     said = {name: answer != "no" for name, answer in rows}
     assert len(said) == len(first_column("Estimators"))

@@ -1,4 +1,4 @@
-"""Images are read, split and turned into targets as the examples say."""
+"""The examples read images, split them and turn them into targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each story runs as its first lines say, at smoke size, and leaves its pictures."""
+"""Each story runs at smoke size and writes its figures."""
 
 from __future__ import annotations
 

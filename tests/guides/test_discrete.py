@@ -63,7 +63,7 @@ def test_subsampled_elements_use_their_own_parameters(first: int | None) -> None
     assert set(distance.argmin(-1).tolist()) == set(range(5))
 
 
-def test_what_is_asked_of_the_guide_is_of_all_elements() -> None:
+def test_posterior_and_median_have_all_elements() -> None:
     guide = AutoDiscrete(mixture)
     set_exact(guide, X, 2)
     expected = log_joint(X).argmax(-1)

@@ -53,7 +53,7 @@ TRANSPORTED = [
 
 
 class Constant(nn.Module):
-    """Features that say nothing."""
+    """Constant features."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros(len(x), 2, dtype=x.dtype)

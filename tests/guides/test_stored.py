@@ -92,7 +92,7 @@ def test_copy_keeps_its_values(make):
     torch.testing.assert_close(probs(kept), trained)
 
 
-def test_guide_of_another_shape_is_told():
+def test_guide_of_another_shape_raises():
     train(discrete(), 1)
     with pytest.raises(
         ValueError, match=r"'AutoDiscrete.heads\$\$\$z.raw' with shape .*clear_param"

@@ -89,7 +89,7 @@ def exact_gradient(problem: Problem) -> tuple[float, Tensor]:
 
 
 def _plain_log_prob(site: Any) -> Tensor:
-    """The law a value was drawn from: a mask changes the score alone."""
+    """The log-probability of the draw: a mask changes the score alone."""
     fn = site["fn"]
     while isinstance(fn, dist.MaskedDistribution):
         fn = fn.base_dist

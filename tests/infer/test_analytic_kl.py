@@ -79,7 +79,7 @@ def test_analytic_kl_only_where_model_and_guide_are_scaled_alike():
 
 
 def test_analytic_kl_not_where_the_order_of_sites_differs():
-    """In the guide b comes first, in the model a: a's KL given b would be one of another law."""
+    """In the guide b comes first, in the model a. The KL of a given b has no closed form."""
 
     def model():
         a = pyro.sample("a", dist.Bernoulli(constant(0.2, POINTS)))

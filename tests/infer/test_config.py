@@ -353,7 +353,7 @@ ROWS = {
         r"no latent site 'Z'; its sites are \['z'\]. Did you mean 'z'\? Observed sites of the "
         r"model have no estimator",
     ),
-    "a site that is no name": (
+    "a site that is not a string": (
         lambda: config_gradient(ONE_HOT, {0: ReinMax(), "a": ReinMax()})(),
         ValueError,
         r"no latent site 0; its sites are \['z'\]",

@@ -54,7 +54,7 @@ LOOKUPS = {
 }
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("estimator", [Rebar(), Relax(Critic())], ids=["rebar", "relax"])
 @pytest.mark.parametrize("read", LOOKUPS.values(), ids=LOOKUPS)
 def test_an_index_lookup_is_refused_by_name(
@@ -66,7 +66,7 @@ def test_an_index_lookup_is_refused_by_name(
 
 
 @pytest.mark.parametrize("estimator", [ReinMax(), GumbelSoftmax(0.5), StraightThrough()], ids=repr)
-def test_an_index_lookup_is_told_where_the_estimator_is_biased_anyway(
+def test_a_biased_estimator_warns_of_an_index_lookup(
     estimator: Estimator,
 ) -> None:
     elbo = Estimator_ELBO(num_particles=2, vectorize_particles=True)
@@ -99,7 +99,7 @@ def test_a_product_is_accepted(estimator: Estimator) -> None:
     assert torch.isfinite(loss)
 
 
-def test_what_the_message_advises_works() -> None:
+def test_the_advice_of_the_message_works() -> None:
     model = reader(lambda z: TABLE[z.argmax(-1)])
     elbo = Estimator_ELBO(num_particles=3, vectorize_particles=True)
     loss = elbo.loss_and_grads(model, config_gradient(guide, DisARMTree()))
@@ -124,7 +124,7 @@ SHIFT = torch.tensor([[2.0, -1.0, 0.0], [0.0, 1.5, -0.5], [-1.0, 0.0, 1.0]])
 
 
 def of_two(*, model_reads: Callable[[Tensor], Tensor], guide_reads: Callable[[Tensor], Tensor]):
-    """A second latent whose law depends on the first, in the model or in the guide."""
+    """A second latent whose distribution depends on the first, in the model or in the guide."""
 
     def model() -> None:
         z = pyro.sample("z", dist.OneHotCategorical(torch.tensor([0.2, 0.3, 0.5])))
@@ -146,7 +146,7 @@ def by_product(z: Tensor) -> Tensor:
     return z @ SHIFT
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("other", ["enumerate", "score", "disarm_tree"])
 @pytest.mark.parametrize("where", ["model_reads", "guide_reads"])
 def test_an_index_lookup_by_another_latent(where: str, other: str, vectorize: bool) -> None:
@@ -162,7 +162,7 @@ def test_an_index_lookup_by_another_latent(where: str, other: str, vectorize: bo
         elbo.loss_and_grads(model, config_gradient(both, {**config, "z": ReinMax()}))
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("outer", ["rebar", "muprop", "gumbel_softmax"])
 @pytest.mark.parametrize("inner", ["local_expectation", "sum_and_sample", "unordered_set"])
 def test_probes_take_relaxed_values_of_other_sites(

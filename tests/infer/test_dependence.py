@@ -504,7 +504,7 @@ SCORES: dict[str, tuple[Callable[[Tensor], Tensor], Mark | None]] = {
 
 @pytest.mark.parametrize("name", SCORES)
 def test_distributions(name: str) -> None:
-    """Their own checks and case distinctions are no jumps of the program."""
+    """Their own checks and case distinctions do not count as jumps of the program."""
     program, expected = SCORES[name]
     with Dependence() as dependence:
         y = dependence.follow("y", torch.tensor(1.0))

@@ -74,7 +74,7 @@ def test_a_given_nesting_is_the_found_one():
     assert losses[0] == losses[1]
 
 
-def test_a_loss_holds_no_minibatch():
+def test_a_loss_keeps_no_reference_to_a_minibatch():
     """What a step was called with can be freed after it."""
     elbo = Estimator_ELBO(2, vectorize_particles=True)
     batch = X.clone()

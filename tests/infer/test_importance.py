@@ -144,7 +144,7 @@ def test_oracles_agree() -> None:
     torch.testing.assert_close(one[1], other[1], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("num_particles", [2, 5])
 def test_vimco_is_unbiased(num_particles: int, dtype: torch.dtype, vectorize: bool) -> None:
@@ -267,7 +267,7 @@ def test_quadrature_has_converged() -> None:
 
 
 @pytest.mark.parametrize("num_particles", [2, 5])
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("doubly", [False, True], ids=["plain", "doubly"])
 def test_mixed_sites_are_unbiased(doubly: bool, vectorize: bool, num_particles: int) -> None:
     value, gradient = mixed_exact(num_particles, MIXED_NODES[num_particles])

@@ -178,7 +178,7 @@ def test_a_loaded_store_goes_on_as_it_was_saved(svi_class, path):
     assert_equal(values(chosen), expected)
 
 
-# Who prevails: the store or the estimator
+# The store against the estimator
 
 
 def fill(estimator, value):
@@ -210,7 +210,7 @@ def test_a_new_estimator_takes_over_a_loaded_store(kind, path):
 
 @pytest.mark.parametrize("through", ["estimator", "parent", "baseline", "loss module"])
 @pytest.mark.parametrize("kind", MAKE)
-def test_a_state_loaded_later_prevails(kind, through, path):
+def test_a_state_loaded_later_replaces_the_store(kind, through, path):
     load_store(ONES, path)
     site, estimator = MAKE[kind]()
     state = copy.deepcopy(fill(MAKE[kind]()[1], 2.0).state_dict())
@@ -235,7 +235,7 @@ def rename(part, state):
 
 
 @pytest.mark.parametrize("kind", MAKE)
-def test_a_store_loaded_later_prevails(kind, path):
+def test_a_store_loaded_later_replaces_the_state(kind, path):
     site, estimator = MAKE[kind]()
     estimator.load_state_dict(fill(MAKE[kind]()[1], 2.0).state_dict())
     load_store(ONES, path)

@@ -1,4 +1,4 @@
-"""RelaxReparam: its law against closed forms and quadrature, the round trip, the errors."""
+"""RelaxReparam against closed forms and quadrature, its round trip, its errors."""
 
 from __future__ import annotations
 

@@ -337,9 +337,9 @@ def test_an_index_that_does_not_broadcast_is_explained(estimator: str, left: str
             pyro.sample("z", dist.Categorical(torch.ones(3)), infer={"gradient": estimator})
 
     elbo = Estimator_ELBO(4, vectorize_particles=True)
-    with pytest.raises(ValueError, match="Shape mismatch") as told:
+    with pytest.raises(ValueError, match="Shape mismatch") as caught:
         elbo.loss_and_grads(model, guide)
-    (note,) = told.value.__notes__
+    (note,) = caught.value.__notes__
     assert re.search(left, note)
     assert "Vindex(loc)[..., z]" in note
     assert "more than 1 plates need a larger max_plate_nesting" in note
@@ -354,6 +354,6 @@ def test_only_what_has_dimensions_on_the_left_is_explained() -> None:
     def guide() -> None:
         pyro.sample("z", dist.Bernoulli(0.4))
 
-    with pytest.raises(ValueError, match="Shape mismatch") as told:
+    with pytest.raises(ValueError, match="Shape mismatch") as caught:
         Estimator_ELBO().loss_and_grads(model, guide)
-    assert not hasattr(told.value, "__notes__")
+    assert not hasattr(caught.value, "__notes__")

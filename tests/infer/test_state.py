@@ -217,7 +217,7 @@ def test_a_loaded_store_brings_the_estimators_parameters_back(configure, tmp_pat
         assert torch.equal(pyro.param(name), value)
 
 
-def test_two_estimators_of_one_site_keep_apart():
+def test_two_estimators_of_one_site_have_separate_parameters():
     """Taking turns, each goes on with parameters of its own."""
     first, second = Rodeo(2), Rodeo(2)
     svis = [

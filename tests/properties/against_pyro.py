@@ -4,8 +4,8 @@
     python tests/properties/against_pyro.py plate_in_plate "auto*" some programs
     python tests/properties/against_pyro.py --objective "DisARM*" --draws 4
 
-Each row says by how many standard errors the worst loss or gradient is off, and the error relative
-to a parameter's gradient that would have been seen.
+Each row gives the worst error of a loss or gradient in standard errors, and the smallest relative
+error of a parameter's gradient that would have been seen.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DOUBT, _CERTAIN = 4.0, 20.0  # standard errors between which more draws decide
 
 @dataclass
 class Row:
-    """What came of one objective on one program."""
+    """The result of one objective on one program."""
 
     program: str
     objective: str
@@ -128,7 +128,7 @@ class Comparison:
             self._references[quantity] = Draws(make, self.program.start())
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pyro's have a say of their own
+                warnings.simplefilter("ignore")  # Pyro's losses may warn
                 return self._references[quantity].upto(count)
         except Exception as error:
             raise NoReference(f"Pyro: {type(error).__name__}: {error}") from error

@@ -211,7 +211,7 @@ def test_a_guide_that_runs_the_model_has_the_models_choices():
 
 
 def test_the_infer_of_a_replayed_site_is_the_guides():
-    """The check reads what the model itself says."""
+    """The check reads the model's own options."""
     spy = Spy()
     for guide in (guide_with({"gradient": spy}), config_gradient(guide_with(), spy)):
         Estimator_ELBO().loss_and_grads(model_with({"enumerate": "parallel"}), guide)

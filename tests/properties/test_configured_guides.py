@@ -599,6 +599,6 @@ def test_a_class_is_not_a_guide():
         config_gradient(config="reinmax")(PyroNet)
 
 
-def test_the_repr_says_guide_and_config():
+def test_the_repr_has_guide_and_config():
     assert repr(config_gradient(plain, "reinmax")).startswith("config_gradient(<function plain")
     assert repr(config_gradient(plain, {"z": ReinMax()})).endswith(", {'z': ReinMax(1.0)})")

@@ -44,7 +44,7 @@ def elbo(num_particles: int, *, doubly: bool, vectorize: bool) -> ImportanceWeig
     )
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("name", [name for name in CASES if name != "bits"])
 def test_each_draw_follows_the_formula(name: str, vectorize: bool) -> None:
     case = CASES[name]
@@ -58,7 +58,7 @@ def test_each_draw_follows_the_formula(name: str, vectorize: bool) -> None:
     torch.testing.assert_close(found, by_formula(case, w, z, weigh), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_mean_is_that_of_the_plain_gradient(name: str, vectorize: bool) -> None:
     case, repeats = CASES[name], 850
@@ -85,7 +85,7 @@ def by_quadrature(scale: float, mask: bool) -> Tensor:
     return torch.stack(torch.autograd.grad(-(masses @ bounds @ masses), (a, log_t)))
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("scale", "mask"), [(1.0, True), (0.3, True), (2.0, True), (1.0, False)], ids=str
@@ -113,7 +113,7 @@ def test_the_mean_is_that_of_quadrature(
     assert ((mean - exact) / error).abs().max() < 5
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_sites_of_every_kind_have_the_mean_of_the_plain_gradient(
     name: str, vectorize: bool
@@ -138,7 +138,7 @@ def test_sites_that_cannot_have_it_keep_the_plain_gradient(name: str) -> None:
     torch.testing.assert_close(gap, torch.zeros_like(gap), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("name", ["read_detached", "read_by_index"])
 def test_a_site_that_is_read_without_a_gradient_keeps_the_plain_one(
     name: str, vectorize: bool
@@ -201,7 +201,7 @@ def test_one_particle_sticks_the_landing() -> None:
     torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 def test_no_noise_at_the_posterior(scale: float, vectorize: bool) -> None:
     """Every weight is the same there, and the path follows it."""

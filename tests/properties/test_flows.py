@@ -61,7 +61,7 @@ def step(
 
 
 @pytest.mark.parametrize("num_particles", [1, 3])
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("flow", WITHOUT_INVERSE)
 def test_flows_without_an_inverse_step_as_pyro_does(
@@ -80,7 +80,7 @@ def test_flows_without_an_inverse_step_as_pyro_does(
 
 
 @pytest.mark.parametrize("num_particles", [1, 3])
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_flow_of_an_autoguide_steps_as_pyro_s(
     loss: str, vectorize: bool, num_particles: int
@@ -102,7 +102,7 @@ def sticking(guide: Any) -> Any:
     return config_gradient(guide, Pathwise(sticking_the_landing=True))
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("flow", WITHOUT_INVERSE)
 def test_flows_without_an_inverse_are_refused_where_values_are_scored_by_themselves(
     flow: str, vectorize: bool
@@ -137,7 +137,7 @@ def transformed(form: str, cache_size: int, compose: bool) -> Callable[[Tensor, 
     return make
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("compose", [False, True], ids=["list", "composed"])
 @pytest.mark.parametrize("cache_size", [0, 1])
 @pytest.mark.parametrize("form", CLOSED_FORMS)
@@ -180,7 +180,7 @@ WITH_INVERSE: dict[str, Callable[[int], Any]] = {
 }
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("way", ["doubly", "sticking"])
 @pytest.mark.parametrize("flow", WITH_INVERSE)
 def test_flows_with_an_inverse_have_the_mean_of_the_plain_gradient(

@@ -52,7 +52,7 @@ def forbidding(n: int) -> tuple[Callable[[], None], Callable[[], None]]:
     return model, guide
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 def test_impossible_states_leave_the_gradient_finite(vectorize: bool) -> None:
     model, guide = forbidding(200)  # three of them in one datum, too
     loss = ImportanceWeighted_ELBO(
@@ -85,7 +85,7 @@ def vimco_by_formula(z: Tensor) -> Tensor:
     return grad
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 def test_vimco_leaves_impossible_states_out_of_its_baseline(vectorize: bool) -> None:
     model, guide = forbidding(40)
     drawn: list[Tensor] = []
@@ -106,7 +106,7 @@ def test_vimco_leaves_impossible_states_out_of_its_baseline(vectorize: bool) -> 
 
 
 @pytest.mark.parametrize("doubly", [False, True], ids=["plain", "doubly"])
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 def test_impossible_values_leave_the_path_finite(vectorize: bool, doubly: bool) -> None:
     def model() -> None:
         with pyro.plate("n", 100):
@@ -187,7 +187,7 @@ def test_particles_of_different_structure(num_particles: int) -> None:
     assert ((draws.mean(0) - exact) / error).abs().max() < 5
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 def test_a_guide_in_single_precision_meets_data_in_double(vectorize: bool) -> None:
     def model() -> None:
         with pyro.plate("n", 3):
@@ -219,7 +219,7 @@ def bits_exact(scale: float, mask: bool) -> Tensor:
     return grad
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("subsampled", [False, True], ids=["whole", "subsampled"])
 @pytest.mark.parametrize(
     ("scale", "mask"), [(1.0, True), (0.3, True), (2.0, True), (1.0, False)], ids=str

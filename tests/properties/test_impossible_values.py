@@ -110,7 +110,7 @@ def test_certain_bits(family, estimator, form, certain):
 
 @forms
 def test_sums_of_several_sites(form):
-    """The law of the second site forbids what the first one has drawn."""
+    """The distribution of the second site excludes the value that the first one drew."""
     table = torch.tensor([[0.2, -0.4, 0.6], [0.5, 0.1, -0.3], [-0.2, 0.3, 0.4]])
     allowed = 1 - torch.eye(3)
     levels = torch.where(torch.eye(3) == 1, -math.inf, table + 0.5)

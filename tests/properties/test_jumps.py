@@ -235,7 +235,7 @@ SMOOTH_READS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", SMOOTH_READS)
-def test_what_is_no_jump(name: str) -> None:
+def test_operations_that_are_not_jumps(name: str) -> None:
     read = SMOOTH_READS[name]
     guide = config_gradient(small_guide, Rebar())
     model = reader(lambda z: read(z) if read(z).dim() == 1 else read(z).sum(-1))
@@ -281,7 +281,7 @@ def test_a_prior_that_is_scored_by_index() -> None:
         Estimator_ELBO().loss_and_grads(model, guide)
 
 
-def test_the_message_says_what_to_write() -> None:
+def test_the_message_gives_the_code_to_write() -> None:
     guide = config_gradient(small_guide, Rebar())
     match = re.escape("Write the model with products and sums of the value, such as z @ table")
     with pytest.raises(ValueError, match=match):

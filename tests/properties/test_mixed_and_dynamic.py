@@ -205,7 +205,7 @@ def test_shapes_that_differ_between_particles_are_named():
 
 @pytest.mark.parametrize("estimator", [ReinMax(), Score(LeaveOneOut())], ids=repr)
 def test_looped_is_vectorised(estimator):
-    """Given one uniform law of draws, 20,000 copies of 3 particles agree in mean and variance."""
+    """20,000 copies of 3 particles agree in mean and variance."""
 
     def model():
         z = pyro.sample("z", dist.OneHotCategorical(constant([0.1, 0.2, 0.7], POINTS)))

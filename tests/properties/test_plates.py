@@ -264,7 +264,7 @@ def test_enumerate_under_a_to_event_of_one(vectorize):
 
 
 def test_masked_distributions():
-    """A mask on the distribution changes its score, never its law. 100 x 1,000 draws."""
+    """A mask on the distribution changes its score, never its draws. 100 x 1,000 draws."""
     mask = torch.tensor([True, False])
 
     def model():
@@ -287,7 +287,7 @@ def test_masked_distributions():
 
 
 def auxiliary():
-    """The auxiliary site's law depends on z, so its term belongs to z's cost."""
+    """The auxiliary site depends on z, so its term is part of z's cost."""
 
     def model():
         w = pyro.param("w")

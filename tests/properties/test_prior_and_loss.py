@@ -123,7 +123,7 @@ def test_the_loss_is_the_enumerated_one(kind, name):
 
 
 @pytest.mark.parametrize(("kind", "name"), REFUSED)
-def test_who_is_left_out_above_refuses_the_site(kind, name):
+def test_other_estimators_refuse_the_site(kind, name):
     def program():
         pyro.sample("z", law(kind, probs=prior(kind)))
 

@@ -23,7 +23,7 @@ GRID = torch.linspace(-9.0, 9.0, 20_001, dtype=torch.float64)
 
 
 def skewed(slope, shape, loc=0.0):
-    """A normal proposal at ``loc``, accepted by a sigmoid of its distance: a skew law."""
+    """A normal proposal at ``loc``, accepted by a sigmoid of its distance."""
     slope = torch.as_tensor(slope).expand(shape)
     loc = torch.as_tensor(loc, dtype=slope.dtype).expand(shape)
 
@@ -123,7 +123,7 @@ def test_masked_and_scaled():
 
 
 def test_transformed():
-    """An affine image of the skew law: the density moves, the noise stays."""
+    """An affine image of the rejection sampler: the density moves, the noise stays."""
 
     def model():
         with pyro.plate("n", COPIES):
@@ -216,7 +216,7 @@ def test_importance_weighted_bound(vectorize, particles, doubly):
 
 
 def test_relaxed_site_upstream():
-    """The law of the rejection sampler moves with the relaxed bit."""
+    """The distribution of the rejection sampler depends on the relaxed bit."""
 
     def model():
         with pyro.plate("n", COPIES):

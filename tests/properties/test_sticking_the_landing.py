@@ -36,7 +36,7 @@ def elbo(num_particles: int, *, vectorize: bool) -> Estimator_ELBO:
     return Estimator_ELBO(num_particles, vectorize_particles=vectorize, max_plate_nesting=2)
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("name", [name for name in CASES if name != "bits"])
 def test_each_draw_follows_the_formula(name: str, vectorize: bool) -> None:
     case = CASES[name]
@@ -48,7 +48,7 @@ def test_each_draw_follows_the_formula(name: str, vectorize: bool) -> None:
     torch.testing.assert_close(found, by_formula(case, w, z, weigh), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_mean_is_that_of_the_plain_gradient(name: str, vectorize: bool) -> None:
     case, repeats = CASES[name], 850
@@ -89,7 +89,7 @@ def posterior(kind: str, loc: Tensor, scale: Tensor) -> Any:
     return dist.TransformedDistribution(dist.Normal(torch.zeros(4), 1.0), [affine])
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["rows", "loop"])
+@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
 @pytest.mark.parametrize("size", [None, 4])
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("kind", ["normal", "transformed", "cached_transformed"])
@@ -119,7 +119,7 @@ def test_no_noise_at_the_posterior(
         torch.testing.assert_close(grad, torch.zeros(4), rtol=0, atol=1e-12)
 
 
-def test_a_jacobian_of_an_earlier_value_is_no_score() -> None:
+def test_a_jacobian_of_an_earlier_value_is_not_a_score() -> None:
     """A Delta has the density of a value drawn upstream, and its gradient is of the path."""
     seen = []
 

@@ -40,37 +40,37 @@ LEVELS = torch.tensor([0.3, -0.8, 1.1], dtype=DOUBLE)
 class OddCategorical(dist.Categorical):
     """Draws and scores by the squares of its probabilities."""
 
-    def law(self):
+    def mass(self):
         return (2 * self.logits).log_softmax(-1)
 
     def sample(self, sample_shape=()):
-        return torch.distributions.Categorical(logits=self.law()).sample(sample_shape)
+        return torch.distributions.Categorical(logits=self.mass()).sample(sample_shape)
 
     def log_prob(self, value):
-        law, index = torch.broadcast_tensors(self.law(), value.long().unsqueeze(-1))
+        law, index = torch.broadcast_tensors(self.mass(), value.long().unsqueeze(-1))
         return law.gather(-1, index[..., :1]).squeeze(-1)
 
 
 class OddOneHot(dist.OneHotCategorical):
-    def law(self):
+    def mass(self):
         return (2 * self.logits).log_softmax(-1)
 
     def sample(self, sample_shape=()):
-        return torch.distributions.OneHotCategorical(logits=self.law()).sample(sample_shape)
+        return torch.distributions.OneHotCategorical(logits=self.mass()).sample(sample_shape)
 
     def log_prob(self, value):
-        return (value * self.law()).sum(-1)
+        return (value * self.mass()).sum(-1)
 
 
 class OddBit(dist.Bernoulli):
-    def law(self):
+    def mass(self):
         return 2 * self.logits
 
     def sample(self, sample_shape=()):
-        return torch.distributions.Bernoulli(logits=self.law()).sample(sample_shape)
+        return torch.distributions.Bernoulli(logits=self.mass()).sample(sample_shape)
 
     def log_prob(self, value):
-        return value * self.law() - torch.nn.functional.softplus(self.law())
+        return value * self.mass() - torch.nn.functional.softplus(self.mass())
 
 
 class OddNormal(dist.Normal):
@@ -112,7 +112,7 @@ def build(family, shape=()):
 
 
 def override(family, name):
-    """A subclass that overrides one of the things that make a law, if only by its parent's."""
+    """A subclass that overrides one method of the distribution by its parent's."""
 
     class Odd(family):
         pass
@@ -131,7 +131,7 @@ LAW = ["sample", "rsample", "log_prob", "enumerate_support", "support", "score_p
 
 @families
 @pytest.mark.parametrize("name", LAW)
-def test_who_overrides_what_makes_a_law_is_no_member(family, name):
+def test_a_class_that_overrides_a_method_of_the_distribution_is_not_of_the_family(family, name):
     odd = override(family, name)
     assert IS_FAMILY[family](build(family))
     assert not any(is_family(build(odd)) for is_family in IS_FAMILY.values())
@@ -140,7 +140,7 @@ def test_who_overrides_what_makes_a_law_is_no_member(family, name):
 
 @families
 @pytest.mark.parametrize("name", ["sample", "rsample", "log_prob"])
-def test_who_replaces_a_method_of_one_object_is_no_member(family, name):
+def test_an_object_with_a_replaced_method_is_not_of_the_family(family, name):
     fn = build(family)
     setattr(fn, name, getattr(fn, name))
     assert not IS_FAMILY[family](fn)
@@ -148,13 +148,13 @@ def test_who_replaces_a_method_of_one_object_is_no_member(family, name):
 
 @pytest.mark.parametrize("name", ["probs", "logits", "param_shape"])
 @pytest.mark.parametrize("family", [dist.Categorical, dist.OneHotCategorical, dist.Bernoulli])
-def test_who_overrides_the_numbers_is_no_member(family, name):
+def test_a_class_that_overrides_the_parameters_is_not_of_the_family(family, name):
     read = getattr(build(family), name)
     odd = type("Odd", (family,), {name: property(lambda self: read, lambda self, value: None)})
     assert not any(is_family(build(odd)) for is_family in IS_FAMILY.values())
 
 
-def test_who_is_made_of_another_law_is_no_member():
+def test_a_class_made_of_another_distribution_is_not_of_the_family():
     class Odd(dist.OneHotCategorical):
         def __init__(self, logits):
             super().__init__(logits=logits)
@@ -166,7 +166,7 @@ def test_who_is_made_of_another_law_is_no_member():
 
 @families
 @pytest.mark.parametrize("name", ["mean", "mode", "entropy", "variance", "__repr__", "note"])
-def test_who_overrides_anything_else_stays_a_member(family, name):
+def test_a_class_that_overrides_anything_else_is_of_the_family(family, name):
     own = type("Own", (family,), {name: property(lambda self: 0)})
     assert IS_FAMILY[family](build(own))
     assert base_noise(build(own)) is not None
@@ -370,7 +370,7 @@ KIND = {
 @pytest.mark.parametrize("side", ["guide", "model", "both"])
 @pytest.mark.parametrize("choice", ["score", "enumerate"])
 def test_every_override_is_called_and_changes_nothing(family, name, side, choice):
-    """Each is the parent's own: who trusts the class or calls its methods gets the same law."""
+    """Each override calls the parent's method, so the distribution is the same."""
     kind = KIND[family]
     odd = override(family, name)
     if family in (RelaxedOneHot, RelaxedBernoulli):

@@ -1,4 +1,4 @@
-"""Estimators that say unbiased, against enumeration; and the same check on planted errors.
+"""Unbiased estimators against enumeration, and the same check on planted errors.
 
 Every check states the number of draws, asks for ``|z| < 5`` in every coordinate, and that the
 standard error of the mean gradient is below 2 % of the exact gradient's norm, so that an error of
@@ -213,7 +213,7 @@ def test_a_baseline_may_be_wrong_without_bias():
 
 
 def test_the_plate_has_elements_of_its_own():
-    """The program is what it is said to be: two elements, scaled, one masked."""
+    """The plate has two elements, is scaled, and has one element masked."""
     gradient = exact("one_hot")[1]
     assert gradient.numel() == 1 + 3 + 3 + SIZE * 3 + 1
     assert gradient.abs().max() > 1

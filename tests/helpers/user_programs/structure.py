@@ -67,7 +67,7 @@ def factor_in_guide(n):
 
 @program(reference="trace", vectorized=False, copies=1, draws=800, importance=False)
 def varying_structure(n):
-    """A second site that is there only if the first says so."""
+    """A second site that exists only if the first one is 1."""
 
     def model():
         b = bit("b", -0.2)

@@ -68,7 +68,7 @@ class NoisyBit(dist.Bernoulli):
 
 
 class TidyBit(dist.Bernoulli):
-    """Another constructor and a convenience: the law is the parent's."""
+    """Another constructor and a helper; the distribution is the parent's."""
 
     @classmethod
     def of_odds(cls, odds):
@@ -201,7 +201,7 @@ def noisy_bits(n):
 
 @program(reference="enum")
 def tidy_bits(n):
-    """A subclass that changes no part of the law is served as its parent is."""
+    """A subclass that changes no part of the distribution is used as its parent."""
 
     def model():
         with copies(n):
