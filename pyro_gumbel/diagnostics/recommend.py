@@ -24,6 +24,7 @@ from pyro_gumbel.diagnostics._state import (
     seed_everything,
     seeds,
 )
+from pyro_gumbel.diagnostics._storage import dims_of
 from pyro_gumbel.diagnostics.exact import sum_states
 from pyro_gumbel.distributions.families import unwrap
 from pyro_gumbel.estimators import (
@@ -39,6 +40,7 @@ from pyro_gumbel.infer import Estimator_ELBO
 
 __all__ = ["Recommendation", "recommend"]
 
+_MORE_PARTICLES = {"leave_one_out_2": 2, "leave_one_out_4": 4}
 _NAMED = 3  # of those within noise
 
 
@@ -186,11 +188,10 @@ def recommend(
         seed_everything(seeds(seed, 1)[0])
         find_parameters(call, keep, params)
         names = None if isinstance(params, Mapping) else params  # values were set by now
-        sites = _latent_distributions(call)
-        search = Search(call, names, vectorize_particles, budget, horizon, seed)
-        search.reference = _exact(call, names, max_states, seed, budget, counter)
-        rounds = search.run(_candidates(sites, candidates, num_particles))
-        for name in (bar := tqdm(rounds, disable=not progress, unit="round")):
+        rivals = _candidates(_latent_distributions(call), candidates, num_particles)
+        exact = _exact(call, names, max_states, seed, budget, counter)
+        search = Search(call, names, vectorize_particles, budget, horizon, seed, exact)
+        for name in (bar := tqdm(search.run(rivals), disable=not progress, unit="round")):
             bar.set_description(name)
     return _conclude(search)
 
@@ -200,33 +201,39 @@ def _check_budget(
 ) -> tuple[str, float, float | None]:
     """The unit, the budget, and what noise is averaged over."""
     if budget_evaluations is None:
-        unit, other = "seconds", "evaluations"
+        unit, other, step, wrong = "seconds", "evaluations", step_seconds, step_evaluations
         amount = positive("recommend: budget_seconds", budget_seconds)
     else:
-        unit, other = "evaluations", "seconds"
+        unit, other, step, wrong = "evaluations", "seconds", step_evaluations, step_seconds
         amount = integer("recommend: budget_evaluations", budget_evaluations, 1)
-    steps = {"seconds": step_seconds, "evaluations": step_evaluations}
-    if steps[other] is not None:
+    if wrong is not None:
         raise ValueError(
             f"recommend: step_{other} needs a budget in {other}; got a budget in {unit}. Write "
             f"step_{unit}=..., or budget_{other}=..."
         )
-    step = steps[unit]
     return unit, amount, None if step is None else positive(f"recommend: step_{unit}", step)
 
 
-def _candidates(
-    sites: Mapping[str, Any], estimators: Mapping[str, Any] | None, num_particles: int | None
-) -> list[Trial]:
+def _candidates(sites: Mapping[str, Any], given: Any, num_particles: int | None) -> list[Trial]:
     """Make a candidate of each estimator: it serves the sites that it can, a default the others.
 
     Raises:
-        TypeError: If ``estimators`` is not a dict of estimators.
+        TypeError: If ``given`` is not a dict of estimators.
         ValueError: If none of them can serve any site.
     """
-    named = _known_estimators() if estimators is None else _check_candidates(estimators)
+    named = _known_estimators() if given is None else given
+    if not isinstance(named, Mapping):
+        raise TypeError(
+            "recommend: candidates must be a dict of labels, such as candidates={'reinmax': "
+            f"ReinMax()}}; got {named!r}."
+        )
     found: dict[str, Trial] = {}
-    for label, (estimator, particles) in named.items():
+    for label, estimator in named.items():
+        if not isinstance(estimator, Estimator):
+            raise TypeError(
+                f"recommend: candidates[{label!r}] must be an estimator such as ReinMax(); got "
+                f"{estimator!r}."
+            )
         if not any(estimator.supports(fn) for fn in sites.values()):
             continue
         config = {
@@ -235,35 +242,22 @@ def _candidates(
         }
         needed = max(choice.min_particles for choice in config.values())
         if num_particles is None or num_particles >= needed:
-            trial = Trial(label, config, num_particles or max(particles, needed))
+            more = _MORE_PARTICLES.get(label, 1) if given is None else 1
+            trial = Trial(label, config, num_particles or max(needed, more))
             found.setdefault(trial.key, trial)
     if not found:
         raise ValueError(f"recommend: no candidate of {list(named)} can serve a site.")
     return list(found.values())
 
 
-def _known_estimators() -> dict[str, tuple[Estimator, int]]:
-    named: dict[str, tuple[Estimator, int]] = {name: (kind(), 1) for name, kind in CLASSES.items()}
-    named["sticking_the_landing"] = (Pathwise(sticking_the_landing=True), 1)
-    named["moving_average"] = (Score(MovingAverage()), 1)
-    named["leave_one_out_2"] = (Score(LeaveOneOut()), 2)
-    named["leave_one_out_4"] = (Score(LeaveOneOut()), 4)
-    return named
-
-
-def _check_candidates(estimators: Any) -> dict[str, tuple[Estimator, int]]:
-    if not isinstance(estimators, Mapping):
-        raise TypeError(
-            "recommend: candidates must be a dict of labels, such as candidates={'reinmax': "
-            f"ReinMax()}}; got {estimators!r}."
-        )
-    for label, estimator in estimators.items():
-        if not isinstance(estimator, Estimator):
-            raise TypeError(
-                f"recommend: candidates[{label!r}] must be an estimator such as ReinMax(); got "
-                f"{estimator!r}."
-            )
-    return {label: (own, own.min_particles) for label, own in estimators.items()}
+def _known_estimators() -> dict[str, Estimator]:
+    return {
+        **{name: kind() for name, kind in CLASSES.items()},
+        "sticking_the_landing": Pathwise(sticking_the_landing=True),
+        "moving_average": Score(MovingAverage()),
+        "leave_one_out_2": Score(LeaveOneOut()),
+        "leave_one_out_4": Score(LeaveOneOut()),
+    }
 
 
 def _default(fn: Any) -> Estimator:
@@ -279,9 +273,9 @@ def _latent_distributions(call: Call) -> dict[str, Any]:
     """
     trace = poutine.trace(call.guide).get_trace(*call.args, **call.kwargs)
     sites = {
-        name: unwrap(site["fn"])
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+        name: unwrap(trace.nodes[name]["fn"])
+        for name in trace.stochastic_nodes
+        if not site_is_subsample(trace.nodes[name])
     }
     if not sites:
         raise ValueError("recommend: the guide has no latent site, so there is nothing to choose.")
@@ -307,10 +301,8 @@ def _exact(
     except (*FAILURES, TimeoutError):
         return None
     counter.total += attrs["states"]
-    return xr.Dataset(
-        {name: ([f"{name} {axis}" for axis in range(g.ndim)], g) for name, g in gradients.items()},
-        attrs=attrs,
-    )
+    arrays = {n: xr.Variable(dims_of(n, g.ndim, None, ()), g) for n, g in gradients.items()}
+    return xr.Dataset(arrays, attrs=attrs)
 
 
 def _conclude(search: Search) -> Recommendation:
@@ -319,18 +311,22 @@ def _conclude(search: Search) -> Recommendation:
     # one that was measured little has to do with the error that it may have.
     order = sorted(search.order(), key=lambda t: (t.misses_cost, t.error + t.error_mcse))
     # A moving average is at its best here, where parameters and so costs stay as they are.
-    lasting = [trial for trial in order if not trial.has_history]
+    lasting = [trial for trial in order if not _has_history(trial)]
     best = next((trial for trial in lasting if _as_good(trial, order[0])), order[0])
     order.sort(key=lambda trial: trial is not best)
     close = [trial.label for trial in order[1:] if _as_good(trial, best)]
     failed = [trial for trial in search.trials.values() if trial.draws is None]
-    return Recommendation(
-        best.config,
-        best.num_particles,
-        _table(order + failed),
-        bool(close),
-        _message(search, best, close),
-    )
+    table = pd.DataFrame.from_dict(
+        {trial.label: _row(trial) for trial in order + failed}, orient="index"
+    ).rename_axis("estimator")
+    message = _message(search, best, close)
+    return Recommendation(best.config, best.num_particles, table, bool(close), message)
+
+
+def _has_history(trial: Trial) -> bool:
+    """Return whether a baseline is an average over the steps before."""
+    baselines = [getattr(estimator, "baseline", None) for estimator in trial.config.values()]
+    return any(isinstance(baseline, MovingAverage) for baseline in baselines)
 
 
 def _as_good(trial: Trial, best: Trial) -> bool:
@@ -339,21 +335,15 @@ def _as_good(trial: Trial, best: Trial) -> bool:
     return trial is best or (reaches and trial.misses_cost <= best.misses_cost)
 
 
-def _table(trials: list[Trial]) -> pd.DataFrame:
-    """One row a candidate, in the order given; those that failed are empty but for the reason."""
-    rows: dict[str, dict[str, Any]] = {}
-    for trial in trials:
-        row = {"config": repr(trial.config), "particles": trial.num_particles}
-        if trial.draws is None:
-            rows[trial.label] = row | {"warning": trial.failure}
-            continue
-        row |= {"error": trial.error, "error_mcse": trial.error_mcse}
-        row |= {"draws": trial.draws.sizes["chain"] * trial.draws.sizes["draw"]}
-        notes = [note for note in (trial.row["warning"], trial.warning) if note]
-        rows[trial.label] = row | trial.row | {"warning": "; ".join(notes)}
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    table.index.name = "estimator"
-    return table
+def _row(trial: Trial) -> dict[str, Any]:
+    """The row of a candidate; of one that failed it is empty but for the reason."""
+    row = {"config": repr(trial.config), "particles": trial.num_particles}
+    if trial.draws is None:
+        return row | {"warning": trial.failure}
+    number = trial.draws.sizes["chain"] * trial.draws.sizes["draw"]
+    row |= {"error": trial.error, "error_mcse": trial.error_mcse, "draws": number}
+    notes = [note for note in (trial.row["warning"], trial.warning) if note]
+    return row | trial.row | {"warning": "; ".join(notes)}
 
 
 def _message(search: Search, best: Trial, close: list[str]) -> str:
