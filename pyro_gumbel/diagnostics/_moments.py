@@ -108,10 +108,7 @@ class Moments:
     """Mean and variance of each coordinate, and the scatter of each block of coordinates.
 
     Draws come in batches of rows. Everything is taken relative to the first draw, so that draws
-    that are all equal have a variance of exactly zero.
-
-    Args:
-        sizes: Number of coordinates of each block.
+    that are all equal have a variance of exactly zero. ``sizes`` are those of the blocks.
     """
 
     def __init__(self, sizes: list[int]) -> None:
@@ -200,12 +197,7 @@ class Moments:
 
 
 def check_draws(draws: Any) -> dict[str, xr.Dataset]:
-    """Check that ``draws`` are draws of the same parameters by one or more estimators.
-
-    Raises:
-        TypeError: If they are not a dict of Datasets.
-        ValueError: If there are none, or of different parameters or shapes, or too few.
-    """
+    """Check that ``draws`` are draws of the same parameters by one or more estimators."""
     if isinstance(draws, xr.Dataset):
         draws = {str(draws.attrs.get("estimator", "draws")): draws}
     if not isinstance(draws, Mapping) or not all(
@@ -241,11 +233,7 @@ def check_draws(draws: Any) -> dict[str, xr.Dataset]:
 
 
 def check_reference(reference: Any) -> None:
-    """Refuse a reference of another kind.
-
-    Raises:
-        TypeError: If it is not a Dataset.
-    """
+    """Refuse a reference that is not a Dataset."""
     if not isinstance(reference, xr.Dataset):
         raise TypeError(
             "reference must be a Dataset: what exact_gradient(...) returns, or draws[label] of an "
@@ -254,24 +242,14 @@ def check_reference(reference: Any) -> None:
 
 
 def blocks_of(dataset: xr.Dataset, *, each: bool = False) -> dict[str, Block]:
-    """Summarise draws: a block for each parameter, or each coordinate, and the block ``"all"``.
-
-    Raises:
-        ValueError: If projections were cut, or blocks of their coordinates are wanted.
-    """
+    """Summarise draws: a block for each parameter, or each coordinate, and the block ``"all"``."""
     return _summarise(dataset, dataset, each=each)
 
 
 def reference_blocks(
     reference: xr.Dataset, draws: xr.Dataset, *, each: bool = False
 ) -> dict[str, Block]:
-    """Summarise a reference for draws: an exact gradient, or draws of an unbiased estimator.
-
-    Raises:
-        TypeError: If it is not a Dataset.
-        ValueError: If a parameter is missing from it, has another shape or other coordinates, or
-            is not finite.
-    """
+    """Summarise a reference for draws: an exact gradient, or draws of an unbiased estimator."""
     check_reference(reference)
     for name in parameters_of(draws):
         _check_fit(reference, draws, name)

@@ -64,20 +64,12 @@ class Term:
 
 @dataclass(frozen=True)
 class Run:
-    """The result of one run.
+    """The result of one run."""
 
-    Attributes:
-        terms: ``log p`` and ``-log q`` of every site.
-        log_probs: For each latent site of the guide the log-probability of its value, neither
-            scaled nor masked: values are drawn from this distribution.
-        sites: The guide's latent sites.
-        subsamples: The sites of plates that draw a minibatch.
-    """
-
-    terms: list[Term]
-    log_probs: dict[str, Tensor]
-    sites: dict[str, Any]
-    subsamples: dict[str, Any]
+    terms: list[Term]  # log p and -log q of every site
+    log_probs: dict[str, Tensor]  # of the values of the guide's latents, neither scaled nor masked
+    sites: dict[str, Any]  # the guide's latents
+    subsamples: dict[str, Any]  # the sites of plates that draw a minibatch
 
 
 class _Given(Messenger):
@@ -99,14 +91,9 @@ def run(
 ) -> Run:
     """Run the guide at ``values``, and the model on the guide's.
 
-    Args:
-        call: The programs.
-        values: Values of latent sites of the guide, and indices of plates that draw a minibatch.
-            All others are drawn.
-        rows: Number of rows and the dimension, left of all plates, of a plate around both.
-
-    Raises:
-        ValueError: If one of the model's latent sites is missing from the guide.
+    ``values`` are those of latent sites, and the indices of plates that draw a minibatch. All
+    others are drawn. ``rows`` is the size and the dimension, left of all plates, of a plate around
+    both programs.
     """
     guide, model = call.guide, call.model
     if rows is not None:
@@ -153,29 +140,17 @@ def plates_of(site: Any) -> frozenset[CondIndepStackFrame]:
 
 @dataclass(frozen=True)
 class DiscreteSite:
-    """A discrete latent site.
-
-    Attributes:
-        name: Its name.
-        support: The values of one variable, ``(C,) + event_shape`` of the variable alone.
-        batch_shape: The site's batch shape.
-        inner_shape: The shape of the independent variables that ``to_event`` bundles.
-        plates: Its vectorised plates, by name and dimension.
-    """
+    """A discrete latent site."""
 
     name: str
-    support: Tensor
+    support: Tensor  # the values of one variable, (C,) + event_shape of the variable alone
     batch_shape: tuple[int, ...]
-    inner_shape: tuple[int, ...]
-    plates: dict[str, int]
+    inner_shape: tuple[int, ...]  # of the independent variables that to_event bundles
+    plates: dict[str, int]  # the dimensions of its vectorised plates
 
 
 def discrete_sites(sites: Mapping[str, Any]) -> list[DiscreteSite]:
-    """Describe the latent sites of a guide's run, in order.
-
-    Raises:
-        ValueError: If one of them cannot be enumerated.
-    """
+    """Describe the latent sites of a guide's run, in order."""
     found = []
     for name, site in sites.items():
         fn = unwrap(site["fn"])
@@ -198,17 +173,11 @@ def discrete_sites(sites: Mapping[str, Any]) -> list[DiscreteSite]:
 
 @dataclass(frozen=True)
 class States:
-    """All joint states, numbered, where elements of ``parallel`` plates take the same state.
-
-    Attributes:
-        sites: The sites.
-        parallel: Plates whose elements are independent of one another, and so summed one by one.
-        nesting: Number of dimensions that the programs' plates take.
-    """
+    """All joint states, numbered, where elements of ``parallel`` plates take the same state."""
 
     sites: list[DiscreteSite]
-    parallel: frozenset[str]
-    nesting: int
+    parallel: frozenset[str]  # plates whose elements are independent, and so summed one by one
+    nesting: int  # number of dimensions that the programs' plates take
 
     def shape(self, site: DiscreteSite) -> tuple[int, ...]:
         """The shape of a site's variables, where a parallel plate has one element."""
@@ -267,9 +236,6 @@ def find_minibatches(
     Returns:
         The minibatches of each subsampled plate, ``(number, batch)``; and the plates whose
         elements depend on the rest of their minibatch.
-
-    Raises:
-        ValueError: If there are more minibatches than ``max_states``.
     """
     with torch.no_grad():
         subsamples = run(call).subsamples

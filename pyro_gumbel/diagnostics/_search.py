@@ -33,14 +33,10 @@ _HORIZON = 100  # draws of the cheapest candidate that noise is averaged over, b
 
 
 class Budget:
-    """A budget, in seconds or in evaluations of the model.
-
-    Attributes:
-        unit: ``"seconds"`` or ``"evaluations"``: also the attribute of draws with their cost.
-    """
+    """A budget, in seconds or in evaluations of the model."""
 
     def __init__(self, unit: str, amount: float, counter: EvaluationCounter) -> None:
-        self.unit = unit
+        self.unit = unit  # also the attribute of draws with their cost
         self._counter = counter
         self.left = self.set_aside(amount)
 
@@ -56,37 +52,21 @@ class Budget:
 
 @dataclass(eq=False)
 class Trial:
-    """An estimator for each site, and what was found out about them.
-
-    Attributes:
-        label: Its name.
-        config: The estimator of each site.
-        num_particles: The particles that they need.
-        cost: Cost of a draw, in the budget's unit.
-        draws: Its draws, ``None`` while there are none.
-        row: Its row of the comparison, empty until it is judged.
-        failure: Why there are no draws.
-        skipped: Whether that was for want of budget.
-        warning: What was warned of while it ran.
-        misses_cost: Whether the warning was that an estimator misses a part of the cost.
-        error: The mean squared error after averaging.
-        error_mcse: Its standard error.
-        bounds: Between which ``error`` lies, two standard errors either way.
-    """
+    """An estimator for each site, and what was found out about them."""
 
     label: str
     config: dict[str, Estimator]
     num_particles: int
-    cost: float = math.nan
+    cost: float = math.nan  # of a draw, in the budget's unit
     draws: xr.Dataset | None = None
-    row: dict[str, Any] = field(default_factory=dict)
-    failure: str = ""
-    skipped: bool = False
+    row: dict[str, Any] = field(default_factory=dict)  # of the comparison, empty until judged
+    failure: str = ""  # why there are no draws
+    skipped: bool = False  # for want of budget
     warning: str = ""
-    misses_cost: bool = False
-    error: float = math.inf
+    misses_cost: bool = False  # the warning was that an estimator misses a part of the cost
+    error: float = math.inf  # mean squared error after averaging
     error_mcse: float = math.inf
-    bounds: tuple[float, float] = (0.0, math.inf)
+    bounds: tuple[float, float] = (0.0, math.inf)  # of the error, two standard errors either way
 
     @property
     def key(self) -> str:
@@ -132,25 +112,15 @@ class Trial:
 
 @dataclass
 class Search:
-    """Trials of candidates, the reference for their biases, and the budget.
-
-    Args:
-        call: The programs.
-        params: Names of the parameters to record.
-        vectorize_particles: Whether particles are evaluated in one run.
-        budget: What may be spent.
-        horizon: What noise is averaged over, in the budget's unit; ``None`` for the default.
-        seed: Seed of all draws.
-        reference: The exact gradient, where it is known.
-    """
+    """Trials of candidates, the reference for their biases, and the budget."""
 
     call: Call
     params: Params
     vectorize_particles: bool
     budget: Budget
-    horizon: float | None
+    horizon: float | None  # that noise is averaged over, in the budget's unit
     seed: int
-    reference: xr.Dataset | None
+    reference: xr.Dataset | None  # the exact gradient, where it is known
     trials: dict[str, Trial] = field(default_factory=dict)
 
     def run(self, rivals: list[Trial]) -> Iterator[str]:
@@ -325,11 +295,7 @@ class Search:
         return [dataset.assign_attrs(estimator=trial.label) for trial, dataset in labelled]
 
     def running(self) -> list[Trial]:
-        """The trials with finite gradients, judged.
-
-        Raises:
-            ValueError: If there is none.
-        """
+        """The trials with finite gradients, judged."""
         found = [trial for trial in self.trials.values() if trial.draws is not None]
         if not found:
             reasons = "; ".join(f"{t.label}: {t.failure}" for t in self.trials.values())

@@ -50,12 +50,7 @@ Params = Mapping[str, Any] | Iterable[str] | str | None
 
 
 def seeds(seed: int, number: int) -> list[int]:
-    """Spread one seed into several, for streams that do not overlap.
-
-    Raises:
-        TypeError: If ``seed`` is not an integer.
-        ValueError: If it is negative.
-    """
+    """Spread one seed into several, for streams that do not overlap."""
     if not is_integer(seed):
         raise TypeError(f"seed must be an integer such as seed=0; got {seed!r}.")
     if seed < 0:
@@ -131,11 +126,8 @@ class _Watch(Undo):
 def preserved() -> Iterator[Keeper]:
     """Put back, on leaving: parameters and their gradients, buffers, random number generators.
 
-    Parameters that a program makes inside are taken out of Pyro's store again.
-
-    Yields:
-        A keeper of what the parameter store does not know yet. It is called with leaves, and its
-        ``watch()`` has to be around the first run of the programs.
+    Parameters that a program makes inside are taken out of Pyro's store again. What no store knows
+    is shown to the keeper: leaves by a call, and by a ``watch()`` around the first run.
     """
     store = pyro.get_param_store()
     tables = (store._params, store._param_to_name, store._constraints)
@@ -154,21 +146,10 @@ def preserved() -> Iterator[Keeper]:
 
 @torch.no_grad()
 def find_parameters(call: Call, keep: Keeper, params: Params = None) -> dict[str, Tensor]:
-    """Run guide and model and list the unconstrained leaves behind their parameters.
+    """Run guide and model and list the unconstrained leaves of their parameters by name.
 
-    Args:
-        call: The programs and their arguments.
-        keep: Remembers tensors before anything is done to them.
-        params: Names or shell patterns to which the list is cut; or a dict of values to be given
-            to parameters, in their constrained space.
-
-    Returns:
-        Leaves by name, in the order in which the programs asked for them.
-
-    Raises:
-        TypeError: If ``params`` is of another kind.
-        ValueError: If a name is not a parameter's, a value has another shape or is outside the
-            parameter's constraint, or there is no parameter at all.
+    ``params`` has names or shell patterns to which the list is cut; or values to give to
+    parameters, in their constrained space.
     """
     sites: dict[str, Any] = {}
     for _ in range(_TRIALS):
@@ -229,11 +210,11 @@ def _select(leaves: dict[str, Tensor], params: Any) -> dict[str, Tensor]:
             "params must be names of parameters, such as params=['logits'], or a dict of their "
             f"values; got {params!r}."
         )
-    chosen: set[str] = set()
+    chosen: list[str] = []
     for pattern in patterns:
         found = [pattern] if pattern in leaves else fnmatch.filter(leaves, pattern)
         _check_known(pattern, found, leaves)
-        chosen.update(found)
+        chosen += found
     if not chosen:
         raise ValueError(f"params is empty; the parameters are {list(leaves)}.")
     return {name: leaf for name, leaf in leaves.items() if name in chosen}
@@ -245,11 +226,7 @@ def _check_known(name: str, found: list[str], leaves: dict[str, Tensor]) -> None
 
 
 def check_complete(leaves: dict[str, Tensor], params: Params) -> None:
-    """Refuse to go on if a gradient reached a parameter that the trial runs did not meet.
-
-    Raises:
-        ValueError: If there is such a parameter, though all are to be recorded.
-    """
+    """Refuse to go on if a gradient reached a parameter that the trial runs did not meet."""
     if params is not None and not isinstance(params, Mapping):
         return
     recorded = {id(leaf) for leaf in leaves.values()}
@@ -284,9 +261,6 @@ class EvaluationCounter(Messenger):
 
     A run counts with the number of elements, left of the model's own plates, of the site that has
     the most: particles and enumerated values are such elements.
-
-    Attributes:
-        total: Evaluations so far.
     """
 
     def __init__(self) -> None:

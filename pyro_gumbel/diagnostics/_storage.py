@@ -30,11 +30,7 @@ RESERVED = frozenset(_TAKEN.split())
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Refuse parameters whose names the draws need.
-
-    Raises:
-        ValueError: If there is one.
-    """
+    """Refuse parameters whose names the draws need."""
     taken = sorted(RESERVED & set(names))
     if taken:
         raise ValueError(
@@ -44,12 +40,7 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def check_dims(dims: Any, names: Collection[str]) -> None:
-    """Check that ``dims`` names dimensions of known parameters.
-
-    Raises:
-        TypeError: If it is not a dict of lists of names.
-        ValueError: If it has an unknown parameter, or a name that is taken.
-    """
+    """Check that ``dims`` has free names of dimensions of known parameters."""
     if dims is None:
         return
     if not isinstance(dims, Mapping) or not all(map(_are_names, dims.values())):
@@ -75,11 +66,7 @@ def _are_names(own: Any) -> bool:
 def dims_of(
     name: str, rank: int, dims: Mapping[str, Sequence[str]] | None, names: Container[Any]
 ) -> list[str]:
-    """The names of a parameter's own dimensions: the caller's, or ``<name>_dim_0``, ...
-
-    Raises:
-        ValueError: If the caller named another number of dimensions.
-    """
+    """The names of a parameter's own dimensions: the caller's, or ``<name>_dim_0``, ..."""
     if dims is None or name not in dims:
         return [free_name(f"{name}_dim_{axis}", names) for axis in range(rank)]
     if len(dims[name]) != rank:
@@ -97,15 +84,6 @@ class Recorder:
     ``project``, each draw's inner product with a few directions, its norm and its cosine, and once
     for all draws the moments of each coordinate. The directions are random, of length one, and the
     same in every call. The cosine is that with the mean of all other draws so far.
-
-    Args:
-        leaves: The parameters by name.
-        shape: Number of chains, and of draws in each.
-        dims: Names of the parameters' dimensions.
-        project: Number of directions.
-
-    Raises:
-        ValueError: If the draws need more than 4 GiB.
     """
 
     def __init__(

@@ -153,11 +153,11 @@ def _judge(
             if zs.max() > z:
                 worst, z = (name, int(zs.argmax())), float(zs.max())
     name, index = worst
-    coordinate = _coordinate(draws, name, index)
+    at = np.unravel_index(index, own_array(draws, name).shape) if name else ()
+    coordinate = f"{name}{list(map(int, at)) if at else ''}"
     if z > max_z:
-        raise AssertionError(
-            _explain_bias(coordinate, blocks[name], others[name], index, z, max_z)
-        )
+        message = _explain_bias(coordinate, blocks[name], others[name], index, z, max_z)
+        raise AssertionError(message)
     length = float(np.linalg.norm(others["all"].mean))
     resolution = math.sqrt(squared_error) / length if length else math.inf
     if resolution > _COARSE:
@@ -184,13 +184,6 @@ def _distances(
     error, distance = np.sqrt(variance + rounding**2), np.abs(mean - exact)
     z = np.divide(distance, error, out=np.zeros_like(error), where=distance != 0)
     return np.where(np.isfinite(distance) & np.isfinite(error), z, np.inf)
-
-
-def _coordinate(draws: xr.Dataset, name: str, index: int) -> str:
-    if not name:
-        return ""  # no parameter has an element
-    at = np.unravel_index(index, own_array(draws, name).shape)
-    return f"{name}{list(map(int, at)) if at else ''}"
 
 
 def _explain_bias(

@@ -341,27 +341,20 @@ def _rhat(label: str, norms: np.ndarray) -> float:
 
 
 def _site_table(draws: dict[str, xr.Dataset]) -> pd.DataFrame:
-    rows = {}
+    tables = {}
     for label, dataset in draws.items():
         if "site_effect" not in dataset.coords:
             raise ValueError(
                 f"by='site': for {label!r} the noise of single sites was not renewed. Write "
                 "gradient_draws(..., site_draws=200)."
             )
+        effects = dataset.coords["site_effect"].sum("parameter").transpose("site", "repeat")
+        table = pd.DataFrame(
+            {"variance": effects.values.mean(1)}, effects["site"].values.astype(str)
+        )
+        several = effects.sizes["repeat"] > 1
+        table["variance_mcse"] = stats.sem(effects.values, axis=1) if several else math.nan
         total = blocks_of(dataset)["all"].trace or math.nan
-        effects = dataset.coords["site_effect"].sum("parameter")
-        for site in effects.coords["site"].values:
-            values = effects.sel(site=site).values
-            variance = float(values.mean())
-            error = math.nan
-            if len(values) > 1:
-                error = float(values.std(ddof=1) / math.sqrt(len(values)))
-            rows[label, str(site)] = {
-                "variance": variance,
-                "variance_mcse": error,
-                "share": variance / total,
-                "share_mcse": error / total,
-            }
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    table.index = pd.MultiIndex.from_tuples(rows, names=["estimator", "site"])
-    return table
+        shares = {"share": table.variance / total, "share_mcse": table.variance_mcse / total}
+        tables[label] = table.assign(**shares)
+    return pd.concat(tables, names=["estimator", "site"])

@@ -208,14 +208,8 @@ def _named(label: str) -> Iterator[None]:
 class Replica:
     """One independent copy of an estimator, with the state that the original had.
 
-    Args:
-        choice: A config, an ``ELBO``, or a pair of the two.
-        call: The programs and their arguments.
-        num_particles: Number of particles where the choice has no ELBO.
-        vectorize_particles: Whether they are evaluated in one run, likewise.
-
-    Raises:
-        TypeError: If the choice is another pair.
+    ``choice`` is a config, an ``ELBO``, or a pair of the two; options of particles are for a
+    config alone.
     """
 
     def __init__(

@@ -125,8 +125,7 @@ def sum_states(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Compute the gradients by name, and the attributes that go with them.
 
-    Raises:
-        TimeoutError: If ``time.perf_counter()`` passes ``deadline``.
+    It raises a TimeoutError if ``time.perf_counter()`` passes ``deadline``.
     """
     with preserved() as keep, torch.enable_grad():
         seed_everything(seeds(seed, 1)[0])  # parameters are made as gradient_draws makes them
@@ -361,11 +360,7 @@ def _same(
 
 
 def _walk(call: Call, given: Mapping[str, Tensor], limit: int) -> Iterator[Tensor]:
-    """Yield the parts of the ELBO state by state, for programs whose course depends on values.
-
-    Raises:
-        ValueError: If there are more than ``limit``.
-    """
+    """Yield the parts of the ELBO state by state, for programs whose course depends on values."""
     waiting: list[dict[str, Tensor]] = [{}]
     visited = 0
     while waiting:

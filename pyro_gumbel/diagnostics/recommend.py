@@ -215,12 +215,7 @@ def _check_budget(
 
 
 def _candidates(sites: Mapping[str, Any], given: Any, num_particles: int | None) -> list[Trial]:
-    """Make a candidate of each estimator: it serves the sites that it can, a default the others.
-
-    Raises:
-        TypeError: If ``given`` is not a dict of estimators.
-        ValueError: If none of them can serve any site.
-    """
+    """Make a candidate of each estimator: defaults serve the sites that it cannot serve."""
     named = _known_estimators() if given is None else given
     if not isinstance(named, Mapping):
         raise TypeError(
@@ -266,11 +261,7 @@ def _default(fn: Any) -> Estimator:
 
 @torch.no_grad()
 def _latent_distributions(call: Call) -> dict[str, Any]:
-    """The distribution of each latent site of the guide.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """The distribution of each latent site of the guide."""
     trace = poutine.trace(call.guide).get_trace(*call.args, **call.kwargs)
     sites = {
         name: unwrap(trace.nodes[name]["fn"])
