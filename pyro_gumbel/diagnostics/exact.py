@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
@@ -111,25 +110,24 @@ def exact_gradient(
     check_coords(coords)
     max_states = integer("max_states", max_states, 1)
     call = Call(model, guide, args, kwargs)
-    gradients, attrs = sum_states(call, params, max_states, seed)
-    check_dims(dims, gradients)
-    variables = {
-        name: (dims_of(name, gradient.ndim, dims, gradients), gradient)
-        for name, gradient in gradients.items()
-    }
-    return xr.Dataset(variables, dict(coords or {}), attrs)
+    return sum_states(call, params, max_states, seed, dims=dims).assign_coords(dict(coords or {}))
 
 
 def sum_states(
-    call: Call, params: Params, max_states: int, seed: int, deadline: float = math.inf
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Compute the gradients by name, and the attributes that go with them.
-
-    It raises a TimeoutError if ``time.perf_counter()`` passes ``deadline``.
-    """
+    call: Call,
+    params: Params,
+    max_states: int,
+    seed: int,
+    *,
+    dims: Any = None,
+    deadline: float = math.inf,
+) -> xr.Dataset:
+    """Compute the gradient, until ``time.perf_counter()`` passes ``deadline``: TimeoutError."""
     with preserved() as keep, torch.enable_grad():
         seed_everything(seeds(seed, 1)[0])  # parameters are made as gradient_draws makes them
         leaves = find_parameters(call, keep, params)
+        check_dims(dims, leaves)
+        own_dims = {name: dims_of(name, leaf.dim(), dims, leaves) for name, leaf in leaves.items()}
         read_gradients(leaves)
         choices, dependent = find_minibatches(call, list(leaves.values()), max_states)
         batches = math.prod(map(len, choices.values()))
@@ -157,11 +155,9 @@ def sum_states(
                 if part.requires_grad:
                     (-part / batches).backward()
         check_complete(leaves, params)
-        gradients = {
-            name: gradient.detach().cpu().numpy().copy()
-            for name, gradient in zip(leaves, read_gradients(leaves), strict=True)
-        }
-    return gradients, {"loss": loss, "states": count, "estimator": "exact"}
+        gradients = [gradient.detach().cpu().numpy().copy() for gradient in read_gradients(leaves)]
+    variables = {n: (own_dims[n], gradient) for n, gradient in zip(leaves, gradients, strict=True)}
+    return xr.Dataset(variables, attrs={"loss": loss, "states": count, "estimator": "exact"})
 
 
 @torch.no_grad()

@@ -24,7 +24,6 @@ from pyro_gumbel.diagnostics._state import (
     seed_everything,
     seeds,
 )
-from pyro_gumbel.diagnostics._storage import dims_of
 from pyro_gumbel.diagnostics.exact import sum_states
 from pyro_gumbel.distributions.families import unwrap
 from pyro_gumbel.estimators import (
@@ -288,12 +287,11 @@ def _exact(
     else:
         max_states = min(max_states, int(share))
     try:
-        gradients, attrs = sum_states(call, params, max_states, seed, deadline)
+        exact = sum_states(call, params, max_states, seed, deadline=deadline)
     except (*FAILURES, TimeoutError):
         return None
-    counter.total += attrs["states"]
-    arrays = {n: xr.Variable(dims_of(n, g.ndim, None, ()), g) for n, g in gradients.items()}
-    return xr.Dataset(arrays, attrs=attrs)
+    counter.total += exact.attrs["states"]
+    return exact
 
 
 def _conclude(search: Search) -> Recommendation:
