@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.guide_programs import LOCS, WEIGHTS, X, log_joint, mixture
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
-from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_gumbel.estimators import ReinMax
 from pyro_gumbel.guides import AutoDiscrete
 from pyro_gumbel.infer import Estimator_ELBO
-
-WEIGHTS = torch.tensor([0.2, 0.5, 0.3])
-LOCS = torch.tensor([-2.0, 0.3, 1.5])
-X = torch.tensor([-1.7, -0.2, 0.4, 2.5, 0.9])
-
-
-def mixture(x: Tensor, size: int | None = None) -> None:
-    with pyro.plate("data", len(x), subsample_size=size):
-        batch = pyro.subsample(x, event_dim=0)
-        z = pyro.sample("z", dist.OneHotCategorical(WEIGHTS))
-        pyro.sample("x", dist.Normal(z @ LOCS, 1.0), obs=batch)
-
-
-def log_joint(x: Tensor) -> Tensor:
-    return WEIGHTS.log() + dist.Normal(LOCS, 1.0).log_prob(x[:, None])
 
 
 def set_exact(guide: AutoDiscrete, *args: Any) -> None:
@@ -178,27 +161,6 @@ def in_a_loop(x: Tensor) -> None:
 def masked(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Bernoulli(torch.tensor(0.4)).mask(x > 0))
-
-
-class MixtureModule(PyroModule):
-    def forward(self, x: Tensor) -> None:
-        mixture(x)
-
-
-def test_a_model_that_is_a_module_is_copied_and_assigned() -> None:
-    guide = AutoDiscrete(MixtureModule())
-    guide(X)
-    twin = copy.deepcopy(guide)
-    assert isinstance(twin.model, MixtureModule)
-    assert twin.model is not guide.model
-    both = copy.deepcopy([guide.model, guide])
-    assert both[1].model is both[0]
-    read = pickle.loads(pickle.dumps(guide))
-    read.model = model = MixtureModule()
-    assert read.model is model
-    assert "model" not in dict(read.named_modules())
-    for other in (twin, both[1], read):
-        assert torch.equal(other.posterior(X)["z"].probs, guide.posterior(X)["z"].probs)
 
 
 @pytest.mark.parametrize(
