@@ -12,6 +12,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor, nn
@@ -28,17 +29,8 @@ __all__ = ["EstimatorStates", "ModulesAtWork", "Surroundings", "Updater"]
 _PLAIN = (bool, int, float, str)
 _CALLS = (PyroOptim.__call__, PyroLRScheduler.__call__)
 # ASGD is not among them: its multi-tensor form rounds to float32.
-_MULTI_TENSOR = (
-    torch.optim.Adadelta,
-    torch.optim.Adagrad,
-    torch.optim.Adam,
-    torch.optim.Adamax,
-    torch.optim.AdamW,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.SGD,
-)
+_NAMES = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
+_MULTI_TENSOR = [getattr(torch.optim, name) for name in _NAMES]
 
 
 class EstimatorStates:
@@ -226,9 +218,8 @@ class ModulesAtWork(TorchFunctionMode):
 class Updater:
     """Hands gradients to a Pyro optimiser and leaves zeros in ``.grad``, as ``SVI`` does.
 
-    ``SVI`` makes zeros anew at each step and adds the gradients to them. Here the gradients take
-    the place of zeros that nobody has written to. What somebody has, the user or another ``SVI``,
-    counts as it does there.
+    ``SVI`` adds the gradients to the zeros. Here they take the place of zeros that nobody has
+    written to.
     """
 
     def __init__(self) -> None:
@@ -248,16 +239,18 @@ class Updater:
     ) -> None:
         """Take a step of the optimiser; gradients beyond the parameters' are left alone."""
         for parameter, gradient in zip(parameters, gradients, strict=False):
-            left = parameter.grad
-            if gradient is None and left is not None:
-                # A copy, for optimisers write to gradients by .data, which no version counts.
-                parameter.grad = left.clone()
-            elif left is None or gradient is None or self._is_resting(parameter):
-                parameter.grad = gradient
-            else:
-                parameter.grad = left + gradient
+            if gradient is not None:
+                left = None if self._has_zeros(parameter) else parameter.grad
+                parameter.grad = gradient if left is None else left + gradient
         self._step(optim, parameters)
-        self.lay_down(parameters)
+        zero_grads(parameters)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self._zeros[parameter] = (parameter.grad, parameter.grad._version)
+
+    def _has_zeros(self, parameter: Tensor) -> bool:
+        zeros, version = self._zeros.get(parameter, (None, 0))
+        return parameter.grad is zeros and (zeros is None or zeros._version == version)
 
     def _step(self, optim: PyroOptim, parameters: Sequence[Tensor]) -> None:
         """Call ``optim``, with one torch optimiser for all parameters of the same options.
@@ -292,29 +285,11 @@ class Updater:
         for parameter in parameters:
             optimizer = _optimizer(optim, parameter)
             group = optimizer.param_groups[0]
-            if not group.get("capturable") or not self._is_resting(parameter):
+            if not group.get("capturable") or not self._has_zeros(parameter):
                 return None
-            values += [value for name, value in group.items() if name != "params"]
             values += optimizer.state[parameter].values()
+            values += [value for name, value in group.items() if name != "params"]
         return [id(value) if isinstance(value, Tensor) else value for value in values]
-
-    def _is_resting(self, parameter: Tensor) -> bool:
-        """Return whether ``.grad`` is as it was left."""
-        zeros, version = self._zeros.get(parameter, (None, 0))
-        gradient = parameter.grad
-        return gradient is None or (gradient is zeros and gradient._version == version)
-
-    def lay_down(self, parameters: Iterable[Tensor]) -> None:
-        """Leave zeros where there is a gradient."""
-        for parameter in parameters:
-            gradient = parameter.grad
-            if gradient is not None:
-                zeros, version = self._zeros.get(parameter, (gradient, -1))
-                same = zeros.shape == gradient.shape and zeros.dtype == gradient.dtype
-                if zeros._version != version or not same or zeros.device != gradient.device:
-                    zeros = torch.zeros_like(gradient)
-                    self._zeros[parameter] = (zeros, zeros._version)
-                parameter.grad = zeros
 
 
 def _joint_options(optim: PyroOptim, parameter: Tensor) -> Any:

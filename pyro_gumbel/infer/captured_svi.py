@@ -17,7 +17,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import SVI
-from pyro.infer.util import is_validation_enabled
+from pyro.infer.util import is_validation_enabled, zero_grads
 from pyro.optim import PyroOptim
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.util import warn_if_nan
@@ -222,7 +222,7 @@ class CapturedSVI(SVI):
             surrogate.backward(retain_graph=self.elbo.retain_graph)
         unique = list(dict.fromkeys(params.values()))
         self.optim(unique)
-        self._updater.lay_down(unique)
+        zero_grads(unique)
         step = CapturedStep(
             self.elbo, params, estimators.values(), leaves, at_work.modules(), self.compile
         )
