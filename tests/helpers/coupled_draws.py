@@ -185,3 +185,73 @@ def step(site_type: type[BitSite], estimator: Any, vectorize: bool) -> Any:
     assert values.shape[1:] == (PARTICLES, *program.phi.shape)
     torch.testing.assert_close(site.cost, program.cost(values), **EXACT)
     return gradient, program, values
+
+
+def set_alpha(estimator, alpha):
+    with torch.no_grad():
+        estimator.alpha.fill_(alpha)
+    return estimator
+
+
+def set_scales(estimator):
+    """Coefficients far from their start, and a network that is not small."""
+    with torch.no_grad():
+        estimator.scales.copy_(torch.tensor([-0.7, 0.4]))
+        for parameter in estimator.network.parameters():
+            parameter.mul_(2.0)
+    return estimator
+
+
+def expectation(site_type, estimator, combinations):
+    """Average over ``[(values of shape (K, ...), probability), ...]``."""
+    blocks, probs = zip(*combinations, strict=True)
+    probs = torch.stack([torch.as_tensor(prob, dtype=DOUBLE) for prob in probs])
+    torch.testing.assert_close(probs.sum(), torch.ones((), dtype=DOUBLE), **EXACT)
+    site = site_type(1)
+    phi = site.phi.detach()
+    site.phi = phi.expand(len(blocks), *phi.shape[1:]).clone().requires_grad_()
+    site.size = len(blocks)
+    gradients, _ = site.gradient(prescribe(estimator, torch.stack(blocks, 1).to(DOUBLE)))
+    return (probs.reshape(-1, *[1] * (phi.dim() - 1)) * gradients).sum(0), site_type(1).exact()
+
+
+def per_bit(joint):
+    """Combinations of all bits: ``joint`` lists each bit's patterns over the ``K`` values."""
+    patterns, probs = zip(*joint, strict=True)
+    patterns = torch.tensor(patterns, dtype=DOUBLE)  # (patterns, K)
+    probs = torch.stack(probs)  # (patterns, bits)
+    combinations = []
+    for choice in itertools.product(range(len(patterns)), repeat=3):
+        value = torch.stack([patterns[c] for c in choice], -1)  # (K, bits)
+        prob = torch.stack([probs[c, bit] for bit, c in enumerate(choice)]).prod()
+        combinations.append((value, prob))
+    return [(value, prob) for value, prob in combinations if prob > 0]
+
+
+def independent(site, count):
+    """All combinations of ``count`` independent draws."""
+    states = site.states()
+    mass = site.log_mass(states, site.phi.detach()[0]).exp()
+    return [
+        (states[list(index)], mass[list(index)].prod())
+        for index in itertools.product(range(len(states)), repeat=count)
+    ]
+
+
+def check(site_type, estimator, combinations):
+    mean, exact = expectation(site_type, estimator, combinations)
+    assert exact.abs().min() > 0.01
+    torch.testing.assert_close(mean, exact, **EXACT)
+
+
+def ordered(site, count):
+    """Every ordered draw of different categories with its probability."""
+    probs = site.phi.detach()[0].softmax(-1)
+    combinations = []
+    for drawn in itertools.permutations(range(4), count):
+        left, prob = 1.0, 1.0
+        for category in drawn:
+            prob = prob * probs[category] / left
+            left = left - probs[category]
+        combinations.append((site.states()[list(drawn)], prob))
+    return combinations

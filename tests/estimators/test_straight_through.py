@@ -1,4 +1,4 @@
-"""Straight-through estimators, draw by draw: value and Jacobian as published."""
+"""Straight-through estimators: value and Jacobian as published, and exact cases."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
+from helpers.bit_costs import DRAWS, gradients
 from helpers.formulas import (
     EXACT,
     gapped_jacobian,
@@ -23,10 +24,9 @@ from pyro_gumbel.estimators import (
     GumbelRao,
     GumbelSoftmax,
     GumbelStraightThrough,
+    LocalExpectation,
     ReinMax,
-    ReinMaxRao,
     StraightThrough,
-    rao_blackwell,
 )
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
@@ -133,61 +133,6 @@ def test_gumbel_softmax_draws_the_concrete_law_and_its_own_jacobian(temperature)
     assert scipy.stats.kstest(odds[finite].numpy(), scipy.stats.logistic.cdf).pvalue > TINY_P
 
 
-@pytest.mark.parametrize("num_samples", [1, 3, 23])
-def test_gumbel_rao_averages_jacobians_over_conditional_noise(monkeypatch, num_samples):
-    given = torch.randn(num_samples, 20, 4, dtype=DOUBLE)
-    _give_scores(monkeypatch, given)
-    logits = torch.randn(20, 4, dtype=DOUBLE)
-    _, jacobian = jacobian_of_draw(
-        GumbelRao(0.6, num_samples=num_samples),
-        one_hot,
-        logits,
-    )
-    expected = softmax_jacobian((given / 0.6).softmax(-1)).mean(0) / 0.6
-    torch.testing.assert_close(jacobian, expected, **EXACT)
-
-
-def test_reinmax_rao_replaces_the_midpoint_jacobian(monkeypatch):
-    given = torch.randn(7, 20, 4, dtype=DOUBLE)
-    asked = _give_scores(monkeypatch, given)
-    logits = torch.randn(20, 4, dtype=DOUBLE)
-    value, jacobian = jacobian_of_draw(ReinMaxRao(0.6, num_samples=7), one_hot, logits)
-    averaged = softmax_jacobian((given / 0.6).softmax(-1)).mean(0) / 0.6
-    expected = 2 * averaged - softmax_jacobian(logits.softmax(-1)) / 2
-    torch.testing.assert_close(jacobian, expected, **EXACT)
-    # The noise is drawn around log pi_D.
-    torch.testing.assert_close(asked[0].exp(), (logits.softmax(-1) + value) / 2, **EXACT)
-
-
-def _give_scores(monkeypatch, given):
-    """Hand out the given scores instead of drawing; return what they were asked for."""
-    asked, used = [], [0]
-
-    def scores(log_probs, hard, sample_shape=()):
-        asked.append(log_probs)
-        start = used[0]
-        used[0] += sample_shape[0]
-        return given[start : used[0]]
-
-    monkeypatch.setattr(rao_blackwell, "conditional_scores", scores)
-    return asked
-
-
-@pytest.mark.parametrize("chosen", [0, 2])
-def test_conditional_scores_have_the_law_of_gumbels_given_their_argmax(chosen):
-    """Against rejection: perturb, and keep what has the right argmax."""
-    probs = torch.tensor([0.2, 0.5, 0.3], dtype=DOUBLE)
-    hard = torch.eye(3, dtype=DOUBLE)[chosen]
-    ours = rao_blackwell.conditional_scores(probs.log(), hard, (5000,))
-    assert (ours.argmax(-1) == chosen).all()
-    gumbels = -torch.empty(40_000, 3, dtype=DOUBLE).exponential_().log() + probs.log()
-    kept = gumbels[gumbels.argmax(-1) == chosen]
-    for c in range(3):
-        assert scipy.stats.ks_2samp(ours[:, c].numpy(), kept[:, c].numpy()).pvalue > TINY_P
-    gaps = [(scores[:, chosen] - scores[:, 1]).numpy() for scores in (ours, kept)]
-    assert scipy.stats.ks_2samp(*gaps).pvalue > TINY_P
-
-
 def test_a_batch_of_temperatures_is_read_row_by_row():
     logits = torch.randn(3, 4, dtype=DOUBLE)
     temperatures = torch.tensor([0.5, 1.0, 2.0], dtype=DOUBLE)
@@ -288,7 +233,84 @@ def test_gumbel_softmax_differentiates_the_relaxed_objective(temperature):
     torch.testing.assert_close(loss, exact, **EXACT)
 
 
-@pytest.mark.parametrize("estimator", [GumbelRao, ReinMaxRao])
-def test_a_temperature_that_would_get_no_gradient_is_refused(estimator):
-    with pytest.raises(ValueError, match=rf"{estimator.__name__}\(temperature.detach\(\)\), or"):
-        estimator(torch.tensor(0.7, requires_grad=True))
+CATEGORIES = 5
+
+
+def mean_gradient(estimator, logits, slope):
+    """Average ``J(D) grad f(D)`` over all draws ``D`` with their exact probabilities."""
+    values, jacobians = jacobian_of_draw(estimator, one_hot, logits.expand(500, CATEGORIES))
+    total = torch.zeros_like(logits)
+    for c, probability in enumerate(logits.softmax(-1)):
+        rows = values.argmax(-1) == c
+        assert rows.any()
+        first = rows.nonzero()[0, 0]
+        total += probability * jacobians[first].T @ slope(values[first])
+    return total
+
+
+def quadratic(seed):
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(CATEGORIES, CATEGORIES, dtype=DOUBLE, generator=generator)
+    linear = torch.randn(CATEGORIES, dtype=DOUBLE, generator=generator)
+    logits = 0.5 * torch.randn(CATEGORIES, dtype=DOUBLE, generator=generator)
+    costs = matrix.diagonal() + linear  # f at the corners
+    exact = softmax_jacobian(logits.softmax(-1)) @ costs
+    return logits, lambda d: (matrix + matrix.T) @ d + linear, linear, exact
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_reinmax_is_exact_on_quadratics(seed):
+    logits, slope, _, exact = quadratic(seed)
+    torch.testing.assert_close(mean_gradient(ReinMax(), logits, slope), exact, **EXACT)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_straight_through_is_exact_on_linear_costs(seed):
+    logits, _, linear, _ = quadratic(seed)
+    found = mean_gradient(StraightThrough(), logits, lambda d: linear)
+    torch.testing.assert_close(found, softmax_jacobian(logits.softmax(-1)) @ linear, **EXACT)
+
+
+@pytest.mark.parametrize("estimator", [StraightThrough(), ReinMax(1.3), ReinMax(0.7)], ids=repr)
+def test_the_check_sees_who_is_not_exact_on_quadratics(estimator):
+    logits, slope, _, exact = quadratic(0)
+    found = mean_gradient(estimator, logits, slope)
+    assert (found - exact).norm() > 0.01 * exact.norm()
+
+
+def test_reinmax_is_exact_on_bits_whatever_the_cost():
+    """A function of one bit has three values at most that matter: 0, 1 and the slope at each."""
+    logits = torch.linspace(-3, 3, 7, dtype=DOUBLE)
+    theta = logits.sigmoid()
+    # f(b) = a b^2 + c b: f(1) - f(0) = a + c, slopes c at 0 and 2 a + c at 1.
+    a, c = 1.7, -0.4
+    total = torch.zeros(7, dtype=DOUBLE)
+    drawn = logits.expand(2000, 7).clone().requires_grad_()
+    bits = ReinMax().draw(dist.Bernoulli(logits=drawn))
+    (grads,) = torch.autograd.grad(bits.sum(), drawn)
+    for column in range(7):
+        for bit, slope, weight in ((0.0, c, 1 - theta), (1.0, 2 * a + c, theta)):
+            rows = bits[:, column] == bit
+            total[column] += weight[column] * grads[rows, column][0] * slope
+    torch.testing.assert_close(total, theta * (1 - theta) * (a + c), **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("p", "slope", "stuck"), [(1.5, 0.1060, 0.475), (2.0, 0.1000, 0.450), (3.0, 0.0753, 0.401)]
+)
+def test_polynomial_programming(p, slope, stuck):
+    """The exact slope; where straight-through stands still; and that ReinMax does not there."""
+
+    def cost(b):
+        return (b - 0.45).abs() ** p
+
+    logits = torch.full((DRAWS,), stuck, dtype=DOUBLE).logit()
+    exact = gradients(cost, logits[:1], LocalExpectation()).item() / (stuck * (1 - stuck))
+    assert exact == pytest.approx(slope, abs=1e-4)
+    still = gradients(cost, logits, StraightThrough())
+    # The place is given to three digits.
+    curvature = p * (0.55 ** (p - 1) + 0.45 ** (p - 1)) * stuck * (1 - stuck)
+    error = still.std() / DRAWS**0.5
+    assert still.mean().abs() < 5 * error + 5e-4 * curvature
+    moving = gradients(cost, logits, ReinMax())
+    assert moving.mean() > 10 * moving.std() / DRAWS**0.5

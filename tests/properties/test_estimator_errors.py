@@ -117,28 +117,6 @@ def test_a_site_that_cannot_be_served_is_named(estimator, family, need, instead,
         elbo.loss_and_grads(model, guide)
 
 
-@pytest.mark.parametrize("estimator", [SumAndSample(3), UnorderedSet(4)])
-def test_too_few_categories(estimator):
-    model, guide = one_site(SITES["one_hot"](), estimator)
-    with pytest.raises(ValueError, match=r"At site 'z'.*draws 4 different categories of 3"):
-        Estimator_ELBO().loss_and_grads(model, guide)
-
-
-@pytest.mark.parametrize("estimator", [SumAndSample(1), UnorderedSet(2)])
-def test_one_variable_is_needed(estimator):
-    fn = dist.OneHotCategorical(logits=torch.zeros(2, 2, 3)).to_event(1)
-    model, guide = one_site(fn, estimator)
-    with pytest.raises(ValueError, match=r"At site 'z'.*to_event joins its variables.*pyro.plate"):
-        Estimator_ELBO().loss_and_grads(model, guide)
-
-
-@pytest.mark.parametrize("estimator", [SumAndSample(1), UnorderedSet(2)])
-def test_an_event_of_one_variable_is_one(estimator):
-    fn = dist.OneHotCategorical(logits=torch.zeros(2, 1, 3)).to_event(1)
-    model, guide = one_site(fn, estimator)
-    assert Estimator_ELBO().loss_and_grads(model, guide).isfinite()
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -25,7 +25,6 @@ from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
 START = torch.tensor([[0.5, -0.2, 0.1], [-0.4, 0.3, 0.9]], dtype=torch.float64)
 WEIGHTS = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
-
 ONE_HOTS = {
     "derived": lambda logits: dist.OneHotCategorical(logits=logits + 0.0),
     "probs": lambda logits: dist.OneHotCategorical(probs=logits.softmax(-1)),

@@ -1,4 +1,4 @@
-"""What leave-one-out buys: variances against their exact values, by enumeration."""
+"""Baselines: gradients as published, draw by draw, and exact variances."""
 
 from __future__ import annotations
 
@@ -8,11 +8,68 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.formulas import EXACT
+from helpers.scored import DOUBLE, SIZE, Program, elbo_of
+from torch import nn
 
-from pyro_gumbel.estimators import LeaveOneOut, MovingAverage, Score
+from pyro_gumbel.estimators import LeaveOneOut, MovingAverage, NeuralBaseline, Score
 from pyro_gumbel.infer import Estimator_ELBO
 
-DOUBLE = torch.float64
+
+@pytest.mark.parametrize("num_particles", [2, 5])
+def test_leave_one_out(vectorize, num_particles):
+    """Element by element: 1 / (R - 1) sum_r (f_r - mean f) score_r."""
+    program = Program()
+    draws = program.step(elbo_of(num_particles, vectorize), Score(LeaveOneOut()))
+    costs = program.costs(draws)
+    centred = (costs - costs.mean(0)).unsqueeze(-1)
+    expected = -(centred * program.scores(draws)).sum(0) / (num_particles - 1)
+    torch.testing.assert_close(program.phi.grad, expected, **EXACT)
+
+
+def test_moving_average(vectorize):
+    """The mean of past steps, the last weighing most; nothing before the first."""
+    program, baseline = Program(), MovingAverage(decay=0.7)
+    past = []
+    for step in range(4):
+        program.phi.grad = None
+        draws = program.step(elbo_of(3, vectorize), Score(baseline))
+        weights = [0.7 ** (step - 1 - s) for s in range(step)]
+        total = sum(w * m for w, m in zip(weights, past, strict=True))
+        expected = total / sum(weights) if past else 0.0
+        torch.testing.assert_close(program.phi.grad, program.expect(draws, expected), **EXACT)
+        past.append(program.costs(draws).mean())
+
+
+def test_neural_baseline(vectorize):
+    """Subtracts a prediction from the input; is itself trained by squared error."""
+    program = Program()
+    module = nn.Linear(4, 1).double()
+    x = torch.randn(SIZE, 4, dtype=DOUBLE)
+    draws = program.step(elbo_of(3, vectorize), Score(NeuralBaseline(module, "x")), x)
+    prediction = module(x).squeeze(-1)
+    expected = program.expect(draws, prediction.detach())
+    torch.testing.assert_close(program.phi.grad, expected, **EXACT)
+    loss = ((program.costs(draws) - prediction) ** 2).sum(-1).mean()
+    for parameter in module.parameters():
+        (grad,) = torch.autograd.grad(loss, parameter, retain_graph=True)
+        torch.testing.assert_close(parameter.grad, grad, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "read",
+    ["x", lambda x: x, lambda *args, **kwargs: args[0]],
+    ids=["by_name", "by_callable", "by_position"],
+)
+def test_neural_baseline_reads_its_input(read):
+    program = Program()
+    module = nn.Linear(4, 1).double()
+    x = torch.randn(SIZE, 4, dtype=DOUBLE)
+    draws = program.step(elbo_of(2, vectorize=True), Score(NeuralBaseline(module, read)), x)
+    expected = program.expect(draws, module(x).squeeze(-1).detach())
+    torch.testing.assert_close(program.phi.grad, expected, **EXACT)
+
+
 COPIES = 100_000
 ODDS = [0.3, -1.5]  # near probability 1/2, where leave-one-out is at its best, and far from it
 

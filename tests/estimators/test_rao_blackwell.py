@@ -1,85 +1,92 @@
-"""What straight-through estimators are exact for, and what averaging over noise buys."""
+"""Estimators averaged over conditional noise: formulas, means and variances."""
 
 from __future__ import annotations
 
 import pyro.distributions as dist
 import pytest
+import scipy.stats
 import torch
-from helpers.formulas import EXACT, jacobian_of_draw, softmax_jacobian
+from helpers.formulas import (
+    EXACT,
+    jacobian_of_draw,
+    softmax_jacobian,
+)
 
 from pyro_gumbel.estimators import (
     GumbelRao,
     GumbelStraightThrough,
     ReinMax,
     ReinMaxRao,
-    StraightThrough,
+    rao_blackwell,
 )
 
 DOUBLE = torch.float64
-CATEGORIES = 5
+TINY_P = 2e-5
 
 
 def one_hot(logits):
     return dist.OneHotCategorical(logits=logits)
 
 
-def mean_gradient(estimator, logits, slope):
-    """Average ``J(D) grad f(D)`` over all draws ``D`` with their exact probabilities."""
-    values, jacobians = jacobian_of_draw(estimator, one_hot, logits.expand(500, CATEGORIES))
-    total = torch.zeros_like(logits)
-    for c, probability in enumerate(logits.softmax(-1)):
-        rows = values.argmax(-1) == c
-        assert rows.any()
-        first = rows.nonzero()[0, 0]
-        total += probability * jacobians[first].T @ slope(values[first])
-    return total
+@pytest.mark.parametrize("num_samples", [1, 3, 23])
+def test_gumbel_rao_averages_jacobians_over_conditional_noise(monkeypatch, num_samples):
+    given = torch.randn(num_samples, 20, 4, dtype=DOUBLE)
+    _give_scores(monkeypatch, given)
+    logits = torch.randn(20, 4, dtype=DOUBLE)
+    _, jacobian = jacobian_of_draw(
+        GumbelRao(0.6, num_samples=num_samples),
+        one_hot,
+        logits,
+    )
+    expected = softmax_jacobian((given / 0.6).softmax(-1)).mean(0) / 0.6
+    torch.testing.assert_close(jacobian, expected, **EXACT)
 
 
-def quadratic(seed):
-    generator = torch.Generator().manual_seed(seed)
-    matrix = torch.randn(CATEGORIES, CATEGORIES, dtype=DOUBLE, generator=generator)
-    linear = torch.randn(CATEGORIES, dtype=DOUBLE, generator=generator)
-    logits = 0.5 * torch.randn(CATEGORIES, dtype=DOUBLE, generator=generator)
-    costs = matrix.diagonal() + linear  # f at the corners
-    exact = softmax_jacobian(logits.softmax(-1)) @ costs
-    return logits, lambda d: (matrix + matrix.T) @ d + linear, linear, exact
+def test_reinmax_rao_replaces_the_midpoint_jacobian(monkeypatch):
+    given = torch.randn(7, 20, 4, dtype=DOUBLE)
+    asked = _give_scores(monkeypatch, given)
+    logits = torch.randn(20, 4, dtype=DOUBLE)
+    value, jacobian = jacobian_of_draw(ReinMaxRao(0.6, num_samples=7), one_hot, logits)
+    averaged = softmax_jacobian((given / 0.6).softmax(-1)).mean(0) / 0.6
+    expected = 2 * averaged - softmax_jacobian(logits.softmax(-1)) / 2
+    torch.testing.assert_close(jacobian, expected, **EXACT)
+    # The noise is drawn around log pi_D.
+    torch.testing.assert_close(asked[0].exp(), (logits.softmax(-1) + value) / 2, **EXACT)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_reinmax_is_exact_on_quadratics(seed):
-    logits, slope, _, exact = quadratic(seed)
-    torch.testing.assert_close(mean_gradient(ReinMax(), logits, slope), exact, **EXACT)
+def _give_scores(monkeypatch, given):
+    """Hand out the given scores instead of drawing; return what they were asked for."""
+    asked, used = [], [0]
+
+    def scores(log_probs, hard, sample_shape=()):
+        asked.append(log_probs)
+        start = used[0]
+        used[0] += sample_shape[0]
+        return given[start : used[0]]
+
+    monkeypatch.setattr(rao_blackwell, "conditional_scores", scores)
+    return asked
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_straight_through_is_exact_on_linear_costs(seed):
-    logits, _, linear, _ = quadratic(seed)
-    found = mean_gradient(StraightThrough(), logits, lambda d: linear)
-    torch.testing.assert_close(found, softmax_jacobian(logits.softmax(-1)) @ linear, **EXACT)
+@pytest.mark.parametrize("chosen", [0, 2])
+def test_conditional_scores_have_the_law_of_gumbels_given_their_argmax(chosen):
+    """Against rejection: perturb, and keep what has the right argmax."""
+    probs = torch.tensor([0.2, 0.5, 0.3], dtype=DOUBLE)
+    hard = torch.eye(3, dtype=DOUBLE)[chosen]
+    ours = rao_blackwell.conditional_scores(probs.log(), hard, (5000,))
+    assert (ours.argmax(-1) == chosen).all()
+    gumbels = -torch.empty(40_000, 3, dtype=DOUBLE).exponential_().log() + probs.log()
+    kept = gumbels[gumbels.argmax(-1) == chosen]
+    for c in range(3):
+        assert scipy.stats.ks_2samp(ours[:, c].numpy(), kept[:, c].numpy()).pvalue > TINY_P
+    gaps = [(scores[:, chosen] - scores[:, 1]).numpy() for scores in (ours, kept)]
+    assert scipy.stats.ks_2samp(*gaps).pvalue > TINY_P
 
 
-@pytest.mark.parametrize("estimator", [StraightThrough(), ReinMax(1.3), ReinMax(0.7)], ids=repr)
-def test_the_check_sees_who_is_not_exact_on_quadratics(estimator):
-    logits, slope, _, exact = quadratic(0)
-    found = mean_gradient(estimator, logits, slope)
-    assert (found - exact).norm() > 0.01 * exact.norm()
-
-
-def test_reinmax_is_exact_on_bits_whatever_the_cost():
-    """A function of one bit has three values at most that matter: 0, 1 and the slope at each."""
-    logits = torch.linspace(-3, 3, 7, dtype=DOUBLE)
-    theta = logits.sigmoid()
-    # f(b) = a b^2 + c b: f(1) - f(0) = a + c, slopes c at 0 and 2 a + c at 1.
-    a, c = 1.7, -0.4
-    total = torch.zeros(7, dtype=DOUBLE)
-    drawn = logits.expand(2000, 7).clone().requires_grad_()
-    bits = ReinMax().draw(dist.Bernoulli(logits=drawn))
-    (grads,) = torch.autograd.grad(bits.sum(), drawn)
-    for column in range(7):
-        for bit, slope, weight in ((0.0, c, 1 - theta), (1.0, 2 * a + c, theta)):
-            rows = bits[:, column] == bit
-            total[column] += weight[column] * grads[rows, column][0] * slope
-    torch.testing.assert_close(total, theta * (1 - theta) * (a + c), **EXACT)
+@pytest.mark.parametrize("estimator", [GumbelRao, ReinMaxRao])
+def test_a_temperature_that_would_get_no_gradient_is_refused(estimator):
+    with pytest.raises(ValueError, match=rf"{estimator.__name__}\(temperature.detach\(\)\), or"):
+        estimator(torch.tensor(0.7, requires_grad=True))
 
 
 def estimates(estimator, num_draws=40_000):

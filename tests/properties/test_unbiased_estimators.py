@@ -1,8 +1,7 @@
 """Coupled estimators against exact gradients: chains, plates, masks, scales, Normal neighbours.
 
 Every check asks for ``|z| < 5`` in every coordinate, and that the standard error of the mean
-gradient is below 2 % of the exact gradient's norm.
-"""
+gradient is below 2 % of the exact gradient's norm."""
 
 from __future__ import annotations
 
@@ -88,7 +87,6 @@ MIXED = {
     "nested_arms_set": ("nested", lambda: {"y": ARMS(3), "z": UnorderedSet(2)}),
     "nested_variates": ("nested", lambda: {"y": Rodeo(2, hidden=8), "z": DoubleControlVariate()}),
 }
-
 vectorized = pytest.mark.parametrize("vectorize", [False, True], ids=["looped", "vectorised"])
 
 
@@ -146,9 +144,9 @@ def test_estimators_mixed_in_one_program(mix, vectorize):
 
 
 def test_normal_scored_beside_rebar():
-    """160,000 estimates of two particles: the later site's law depends on the relaxed value."""
+    """40,000 estimates of two particles: the later site's law depends on the relaxed value."""
     choice = {"z": Rebar(0.8), "v": Score(LeaveOneOut())}
-    check("normal_one_hot", choice, num_particles=2, number=4 * MANY)
+    check("normal_one_hot", choice, num_particles=2, number=MANY)
 
 
 @pytest.mark.parametrize("estimator", BITS)
@@ -179,12 +177,12 @@ LEARNING = {
 }
 
 
-def trained(name, choice, num_steps=150):
+def trained(name, choice, num_steps=60):
     """Train the learnable parts through SVI; the program's own parameters stay."""
-    problem = copies(name, 100)
+    problem = copies(name, 50)
     problem.reset(torch.float64)
     before = {key: value.clone() for key, value in problem.params.items()}
-    optim = pyro.optim.Adam(lambda param: {"lr": 0.03 if param.startswith("gradient$") else 0.0})
+    optim = pyro.optim.Adam(lambda param: {"lr": 0.06 if param.startswith("gradient$") else 0.0})
     elbo = Estimator_ELBO(vectorize_particles=True, max_plate_nesting=2)
     svi = SVI(problem.model, config_gradient(problem.guide, choice), optim, loss=elbo)
     for _ in range(num_steps):
@@ -196,17 +194,17 @@ def trained(name, choice, num_steps=150):
 
 @pytest.mark.parametrize("case", LEARNING)
 def test_training_lowers_the_variance_and_leaves_no_bias(case):
-    """15,000 estimates before and after; their variances have errors of a few per cent."""
+    """5,000 estimates before, 15,000 after; their variances have errors of a few per cent."""
     name, make = LEARNING[case]
     choice = make()
-    before = check(name, choice)
+    before = copy_gradients(copies(name, COPIES // 3), choice)
     parts = list(choice.values()) if isinstance(choice, dict) else [choice]
     start = [param.detach().clone() for part in parts for param in part.parameters()]
     after = check(name, trained(name, choice))
     end = [param.detach() for part in parts for param in part.parameters()]
     assert all((a != b).any() for a, b in zip(start, end, strict=True))
     # The first parameter is the model's: no part of the estimator acts on its gradient.
-    assert after[:, 1:].var(0).sum() < 0.95 * before[:, 1:].var(0).sum()
+    assert after[:, 1:].var(0).sum() < 0.85 * before[:, 1:].var(0).sum()
 
 
 def test_learning_switched_off_trains_nothing():

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
-
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -187,56 +183,6 @@ def test_branches_without_graph_keep_none():
         elbo.loss_and_grads(model, configured)
         assert recorded == [True] + [False] * (len(recorded) - 1)
         assert len(recorded) > 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("joined", [True, False], ids=["to_event", "plate"])
-def test_local_expectation_of_many_variables_fits_in_memory(joined):
-    """64 sites of 8 categories at batch 100: peak memory of a process of its own, below 4 GB."""
-    program = f"""
-        import resource, torch, pyro, pyro.distributions as dist
-        from pyro_gumbel.estimators import LocalExpectation
-        from pyro_gumbel.infer import Estimator_ELBO, config_gradient
-        torch.set_num_threads(1)
-        batch, sites, classes, joined = 100, 64, 8, {joined}
-        encoder = torch.nn.Sequential(torch.nn.Linear(784, 512), torch.nn.ReLU(),
-                                      torch.nn.Linear(512, sites * classes))
-        decoder = torch.nn.Sequential(torch.nn.Linear(sites * classes, 512), torch.nn.ReLU(),
-                                      torch.nn.Linear(512, 784))
-        x = (torch.rand(batch, 784) > 0.5).float()
-        def law(logits, n):
-            fn = dist.OneHotCategorical(logits=logits)
-            return fn.to_event(1) if joined else fn
-        def program(logits, model):
-            with pyro.plate("images", batch, dim=-1):
-                if joined:
-                    z = pyro.sample("z", law(logits, None))
-                else:
-                    z = torch.stack([pyro.sample(f"z{{n}}", law(logits[..., n, :], n))
-                                     for n in range(sites)], -2)
-                if model:
-                    pixels = dist.Bernoulli(logits=decoder(z.flatten(-2))).to_event(1)
-                    pyro.sample("x", pixels, obs=x)
-        def model():
-            pyro.module("decoder", decoder)
-            program(torch.zeros(batch, sites, classes), True)
-        def guide():
-            pyro.module("encoder", encoder)
-            program(encoder(x).unflatten(-1, (sites, classes)), False)
-        elbo = Estimator_ELBO(vectorize_particles=True, max_plate_nesting=1)
-        elbo.loss_and_grads(model, config_gradient(guide, LocalExpectation()))
-        assert next(encoder.parameters()).grad.abs().sum() > 0
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=500,
-    )
-    kilobytes = int(run.stdout.split()[-1])
-    assert kilobytes < 4_000_000, kilobytes
 
 
 def test_branches_that_are_draws_are_rows_of_one_call():
