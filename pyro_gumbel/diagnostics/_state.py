@@ -130,10 +130,11 @@ def preserved() -> Iterator[Keeper]:
     is shown to the keeper: leaves by a call, and by a ``watch()`` around the first run.
     """
     store = pyro.get_param_store()
+    # Private: set_state copies into the store, so it cannot remove parameters or keep their order.
     tables = (store._params, store._param_to_name, store._constraints)
     contents = [dict(table) for table in tables]
     generators, keep = generator_states(), Keeper()
-    keep(store._params.values())
+    keep(dict(store.named_parameters()).values())
     try:
         yield keep
     finally:

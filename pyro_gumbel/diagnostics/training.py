@@ -168,6 +168,7 @@ def _fresh(optim: Any) -> PyroOptim:
     """An optimiser with the same settings and no past."""
     if isinstance(optim, PyroOptim):
         own = copy.copy(optim)
+        # The last is private: if it moves, a loaded state reaches the copy.
         own.optim_objs, own.grad_clip, own._state_waiting_to_be_consumed = {}, {}, {}
         return own
     wrong = TypeError(

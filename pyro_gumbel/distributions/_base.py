@@ -9,11 +9,14 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
+
+# Private: if these names move, this import fails. Nothing public counts the dispatch modes.
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _len_torch_dispatch_stack
 
 
 def plain_eager() -> bool:
     """Return whether this is eager PyTorch, without a compiler or ``torch.func`` transform."""
+    # Private: if it moves, the first draw raises AttributeError.
     return (
         not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
     )
@@ -105,7 +108,7 @@ class BaseDistribution(TorchDistribution):
             )
         new = type(self).__new__(type(self)) if _instance is None else _instance
         new.__dict__.update(self.__dict__)  # including has_rsample of the instance
-        new._batch_shape = batch_shape
+        new._batch_shape = batch_shape  # torch's expand methods set it too
         return new
 
     @property

@@ -179,6 +179,8 @@ def infer_one_hot_shapes(
 def value_dtype(fn: Any) -> torch.dtype:
     """Return the dtype of the parameters, which one-hot and Bernoulli values share."""
     own = getattr(fn, "dtype", None)
+    # Private in torch, as are _categorical and _is_view below: without them, reading the
+    # parameters of torch's distributions fails.
     return fn._param.dtype if own is None else own
 
 

@@ -118,6 +118,7 @@ def event_dims(fn: Distribution) -> int:
 
 def masks(fn: Distribution) -> list[Tensor | bool]:
     """List the masks of ``fn``, the outermost first."""
+    # Private in Pyro, here and below: if it is renamed, masked sites raise AttributeError.
     return [w._mask for w in wrappers(fn) if wraps_like(w, MaskedDistribution)]
 
 

@@ -26,7 +26,7 @@ _clock = itertools.count(1)
 def note_stored() -> int:
     """Record the tensors that the store has for estimators, and return the time."""
     now = next(_clock)
-    for name, stored in pyro.get_param_store()._params.items():
+    for name, stored in pyro.get_param_store().named_parameters():
         if name.startswith(STORE_PREFIX):
             _noticed.setdefault(stored, now)
     return now

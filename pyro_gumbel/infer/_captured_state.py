@@ -138,6 +138,7 @@ class Surroundings:
             (entries, name, value)
             for module in dict.fromkeys(modules)
             if not isinstance(module, Schedule)  # an input
+            # Private: the public iterators return copies, which cannot show a replaced entry.
             for entries in (module._parameters, module._buffers, module._modules, vars(module))
             for name, value in entries.items()
             if isinstance(value, (Tensor, nn.Module, *_PLAIN))
@@ -309,7 +310,7 @@ def _joint_options(optim: PyroOptim, parameter: Tensor) -> Any:
         or foreach is False
         or options.get("differentiable")
         or any(isinstance(value, (Tensor, list)) for value in options.values())
-        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_pre_hooks  # private: torch has no public list of hooks
         or optimizer._optimizer_step_post_hooks
         or len(params) + len(optimizer.param_groups) != 2
         or not (is_stateless or parameter in optimizer.state)

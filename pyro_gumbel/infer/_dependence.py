@@ -127,6 +127,8 @@ class Dependence(TorchFunctionMode):
         Returns:
             The tensor itself, or a copy if it is a view.
         """
+        # Private, here and below: torch has no public way to turn modes off, and this mode must
+        # not follow its own bookkeeping.
         with torch._C.DisableTorchFunction():
             carried = dict.fromkeys(self._marks(value), Mark.SMOOTH) if value.requires_grad else {}
             if self._restore and not value.requires_grad:

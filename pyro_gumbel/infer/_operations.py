@@ -132,6 +132,7 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+# Schemas are private: if they move, the first step that reads one raises AttributeError.
 @functools.cache
 def _written_places(func: Any) -> list[int]:
     arguments = func._schema.arguments
@@ -327,6 +328,7 @@ def _name(func: Any) -> str:
 
 def version(tensor: Tensor) -> int:
     """Return how often a tensor was written to, as far as torch counts it."""
+    # Private: torch has no public count of writes.
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -336,6 +338,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def _bare(tensor: Tensor) -> Tensor:
+    # Private: without it, wrappers of torch.func count as tensors of their own.
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor

@@ -260,6 +260,7 @@ def _played(graph: fx.Graph) -> Callable[..., Any]:
         if node.target is aten.mkldnn_rnn_layer.default:
             node.target = _with_workspace
         elif isinstance(node.target, torch._ops.OpOverload):
+            # Private: without it, each replayed operation passes through a Python layer.
             operation: Any = functools.partial(node.target._op)
             operation.__name__, operation.__module__ = node.name, __name__  # for FX
             node.target = operation
@@ -268,7 +269,7 @@ def _played(graph: fx.Graph) -> Callable[..., Any]:
 
 def _compiled(graph: fx.Graph) -> Callable[..., Any]:
     """Have ``torch.compile`` fuse the operations."""
-    from torch._inductor import config
+    from torch._inductor import config  # private: no public option gives eager random numbers
 
     compiled = torch.compile(fx.GraphModule({}, graph), fullgraph=True, dynamic=False)
 

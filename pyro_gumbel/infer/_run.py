@@ -39,7 +39,8 @@ from pyro_gumbel.infer._costs import Costs, EnumeratedSite, Frames, Term, analyt
 from pyro_gumbel.infer._dependence import Dependence, ReachedTerm
 from pyro_gumbel.infer._sampling import Layout, Path, Sampler, SharedSubsample
 
-_ALLOCATE = type(_DIM_ALLOCATOR).allocate.__code__  # where Pyro finds that two plates collide
+# Where Pyro finds that two plates collide. Private: if it moves, this import fails.
+_ALLOCATE = type(_DIM_ALLOCATOR).allocate.__code__
 
 __all__ = ["DeeperPlates", "Run", "collect", "plate_nesting", "run_programs"]
 

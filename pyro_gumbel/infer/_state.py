@@ -122,6 +122,7 @@ def move_like(estimator: Estimator, like: Tensor) -> None:
     """Move parameters and buffers to a tensor's device, and to its dtype if it is wider."""
     usual = torch.get_default_dtype()
     wide = torch.promote_types(usual, like.dtype)
+    # Private: Module.to cannot choose by dtype. If it moves, the first step raises AttributeError.
     estimator._apply(
         lambda tensor: tensor.to(like.device, wide if tensor.dtype == usual else tensor.dtype)
     )
@@ -148,7 +149,7 @@ def adopt_stored(site: str, estimator: Estimator) -> None:
     """
     adopted = False
     for key, parameter in _parameters(site, estimator):
-        stored = pyro.get_param_store()._params.get(key)
+        stored = dict(pyro.get_param_store().named_parameters()).get(key)
         if stored is None or stored is parameter or not parameter.requires_grad:
             continue
         if stored.shape == parameter.shape and is_newer(stored, estimator):

@@ -152,7 +152,7 @@ class CapturedSVI(SVI):
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         call = Call(self.model, self.guide, args, kwargs)
         parts = [self.model, self.guide, self.optim, self.elbo, self.elbo.default]
-        for handler in _PYRO_STACK:
+        for handler in _PYRO_STACK:  # private in Pyro: if it moves, this import fails
             parts += [type(handler), *getattr(handler, "__dict__", {}).values()]
         key = (spec, *map(_leaf_key, leaves), *map(_identity, parts), *self._settings())
         step = self._find(key)

@@ -194,6 +194,7 @@ class GradientMessenger(Messenger):
 
     def run(self, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a program under this handler, which a recursive guide enters only once."""
+        # Private in Pyro: if it moves, this import fails.
         if any(handler is self for handler in _PYRO_STACK):
             return program(*args, **kwargs)
         with self:

@@ -198,7 +198,7 @@ class _Round(Transform):
 
 def _round(support: constraints.Constraint) -> Transform:
     """Return a map to a discrete support while a model is relaxed; raise otherwise."""
-    for handler in _PYRO_STACK:
+    for handler in _PYRO_STACK:  # private in Pyro: if it moves, this import fails
         if isinstance(handler, ReparamMessenger):
             config = handler.config
             if not isinstance(config, dict) or any(
