@@ -200,6 +200,12 @@ def log_softmax(scores: Tensor) -> Tensor:
     return shifted - shifted.exp().sum(-1, keepdim=True).log()
 
 
+def entropy(log_probs: Tensor) -> Tensor:
+    """Return the entropy in nats over the last dimension."""
+    finite = log_probs.masked_fill(log_probs == -math.inf, 0.0)
+    return -(log_probs.exp() * finite).sum(-1)
+
+
 def log_coordinate(value: Tensor) -> Tensor:
     """Return the logarithm of coordinates of the simplex, clamped at the smallest normal number.
 

@@ -16,6 +16,7 @@ from pyro_gumbel.distributions._base import plain_eager
 from pyro_gumbel.distributions._categorical import CategoricalDistribution, infer_one_hot_shapes
 from pyro_gumbel.distributions._constraints import relaxed_simplex
 from pyro_gumbel.distributions._numerics import (
+    entropy,
     log_exponential_noise,
     noise_dtype,
     with_signature,
@@ -263,10 +264,7 @@ class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
 
     def entropy(self) -> Tensor:
         """Return the entropy in nats."""
-        log_probs = self._parameters.log_probs
-        finite = log_probs.masked_fill(log_probs == -math.inf, 0.0)
-        entropy = -(log_probs.exp() * finite).sum(-1)
-        return self._statistic(entropy)
+        return self._statistic(entropy(self._parameters.log_probs))
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Return all one-hot values, ``(C,) + batch_shape + (C,)``.

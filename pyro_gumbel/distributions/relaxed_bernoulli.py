@@ -12,8 +12,9 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
 from pyro_gumbel.distributions._base import as_floating, broadcast_shapes, checkable, may_cache
-from pyro_gumbel.distributions._categorical import check_one_given
+from pyro_gumbel.distributions._categorical import bit_log_masses, check_one_given
 from pyro_gumbel.distributions._numerics import (
+    entropy,
     exact_logit,
     log_coordinate_pair,
     logistic_noise,
@@ -136,11 +137,6 @@ class RelaxedBernoulli(Relaxation):
             self._cached_log_odds = log_odds
         return log_odds
 
-    def _log_masses(self) -> Tensor:
-        """Return log-probabilities of 0 and 1, ``batch_shape + (2,)``."""
-        log_odds = self._log_odds()
-        return torch.stack([logsigmoid(-log_odds), logsigmoid(log_odds)], -1)
-
     @property
     def probs(self) -> Tensor:
         """Probability of the value 1."""
@@ -172,7 +168,7 @@ class RelaxedBernoulli(Relaxation):
         return self._score(score, value)
 
     def _log_mass(self, value: Tensor) -> Tensor:
-        log_masses = self._log_masses()
+        log_masses = bit_log_masses(self)
         value = value.to(torch.promote_types(value.dtype, log_masses.dtype))
         return multilinear_log_prob(torch.stack([1 - value, value], -1), log_masses)
 
@@ -199,7 +195,7 @@ class RelaxedBernoulli(Relaxation):
     def variance(self) -> Tensor:
         """``p (1 - p)`` if ``straight_through``; otherwise unknown in closed form."""
         self._require_hard("variance")
-        return self._statistic(self._log_masses().sum(-1).exp())
+        return self._statistic(bit_log_masses(self).sum(-1).exp())
 
     @property
     def mode(self) -> Tensor:
@@ -210,9 +206,7 @@ class RelaxedBernoulli(Relaxation):
     def entropy(self) -> Tensor:
         """Return the entropy in nats if ``straight_through``."""
         self._require_hard("entropy")
-        log_masses = self._log_masses()
-        finite = log_masses.masked_fill(log_masses == -math.inf, 0.0)
-        return self._statistic(-(log_masses.exp() * finite).sum(-1))
+        return self._statistic(entropy(bit_log_masses(self)))
 
     def _hard_support(self, expand: bool) -> Tensor:
         values = torch.arange(2, dtype=self.dtype, device=self._given.device)

@@ -1,4 +1,4 @@
-"""What every distribution here does: shapes, copies, transforms, compilation, Pyro's wrappers."""
+"""All distributions: shapes, copies, transforms, compilation, Pyro's wrappers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Gumbel distribution against scipy, and where float32 used to fail."""
+"""The Gumbel distribution against scipy, and its tails in float32."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def test_a_probability_that_underflows_where_the_other_is_zero(p):
 
 
 def test_zeros_outlast_expansion():
-    """Whether torch has computed the logits before or not."""
+    """Test with and without logits that torch has computed."""
     for look in (lambda d: None, lambda d: d.logits):
         other = dist.OneHotCategorical(probs=torch.tensor([0.5, 0.5, 0.0]))
         look(other)

@@ -1,4 +1,4 @@
-"""Gumbel and logistic noise: the right law, finite, in float32 or better."""
+"""Gumbel and logistic noise: distribution, precision and finite values."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def test_enumeration_in_pyro():
 
 @pytest.mark.parametrize("form", ["probs", "logits"])
 def test_torch_code_for_one_hot_vectors_serves_it(form):
-    """What is written for OneHotCategorical reads its parts, which are made when asked for."""
+    """Functions written for OneHotCategorical read its parts, which are computed on demand."""
     law = torch.distributions.OneHotCategorical
     probs = torch.tensor([0.2, 0.3, 0.5])
     numbers = {form: probs if form == "probs" else probs.log()}

@@ -1,4 +1,4 @@
-"""The Concrete law on the simplex and in log space."""
+"""The Concrete distribution on the simplex and in log space."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_law_of_long_rows_across_their_chunks(offset):
 
 
 def test_many_equal_categories():
-    """What decides among many is the fine end of the noise."""
+    """Small noise decides among many categories."""
     drawn = draw(torch.zeros(5000), (400,))
     place = drawn.argmax(-1)
     assert abs(count_z(int((place < 1250).sum()), 400, 0.25)) < 5
@@ -122,7 +122,7 @@ def test_recordings_draw_anew():
 
 @pytest.mark.parametrize(("kernel", "sizes"), [("rows", {"ROWS": 64, "WIDTH": 16}), ("chunk", {})])
 def test_kernels_compile_for_gpus(kernel, sizes, tmp_path):
-    """No GPU is needed for that; the interpreter takes more than the compiler does."""
+    """This needs no GPU. The interpreter accepts more than the compiler does."""
     program = f"""
 import triton
 from triton.backends.compiler import GPUTarget

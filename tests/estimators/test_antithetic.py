@@ -129,7 +129,7 @@ def test_tree_has_the_exact_mean():
 @dtypes
 @pytest.mark.parametrize("estimator", [DisARM(), ARMS(2), ARMS(3), ARMS(4), ARMS(6)], ids=repr)
 def test_bits_of_a_copula(estimator, dtype):
-    """Whole patterns of K, at each of five probabilities."""
+    """Test the joint distribution of K draws, at each of five probabilities."""
     values = bits(estimator, dtype)
     theta = torch.tensor(BIT_LOGITS, dtype=torch.float64).sigmoid()
     law = dict(pattern_law(theta, estimator.num_values))
@@ -141,7 +141,7 @@ def test_bits_of_a_copula(estimator, dtype):
 
 @pytest.mark.parametrize("num_samples", [2, 3, 5])
 def test_published_pair_probability(num_samples):
-    """The two ways to write P11 agree, and the marginal is the guide's."""
+    """Both formulas of P11 agree, and the marginal is that of the guide."""
     theta = torch.tensor([0.1, 0.3, 0.5], dtype=torch.float64)
     law = list(pattern_law(theta, num_samples))
     both = sum(prob for pattern, prob in law if pattern[0] and pattern[1])
@@ -154,7 +154,7 @@ def test_published_pair_probability(num_samples):
 @dtypes
 @pytest.mark.parametrize("num_categories", [2, 3, 4, 5])
 def test_pairs_of_walks(num_categories, dtype):
-    """Joint law of the two categories of a tree, padded where it is no power of two."""
+    """Test the joint distribution of both categories, also in a padded tree."""
     logits = torch.tensor([0.4, -1.1, 0.9, 0.1, -0.3], dtype=torch.float64)[:num_categories]
     pair = categories(DisARMTree(), dtype, logits).argmax(-1)
     leaves = 1 << (num_categories - 1).bit_length()
@@ -167,7 +167,7 @@ def test_pairs_of_walks(num_categories, dtype):
 
 
 def _walks(weights):
-    """Joint probabilities of two walks below a node: antithetic there, apart once they part."""
+    """Joint probabilities of two walks below a node, independent once they part."""
     if len(weights) == 1:
         return torch.ones(1, 1, dtype=torch.float64)
     left, right = weights.chunk(2)
@@ -186,7 +186,7 @@ def _walks(weights):
     [(0.45, 0.1), (0.45, 0.5), (0.49, 0.25), (0.49, 0.5), (0.499, 0.1), (0.49, 0.8)],
 )
 def test_squared_error_of_a_bit(t, theta):
-    """Variances of leave-one-out and DisARM in closed form; none is left at one half."""
+    """Compare variances of leave-one-out and DisARM with their closed forms."""
     a, spread = 1 - 2 * t, theta * (1 - theta)
     rarer, s = min(theta, 1 - theta), 2 * theta * (1 - theta)
     logits = torch.full((DRAWS,), theta, dtype=DOUBLE).logit()

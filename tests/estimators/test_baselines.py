@@ -28,7 +28,7 @@ def test_leave_one_out(vectorize, num_particles):
 
 
 def test_moving_average(vectorize):
-    """The mean of past steps, the last weighing most; nothing before the first."""
+    """The baseline is the weighted mean of past steps, and zero in the first."""
     program, baseline = Program(), MovingAverage(decay=0.7)
     past = []
     for step in range(4):
@@ -42,7 +42,7 @@ def test_moving_average(vectorize):
 
 
 def test_neural_baseline(vectorize):
-    """Subtracts a prediction from the input; is itself trained by squared error."""
+    """The prediction is subtracted, and is trained by squared error."""
     program = Program()
     module = nn.Linear(4, 1).double()
     x = torch.randn(SIZE, 4, dtype=DOUBLE)
@@ -82,7 +82,7 @@ def log_joint_minus_log_q(bit, odds):
 
 
 def exact_variances(num_particles, odds):
-    """Of the plain and the leave-one-out estimate, over the number of ones among the draws."""
+    """Sum over the number of ones to get both estimates' variances."""
     theta = 1 / (1 + math.exp(-odds))
     cost, score = [log_joint_minus_log_q(bit, odds) for bit in (0.0, 1.0)], [-theta, 1 - theta]
     moments = {"plain": [0.0, 0.0], "leave_one_out": [0.0, 0.0]}
@@ -106,7 +106,7 @@ def exact_variances(num_particles, odds):
 
 
 def closed_forms(num_particles, odds):
-    """The same, as the docstring of ``LeaveOneOut`` states them."""
+    """Return the closed forms of the docstring of ``LeaveOneOut``."""
     theta = 1 / (1 + math.exp(-odds))
     at_zero, at_one = (log_joint_minus_log_q(bit, odds) for bit in (0.0, 1.0))
     v = theta * (1 - theta)
@@ -118,7 +118,7 @@ def closed_forms(num_particles, odds):
 
 
 def gradients(estimator, num_particles, odds=ODDS[0]):
-    """Independent estimates, one a copy."""
+    """Return independent estimates, one for each copy."""
     odds = torch.full((COPIES,), odds, dtype=DOUBLE, requires_grad=True)
 
     def model():
@@ -152,7 +152,7 @@ def test_variances_of_a_bit_are_those_of_the_closed_forms(num_particles, odds):
     [(ODDS[0], 4, 5.9992), (ODDS[0], 16, 20.282), (ODDS[1], 4, 0.058569), (ODDS[1], 32, 0.071304)],
 )
 def test_leave_one_out_against_no_baseline(odds, num_particles, ratio):
-    """100,000 estimates each: both variances are the exact ones, and so is their ratio."""
+    """With 100,000 estimates both variances and their ratio are exact."""
     exact = exact_variances(num_particles, odds)
     plain = gradients(Score(), num_particles, odds)
     centred = gradients(Score(LeaveOneOut()), num_particles, odds)
@@ -163,7 +163,7 @@ def test_leave_one_out_against_no_baseline(odds, num_particles, ratio):
 
 
 def test_a_moving_average_lowers_the_variance_of_one_particle():
-    """From the second step on; the first has no past."""
+    """The first step has no past, so the second has the lower variance."""
     estimator = Score(MovingAverage(0.9))
     first, second = gradients(estimator, 1), gradients(estimator, 1)
     plain = gradients(Score(), 1)

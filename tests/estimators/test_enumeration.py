@@ -1,4 +1,4 @@
-"""Local expectations: formulas, exact means, memory. Sums over supports are in properties/."""
+"""Local expectations: formulas, exact means and memory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_local_expectation_of_bits_follows_its_formula(vectorize):
 
 
 def test_local_expectation_of_bits_has_the_exact_mean():
-    """Variable by variable turned round, the others held."""
+    """Flip each variable, with the others fixed."""
     turned = torch.cat([torch.zeros(1, 3, dtype=DOUBLE), torch.eye(3, dtype=DOUBLE)])
     combinations = [((value - turned).abs(), prob) for value, prob in independent(BitSite(1), 1)]
     check(BitSite, LocalExpectation(), combinations)

@@ -15,7 +15,7 @@ from pyro_gumbel.infer import config_gradient
 
 @pytest.mark.parametrize("landing", [False, True])
 def test_pathwise(vectorize, landing):
-    """Log q with or without the gradient through its parameters alone."""
+    """Test log q with and without its score."""
     loc = torch.tensor([0.3, -1.0], dtype=DOUBLE).requires_grad_()
     log_scale = torch.tensor([0.1, -0.5], dtype=DOUBLE).requires_grad_()
     seen = []

@@ -55,7 +55,7 @@ def test_reinmax_rao_replaces_the_midpoint_jacobian(monkeypatch):
 
 
 def _give_scores(monkeypatch, given):
-    """Hand out the given scores instead of drawing; return what they were asked for."""
+    """Replace the draws by given scores; return the list of the arguments."""
     asked, used = [], [0]
 
     def scores(log_probs, hard, sample_shape=()):
@@ -70,7 +70,7 @@ def _give_scores(monkeypatch, given):
 
 @pytest.mark.parametrize("chosen", [0, 2])
 def test_conditional_scores_have_the_law_of_gumbels_given_their_argmax(chosen):
-    """Against rejection: perturb, and keep what has the right argmax."""
+    """Compare with rejection sampling of perturbed logits with the right argmax."""
     probs = torch.tensor([0.2, 0.5, 0.3], dtype=DOUBLE)
     hard = torch.eye(3, dtype=DOUBLE)[chosen]
     ours = rao_blackwell.conditional_scores(probs.log(), hard, (5000,))
@@ -121,7 +121,7 @@ def mean_z(one, other):
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 @pytest.mark.parametrize("num_samples", [1, 10, 100])
 def test_gumbel_rao_has_gumbel_straight_throughs_mean_and_less_variance(temperature, num_samples):
-    """40,000 draws each: the means agree, the variance never grows, and falls from 10 on."""
+    """With 40,000 draws the means agree. The variance is lower from 10 samples on."""
     plain = estimates(GumbelStraightThrough(temperature))
     averaged = estimates(GumbelRao(temperature, num_samples=num_samples))
     assert mean_z(plain, averaged) < 5
@@ -134,7 +134,7 @@ def test_gumbel_rao_has_gumbel_straight_throughs_mean_and_less_variance(temperat
 
 
 def test_the_check_sees_another_mean():
-    """Another temperature is another mean: the comparison above can fail."""
+    """Estimators of different temperatures have different means."""
     assert mean_z(estimates(GumbelStraightThrough(1.0)), estimates(GumbelRao(0.8))) > 5
 
 
@@ -145,7 +145,7 @@ def test_reinmax_rao_lowers_reinmaxs_variance():
 
 
 def test_reinmax_rao_halves_a_linear_costs_gradient_when_cold():
-    """A tie with the draw is then the only way into the Jacobian, and half of all ties remain."""
+    """Only ties with the draw then enter the Jacobian, and half of them remain."""
     logits = torch.tensor([1.0, 0.0, -0.5], dtype=DOUBLE)
     _, jacobians = jacobian_of_draw(
         ReinMaxRao(0.01, num_samples=50), one_hot, logits.expand(40_000, 3)

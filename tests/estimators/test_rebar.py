@@ -97,7 +97,7 @@ def test_relax(site_type, vectorize):
 
 @dtypes
 def test_relaxed_pair_of_rebar_has_one_law(dtype):
-    """Given nothing, the conditional relaxation has the law of the unconditional one."""
+    """The conditional relaxation has the marginal distribution of the unconditional one."""
     _, free, given = categories(Rebar(0.7), dtype)
     for category in range(4):
         test = stats.ks_2samp(free[:, category].numpy(), given[:, category].numpy())

@@ -1,4 +1,4 @@
-"""Estimators by name: which there are, and which object a name stands for."""
+"""Names of estimators, and the object of each name."""
 
 from __future__ import annotations
 

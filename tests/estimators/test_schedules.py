@@ -1,4 +1,4 @@
-"""Temperatures that change with the number of steps: where they start, move and stay."""
+"""Schedules of temperatures: start, change and end."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def test_a_batch_of_temperatures_is_read_row_by_row():
 
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_temperatures_mean_the_same_looped_and_vectorised(vectorize):
-    """Three particles on a plate of three: a temperature may not slip to the particles."""
+    """With three particles and a plate of three, temperatures belong to the plate."""
     temperatures = torch.tensor([0.5, 1.0, 2.0], dtype=DOUBLE)
     weights = torch.randn(3, 4, dtype=DOUBLE)
     phi = torch.randn(3, 4, dtype=DOUBLE).requires_grad_()
@@ -205,7 +205,7 @@ def test_elbo_gradient_given_the_draws(name, vectorize):
 
 @pytest.mark.parametrize("temperature", [0.4, 1.5])
 def test_gumbel_softmax_differentiates_the_relaxed_objective(temperature):
-    """Log q enters with its parameters' gradient, and the value reported is the hard one."""
+    """Log q enters with its parameters' gradient, and the loss is that of the hard value."""
     prior = torch.tensor([0.1, 0.2, 0.7], dtype=DOUBLE)
     phi = torch.randn(3, dtype=DOUBLE).requires_grad_()
     seen = []
@@ -279,7 +279,7 @@ def test_the_check_sees_who_is_not_exact_on_quadratics(estimator):
 
 
 def test_reinmax_is_exact_on_bits_whatever_the_cost():
-    """A function of one bit has three values at most that matter: 0, 1 and the slope at each."""
+    """Test a quadratic cost of a Bernoulli variable."""
     logits = torch.linspace(-3, 3, 7, dtype=DOUBLE)
     theta = logits.sigmoid()
     # f(b) = a b^2 + c b: f(1) - f(0) = a + c, slopes c at 0 and 2 a + c at 1.
@@ -299,7 +299,7 @@ def test_reinmax_is_exact_on_bits_whatever_the_cost():
     ("p", "slope", "stuck"), [(1.5, 0.1060, 0.475), (2.0, 0.1000, 0.450), (3.0, 0.0753, 0.401)]
 )
 def test_polynomial_programming(p, slope, stuck):
-    """The exact slope; where straight-through stands still; and that ReinMax does not there."""
+    """Test the exact gradient, the point where straight-through has none, and ReinMax there."""
 
     def cost(b):
         return (b - 0.45).abs() ** p

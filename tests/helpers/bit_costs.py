@@ -32,7 +32,7 @@ def gradients(cost, logits, estimator, num_particles=1, event=False):
 
 
 def check_variance(draws, mean, variance):
-    """Squared deviations from the known mean, by z-score; 100,000 draws."""
+    """Compare mean and variance of 100,000 draws with their exact values."""
     assert abs(draws.mean() - mean) < 5 * draws.std() / len(draws) ** 0.5 + 1e-15
     squares = (draws - mean) ** 2
     error = squares.std() / len(draws) ** 0.5

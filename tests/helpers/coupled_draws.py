@@ -1,4 +1,4 @@
-"""One plate of discrete sites whose coupled draws are recorded or prescribed, and their laws."""
+"""Plates of discrete sites with recorded or prescribed coupled draws, and exact means."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARTICLES = 3
 
 
 class BitSite:
-    """Elements of three bits each, joined by ``to_event``, with a cost that is not linear."""
+    """Elements of three Bernoulli variables joined by ``to_event``, with a nonlinear cost."""
 
     variables = 3
     prior = torch.tensor([0.6, -0.3, 0.2], dtype=DOUBLE)
@@ -56,7 +56,7 @@ class BitSite:
         return theta * (1 - theta) * slope
 
     def cost(self, z: Tensor) -> Tensor:
-        """``f = log p - log q``, the guide's parameters held."""
+        """``f = log p - log q``, with the guide's parameters detached."""
         return (
             self.reward(z)
             + self.log_mass(z, self.prior.expand_as(self.phi))
@@ -78,7 +78,7 @@ class BitSite:
             pyro.sample("z", self.law(self.phi))
 
     def gradient(self, estimator: Any, *, num_particles: int = 1, vectorize: bool = True) -> Any:
-        """Take a step: each element's gradient of the ELBO, and the site as it was seen."""
+        """Take a step; return each element's gradient of the ELBO, and the site."""
         seen = []
         surrogate = estimator.surrogate
 
@@ -140,7 +140,7 @@ class OneHotSite(BitSite):
 
 
 def prescribe(estimator: Any, block: Tensor) -> Any:
-    """Let an estimator draw what it is told, ``(K, elements, ...)``."""
+    """Replace the draws of an estimator by ``block``, ``(K, elements, ...)``."""
     differentiates = estimator.route is Route.COST_GRADIENT
 
     def draw_block(fn: Any, event_dims: int) -> Tensor:
@@ -154,7 +154,7 @@ def prescribe(estimator: Any, block: Tensor) -> Any:
 
 
 def pattern_law(theta: Tensor, num_samples: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Joint law of ``K`` bits of a Dirichlet copula, by inclusion and exclusion.
+    """Joint distribution of ``K`` bits of a Dirichlet copula, by inclusion and exclusion.
 
     With :math:`p` the probability of the rarer value, ``m`` given draws all take it with
     probability :math:`\\max(0, m p^{1/(K-1)} - m + 1)^{K-1}`.
@@ -178,7 +178,7 @@ def pattern_law(theta: Tensor, num_samples: int) -> Iterator[tuple[tuple[int, ..
 
 
 def step(site_type: type[BitSite], estimator: Any, vectorize: bool) -> Any:
-    """The gradient that came, the program, and the values drawn, ``(K, R, elements, ...)``."""
+    """Return the gradient, the program, and the values drawn, ``(K, R, elements, ...)``."""
     program = site_type(2)
     gradient, site = program.gradient(estimator, num_particles=PARTICLES, vectorize=vectorize)
     values = site.values.detach()
@@ -194,7 +194,7 @@ def set_alpha(estimator, alpha):
 
 
 def set_scales(estimator):
-    """Coefficients far from their start, and a network that is not small."""
+    """Set coefficients far from their start, and enlarge the network."""
     with torch.no_grad():
         estimator.scales.copy_(torch.tensor([-0.7, 0.4]))
         for parameter in estimator.network.parameters():

@@ -16,7 +16,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 def chi_square(codes, probs):
-    """P-value of integer codes against their probabilities; the impossible must not come."""
+    """Return the p-value of integer codes, and check that impossible ones are absent."""
     counts = torch.bincount(codes.flatten(), minlength=len(probs)).double()
     possible = probs > 0
     assert counts[~possible].sum() == 0
@@ -31,7 +31,7 @@ def chi_square(codes, probs):
 
 
 def code(values, base):
-    """Number the patterns of ``(K, draws)`` categories, the first value's digit first."""
+    """Number the patterns of ``(K, draws)`` categories, the first value first."""
     total = torch.zeros_like(values[0])
     for value in values:
         total = base * total + value

@@ -63,7 +63,7 @@ def one_hot_chain(*, as_index: bool = False) -> Problem:
     mask = torch.tensor([True, False])
 
     def pick(table: Tensor, z: Tensor) -> Tensor:
-        """The row of a table that a value points at."""
+        """Return the row of a table that a value selects."""
         if not as_index:
             return (z.unsqueeze(-1) * table).sum(-2)
         index = z.long()[..., None, None].expand(*z.shape, 1, table.shape[-1])
@@ -102,7 +102,7 @@ def one_hot_chain(*, as_index: bool = False) -> Problem:
 
 
 def nested_plates() -> Problem:
-    """A bit for each element of the outer plate, a one-hot for each of both, subsampled."""
+    """A Bernoulli site in the outer plate, a one-hot site in both, subsampled."""
     rows = torch.tensor([0, 2])
 
     def model() -> None:
@@ -255,7 +255,7 @@ def copies(name: str, number: int) -> Problem:
 def copy_program(
     problem: Problem, event_dims: dict[str, int], number: int, nesting: int
 ) -> Problem:
-    """Put a program into a plate; parameters get a copy each, their batch filled up with ones."""
+    """Put a program into a plate, with a copy of the parameters for each element."""
 
     def wrap(program: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any) -> None:

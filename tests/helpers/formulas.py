@@ -1,4 +1,4 @@
-"""The published formulas of the estimators, by hand: what a draw must turn into."""
+"""The published formulas of the estimators, written by hand."""
 
 from __future__ import annotations
 

@@ -13,13 +13,13 @@ DTYPES = (torch.float64, torch.float32, *HALF)
 
 
 def mean_z(draws: Tensor, expected: float) -> float:
-    """Standard errors between the mean of independent draws and what it should be."""
+    """Return the error of the mean of independent draws in standard errors."""
     draws = draws.double().flatten()
     return (draws.mean().item() - expected) * math.sqrt(len(draws)) / draws.std().item()
 
 
 def count_z(hits: int, num_draws: int, probability: float) -> float:
-    """Standard errors between a count and its expectation."""
+    """Return the error of a count in standard errors."""
     spread = math.sqrt(num_draws * probability * (1 - probability))
     return (hits - num_draws * probability) / spread
 

@@ -1,4 +1,4 @@
-"""Tiny programs with exact gradients by enumeration, and gradient draws to hold against them."""
+"""Small programs with exact gradients by enumeration, and gradient draws to compare."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Problem:
     args: tuple[Any, ...] = field(default=())
 
     def reset(self, dtype: torch.dtype) -> None:
-        """Put fresh leaves into the param store."""
+        """Put new parameters into the store."""
         pyro.clear_param_store()
         for name, value in self.params.items():
             pyro.param(name, value.to(dtype).clone())

@@ -13,7 +13,7 @@ SIZE, CATEGORIES = 2, 3
 
 
 class Program:
-    """One plate of one-hot sites; remembers what the model was run on."""
+    """A plate of one-hot sites that records the values of the model's runs."""
 
     def __init__(self):
         self.prior = torch.tensor([0.1, 0.2, 0.7], dtype=DOUBLE).log()
@@ -50,7 +50,7 @@ class Program:
         return draws - self.phi.detach().softmax(-1)
 
     def expect(self, draws, baseline):
-        """What the published formula makes of these draws."""
+        """Return the gradient by the published formula."""
         centred = self.costs(draws) - baseline
         return -(centred.unsqueeze(-1) * self.scores(draws)).mean(0)
 

@@ -1,4 +1,4 @@
-"""Every error names the argument, what came and what to write instead."""
+"""Errors of distributions name the argument, its value and a remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws and their gradients are the same functions under vmap, grad and the compiler."""
+"""Draws and their gradients under vmap, grad and the compiler."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_gradients_by_row_follow_the_formula(name):
 
 @pytest.mark.parametrize("name", NOISY)
 def test_gradients_by_row_are_of_the_rows_own_draws(name):
-    """Rows of certain logits have no gradient, whatever the others' noise."""
+    """Rows of certain logits have no gradient, for any noise of the other rows."""
     logits, weight = example()
     logits[::2, :, 0] += 200.0
     by_row = torch.func.vmap(gradient_and_draw(NOISY[name], weight), randomness="different")

@@ -1,4 +1,4 @@
-"""What the coupled estimators cost: evaluations of the programs, and memory."""
+"""Costs of coupled estimators: evaluations of the programs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 
 
 class Counted:
-    """A chain of a site of three bits and a one-hot of four; counts rows of every model call."""
+    """A chain of a Bernoulli and a one-hot site that counts the rows of each model call."""
 
     def __init__(self):
         self.bits = torch.tensor([0.3, -0.2, 0.5], requires_grad=True)
@@ -44,7 +44,7 @@ class Counted:
         pyro.sample("z", dist.OneHotCategorical(logits=self.logits + y.sum(-1, keepdim=True)))
 
     def evaluations(self, choice, *, num_particles=1, vectorize=True, **options):
-        """Evaluations of a step that is not the first, which looks at the programs too."""
+        """Count the evaluations of the second step, since the first also checks the programs."""
         elbo = Estimator_ELBO(num_particles, vectorize_particles=vectorize, **options)
         guide = config_gradient(self.guide, choice)
         elbo.loss_and_grads(self.model, guide)
@@ -192,7 +192,7 @@ def test_branches_that_are_draws_are_rows_of_one_call():
 
 
 def test_relaxed_values_of_the_last_site_have_a_call_of_their_own():
-    """So that the main path's backward pass does not go through them."""
+    """The main path's backward pass then does not include them."""
     program = Counted()
     program.evaluations({"y": Rebar(), "z": Rebar()}, num_particles=5)
     assert program.rows == [5 * (1 + 2), 5 * 2]

@@ -1,4 +1,4 @@
-"""Where coupled estimators meet impossible values, extreme logits, odd programs, wrong sites."""
+"""Coupled estimators with impossible values, extreme logits and unusual programs."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_index_of_logit_minus_infinity(make):
 
 
 def certain_bit(logit):
-    """A bit beside one that is all but certain, or certain outright."""
+    """A Bernoulli variable beside one that is nearly or exactly certain."""
 
     def model():
         w = pyro.param("w")
@@ -121,7 +121,7 @@ def certain_bit(logit):
 @pytest.mark.parametrize("logit", [40.0, -1e4, math.inf, -math.inf])
 @pytest.mark.parametrize("make", FOR_BITS, ids=name_of)
 def test_certain_bits(make, logit, dtype):
-    """20,000 estimates against the uncertain bit's closed form; the certain one has none."""
+    """20,000 estimates against the closed form; the certain variable has zero gradient."""
     wide = copy_program(certain_bit(logit), {"w": 0, "phi": 0}, COPIES, 1)
     draws = copy_gradients(wide, make(), dtype=dtype)
     assert draws.isfinite().all()
@@ -140,7 +140,7 @@ def test_certain_bits(make, logit, dtype):
 
 @pytest.mark.parametrize("make", FOR_ONE_HOT, ids=name_of)
 def test_extreme_logits(make):
-    """A category of probability e^-60 and one all but certain: finite and small."""
+    """With a nearly certain category gradients are finite and small."""
     logits = torch.tensor([60.0, 0.0, 0.5, -30.0], requires_grad=True)
     guide = config_gradient(
         lambda: pyro.sample("z", dist.OneHotCategorical(logits=logits)), make()
@@ -195,7 +195,7 @@ def test_a_single_category_has_no_gradient(make):
 
 @vectorized
 def test_one_particle_in_nested_plates_without_graph(vectorize):
-    """A single row of the main path, further rows in later passes, at sites of fewer plates."""
+    """Test later passes of one particle at a site of fewer plates than the data."""
 
     def model():
         w = pyro.param("w")
@@ -219,7 +219,7 @@ def test_one_particle_in_nested_plates_without_graph(vectorize):
 
 
 def test_elements_that_meet_outside_the_plate_are_served_by_draws_of_the_guide():
-    """What the refusal names instead: 40 steps of 1,250 particles."""
+    """Test the recommended estimators in 40 steps of 1,250 particles."""
 
     def model():
         w = pyro.param("w")
@@ -243,7 +243,7 @@ def test_elements_that_meet_outside_the_plate_are_served_by_draws_of_the_guide()
 
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_a_site_that_is_coupled_in_some_runs_only(vectorize):
-    """Rows that were laid out for a site that does not come up are left out of the average."""
+    """Rows of a site that is absent from a run do not enter the average."""
     logits = torch.zeros(3, requires_grad=True)
     name = "early"
 
@@ -281,7 +281,7 @@ class CoupledScore(Estimator):
 
 @vectorized
 def test_later_sites_of_a_looped_chain_leave_value_gradients_alone(vectorize):
-    """Slopes of an earlier site are those of its own paths, however many branches come later."""
+    """Gradients of an earlier site do not depend on branches of later sites."""
     slopes = {}
 
     class Watching(DoubleControlVariate):
@@ -310,7 +310,7 @@ def test_later_sites_of_a_looped_chain_leave_value_gradients_alone(vectorize):
 
 
 def test_scaled_guide_and_model_scale_the_estimate():
-    """A scale around both programs multiplies the estimate of the same draws."""
+    """A scale of both programs multiplies the estimate of the same draws."""
     logits = torch.tensor([0.3, -0.4], requires_grad=True)
 
     def program(scale):

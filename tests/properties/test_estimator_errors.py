@@ -1,4 +1,4 @@
-"""What coupled estimators refuse: sites, plates, arguments; each named, with what would work."""
+"""Errors of coupled estimators about sites, plates and arguments."""
 
 from __future__ import annotations
 

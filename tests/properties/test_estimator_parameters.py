@@ -1,4 +1,4 @@
-"""How a distribution was given its parameters makes no difference to an estimator."""
+"""Estimates do not depend on the form of a distribution's parameters."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def critic():
 
 
 def gradient(law, estimator, *, bits, num_particles, vectorize):
-    """The gradient of one seed, and of the estimator's own parameters."""
+    """Return the gradients of the program's and the estimator's parameters for a fixed seed."""
     pyro.clear_param_store()
     prior = dist.Bernoulli(0.3) if bits else dist.OneHotCategorical(torch.tensor([0.2, 0.3, 0.5]))
     start = START[:, 0] if bits else START
@@ -69,7 +69,7 @@ def gradient(law, estimator, *, bits, num_particles, vectorize):
 
 
 def check_alike(make, law, bits, num_particles, vectorize):
-    """Hold the gradient under a law against that under Pyro's own class."""
+    """Compare the gradient with that of Pyro's own class."""
     options = {"bits": bits, "num_particles": num_particles, "vectorize": vectorize}
     own = dist.Bernoulli if bits else dist.OneHotCategorical
     plain = gradient(lambda logits: own(logits=logits), make(), **options)
@@ -100,7 +100,7 @@ PARTICLES = pytest.mark.parametrize(
     ids=["rebar", "relax", "muprop", "double", "tree", "local", "sum", "set"],
 )
 def test_one_hot(make, given, num_particles, vectorize):
-    """The parameter itself as the logits, in each of the particles, is where graphs can meet."""
+    """Test the parameter itself as the logits of all particles, which share its graph."""
     check_alike(make, ONE_HOTS[given], False, num_particles, vectorize)
 
 
@@ -114,7 +114,7 @@ def test_bits(make, given, num_particles, vectorize):
 @PARTICLES
 @pytest.mark.parametrize("make", [Rebar, DisARM])
 def test_bits_of_the_relaxed_class(make, num_particles, vectorize):
-    """Those that draw by their own noise: the class's own sample is another."""
+    """Test estimators with their own noise, since the class draws by another formula."""
 
     def law(logits):
         return RelaxedBernoulli(0.5, logits=logits, straight_through=True)
@@ -125,7 +125,7 @@ def test_bits_of_the_relaxed_class(make, num_particles, vectorize):
 @pytest.mark.parametrize("vectorize", [False, True])
 @pytest.mark.parametrize("make", [Rebar, MuProp, DisARM])
 def test_parameter_that_is_itself_the_logits_of_every_particle(make, vectorize):
-    """Outside of plates nothing comes between the parameter and the distribution."""
+    """Outside of plates the distribution holds the parameter itself."""
 
     def of(law):
         def model():
@@ -148,7 +148,7 @@ def test_parameter_that_is_itself_the_logits_of_every_particle(make, vectorize):
 
 
 class Unprepared(Estimator):
-    """Asks for a gradient that was not prepared."""
+    """An estimator that calls ``logits_gradients`` without the flag for it."""
 
     unbiased = True
     sites = "one-hot"

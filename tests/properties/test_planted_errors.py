@@ -1,4 +1,4 @@
-"""Planted errors: each family of coupled estimators with one slip must fail the check of bias."""
+"""Coupled estimators with a planted error must fail the test of bias."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class UnweightedPair(DisARM):
 
 
 class SingleNoise(DisARM):
-    """Independent draws where an antithetic pair is meant."""
+    """Independent draws instead of an antithetic pair."""
 
     def draw(self, fn):
         return independent_draws(fn, 2)
 
 
 class UncorrelatedWeight(ARMS):
-    """The weight of independent draws, one."""
+    """The weight is that of independent draws, one."""
 
     def surrogate(self, site):
         logits = site.logits[..., 0]
@@ -58,14 +58,14 @@ class UncorrelatedWeight(ARMS):
 
 
 class OverAllSamples(ARMS):
-    """Divided by K in place of K - 1."""
+    """The sum is divided by K instead of K - 1."""
 
     def surrogate(self, site):
         return super().surrogate(site) * (self.num_samples - 1) / self.num_samples
 
 
 class WithoutFlip(ARMS):
-    """The copula not turned round above one half: weights and draws disagree."""
+    """The copula is not reflected above one half, so weights and draws disagree."""
 
     def draw(self, fn):
         values = super().draw(fn)
@@ -75,7 +75,7 @@ class WithoutFlip(ARMS):
 
 
 class SharedNodesOnly(DisARMTree):
-    """Nothing from nodes that one walk alone has met."""
+    """Nodes on only one of the walks are omitted."""
 
     def surrogate(self, site):
         index = site.values.argmax(-1) if site.values.dtype.is_floating_point else site.values
@@ -93,7 +93,7 @@ class WithoutDirectTerm(DoubleControlVariate):
 
 
 class InvertedWeights(Rodeo):
-    """The operator weighs neighbours by the wrong probability: its mean is not zero."""
+    """The operator weighs neighbours by the wrong probability, so its mean is not zero."""
 
     def _stein(self, values, probs, slopes, cost):
         return super()._stein(values, 1 - probs, slopes, cost)
@@ -114,7 +114,7 @@ class AttachedSlope(MuProp):
 
 
 class SameTwin(Rebar):
-    """The free relaxed value stands for the conditional one too."""
+    """The unconditional relaxed value replaces the conditional one."""
 
     def draw(self, fn):
         return super().draw(fn)[[0, 1, 1]]
@@ -129,7 +129,7 @@ class ForgottenTwin(Rebar):
 
 
 class BlindToLaterSites(Rebar):
-    """The later sites' laws are taken as if they did not depend on the relaxed value."""
+    """The dependence of later sites' distributions on the relaxed value is omitted."""
 
     def surrogate(self, site):
         site.__dict__["later_scores"] = torch.zeros(3, dtype=site.cost.dtype)
@@ -137,7 +137,7 @@ class BlindToLaterSites(Rebar):
 
 
 class CriticOfTheFreeTwin(Relax):
-    """The network enters at one of the two relaxed values alone."""
+    """The network enters at only one of the two relaxed values."""
 
     def _extra(self, site):
         extra = super()._extra(site)
@@ -145,7 +145,7 @@ class CriticOfTheFreeTwin(Relax):
 
 
 class UnweightedCategories(LocalExpectation):
-    """Every category counts alike."""
+    """All categories have the same weight."""
 
     def surrogate(self, site):
         gain = (site.cost[1:] - site.cost[0]).mean(0)
@@ -153,7 +153,7 @@ class UnweightedCategories(LocalExpectation):
 
 
 class WholeRest(SumAndSample):
-    """The last draw has the weight of all."""
+    """The last draw has weight one."""
 
     def surrogate(self, site):
         log_probs, cost = self._drawn(site)
@@ -191,7 +191,7 @@ PLANTED = {
 
 
 class AnySize(nn.Module):
-    """A critic of the first share alone: the sites differ in size."""
+    """A critic of the first coordinate, since the sites differ in size."""
 
     def __init__(self):
         super().__init__()
@@ -215,7 +215,7 @@ def with_scales(estimator):
 
 @pytest.mark.parametrize("error", PLANTED)
 def test_planted_error_is_caught(error):
-    """15,000 estimates, as the estimators themselves get."""
+    """15,000 estimates, as in the tests of the estimators."""
     name, make = PLANTED[error]
     draws = copy_gradients(copies(name, COPIES), make())
     assert worst_z(draws, exact(name)[1]) > 5
@@ -230,6 +230,6 @@ def test_planted_error_is_caught(error):
     ],
 )
 def test_unbiased_with_the_same_coefficients(name, estimator):
-    """What is caught above is the slip, not the coefficients. 15,000 estimates."""
+    """The coefficients used above cause no bias. 15,000 estimates."""
     draws = copy_gradients(copies(name, COPIES), estimator)
     assert worst_z(draws, exact(name)[1]) < 5

@@ -144,7 +144,7 @@ def test_estimators_mixed_in_one_program(mix, vectorize):
 
 
 def test_normal_scored_beside_rebar():
-    """40,000 estimates of two particles: the later site's law depends on the relaxed value."""
+    """40,000 estimates; the later site's distribution depends on the relaxed value."""
     choice = {"z": Rebar(0.8), "v": Score(LeaveOneOut())}
     check("normal_one_hot", choice, num_particles=2, number=MANY)
 
@@ -178,7 +178,7 @@ LEARNING = {
 
 
 def trained(name, choice, num_steps=60):
-    """Train the learnable parts through SVI; the program's own parameters stay."""
+    """Train the learnable parts by SVI; the program's own parameters do not change."""
     problem = copies(name, 50)
     problem.reset(torch.float64)
     before = {key: value.clone() for key, value in problem.params.items()}
@@ -215,6 +215,6 @@ def test_learning_switched_off_trains_nothing():
 
 
 def test_a_biased_estimator_fails_this_check():
-    """The check is sharp enough to see ReinMax's bias."""
+    """The check detects the bias of ReinMax."""
     draws = copy_gradients(copies("one_hot", COPIES), ReinMax())
     assert worst_z(draws, exact("one_hot")[1]) > 5
