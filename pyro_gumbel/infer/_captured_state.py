@@ -256,8 +256,8 @@ class Updater:
     def _step(self, optim: PyroOptim, parameters: Sequence[Tensor]) -> None:
         """Call ``optim``, with one torch optimiser for all parameters of the same options.
 
-        Pyro makes one torch optimiser for each parameter. Theirs are the options and the state;
-        torch's multi-tensor step of them all gives the same numbers up to rounding.
+        Pyro makes one torch optimiser for each parameter. Their options and state are used;
+        torch's multi-tensor step gives the same numbers up to rounding.
         """
         groups: dict[Any, list[Tensor]] = {}
         for parameter in parameters:
@@ -278,7 +278,7 @@ class Updater:
             joint.step()
 
     def graph_settings(self, optim: PyroOptim, parameters: Sequence[Tensor]) -> list[Any] | None:
-        """List the numbers and the identities of tensors that a CUDA graph would go on with.
+        """List the numbers and the ids of tensors that a CUDA graph of a step would keep.
 
         Returns ``None`` if the optimiser is not made for graphs, or gradients are to be added.
         """

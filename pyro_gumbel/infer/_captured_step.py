@@ -64,11 +64,11 @@ class CapturedStep:
     Attributes:
         leaves: The parameters that are trained.
         others: Other tensors that get gradients.
-        recording: What was recorded, once it was.
-        replays: How often it was replayed.
-        graph: The recording as a CUDA graph, where it is one.
-        update: The optimiser's step as one, likewise, after the settings that it goes on with.
-        parts: What tells steps apart by its identity, held so that nothing else gets it.
+        recording: The recorded operations, after the second step.
+        replays: The number of replays.
+        graph: The recording as a CUDA graph, on a GPU.
+        update: The settings of the optimiser's graph, where it has one, and the graph.
+        parts: Objects that are in the step's key by their ids, held so that they keep these.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class CapturedStep:
         return outcome
 
     def forget_branches(self) -> None:
-        """Let the next step be recorded anew, with fewer branches, since one has changed."""
+        """Have the next step recorded anew, with fewer branches, since one has changed."""
         if self._branches:
             self.recording, self.graph, self._branches = None, None, False
 
@@ -161,7 +161,7 @@ class CapturedStep:
                     stacklevel=5,
                 )
                 return
-        # A kernel reads a number on the CPU when it is captured, and goes on with it.
+        # A kernel reads a number on the CPU once, when it is captured.
         versions = [x._version for x in recording.held if x.device != self.device]
         if self.graph is None or versions != self._versions:
             self.graph, self._versions = GraphedFunction(recording, inputs, self.device), versions
@@ -264,7 +264,7 @@ class GraphedFunction:
         inputs: Sequence[Tensor],
         device: torch.device,
     ) -> None:
-        # A kernel reads a number on the CPU when it is captured, and goes on with it.
+        # A kernel reads a number on the CPU once, when it is captured.
         self._inputs = [tensor.detach().to(device, copy=True) for tensor in inputs]
         with torch.cuda.device(device):
             stream = torch.cuda.Stream()

@@ -45,7 +45,7 @@ class Recording:
         written: Those among them that the operations write to.
         written_inputs: The positions of the inputs that they write to.
         has_checks: Whether libraries check values in it.
-        devices: The devices of the results, each with an operation.
+        devices: The devices of results, each with an operation.
     """
 
     def __init__(
@@ -255,7 +255,7 @@ def _is_pure(node: fx.Node) -> bool:
 
 
 def _played(graph: fx.Graph) -> Callable[..., Any]:
-    """Have FX run the operations, without the Python layer that each has."""
+    """Have FX run the operations without their Python wrappers."""
     for node in graph.nodes:
         if node.target is aten.mkldnn_rnn_layer.default:
             node.target = _with_workspace
