@@ -852,6 +852,23 @@ def test_validation_of_the_step_that_is_recorded():
     assert step.recording is not None
 
 
+def test_a_loss_that_is_nan_warns_at_every_step():
+    """A step is not recorded with it, for a replay would take that for what is expected."""
+
+    def model(x):
+        observe(pyro.param("a", torch.zeros(5)), X[0])
+        pyro.sample("y", dist.Normal(0.0, 1.0, validate_args=False), obs=x)
+
+    svi = make(CapturedSVI, model)
+    for number in range(10):
+        is_nan = number in (1, 2, 3, 6)
+        warns = pytest.warns(UserWarning, match="Encountered NaN: loss")
+        with warns if is_nan else nullcontext():
+            svi.step(torch.tensor(float("nan") if is_nan else 0.5))
+    (step,) = steps_of(svi)
+    assert step.replays >= 3
+
+
 def test_errors():
     def model(x):
         pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0), obs=x)
