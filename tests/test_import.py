@@ -51,6 +51,7 @@ def test_nothing_heavy_is_imported(loaded: list[set[str]]) -> None:
 def test_the_rest_is_imported_when_it_is_used(loaded: list[set[str]]) -> None:
     for program, names in zip(PROGRAMS[1:], loaded[1:], strict=True):
         assert {"pyro_gumbel.diagnostics", "pyro_gumbel.guides"} <= names, program
+        assert not names & {"arviz", "arviz_plots", "matplotlib"}, program
 
 
 def test_names() -> None:

@@ -39,6 +39,9 @@ class Planted(Estimator):
         return self.factor * site.cost[0] * site.log_prob
 
 
+MANY = {"num_draws": 300, "num_particles": 20, "vectorize_particles": True}
+
+
 @pytest.fixture
 def problem():
     problem = bits()
@@ -48,11 +51,11 @@ def problem():
 
 @pytest.mark.parametrize("estimator", [Planted(), Score(LeaveOneOut()), {"z": "disarm"}])
 def test_unbiased(problem, estimator) -> None:
-    found = check_unbiased(problem.model, problem.guide, estimator=estimator, num_draws=2500)
+    found = check_unbiased(problem.model, problem.guide, estimator=estimator, **MANY)
     assert 0 < found.z < 5
     assert re.fullmatch(r"w|logits\[\d, \d\]", found.coordinate)
     assert found.resolution < 0.1
-    assert found.num_draws == 2500
+    assert found.num_draws == MANY["num_draws"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -130,9 +133,9 @@ def test_gradients_are_good_to_the_coarsest_dtype() -> None:
 
 def test_planted_error(problem) -> None:
     with pytest.raises(AssertionError) as caught:
-        check_unbiased(problem.model, problem.guide, estimator=Planted(1.5), num_draws=2500)
+        check_unbiased(problem.model, problem.guide, estimator=Planted(1.5), **MANY)
     found = re.fullmatch(
-        r"biased: at logits\[(\d), (\d)\] the mean of 2,500 draws is (\S+), the exact gradient "
+        r"biased: at logits\[(\d), (\d)\] the mean of 300 draws is (\S+), the exact gradient "
         r"(\S+), (\S+) standard errors apart; about (\S+) draws are enough to see it.",
         str(caught.value),
     )
@@ -141,18 +144,18 @@ def test_planted_error(problem) -> None:
     assert float(exact) == pytest.approx(float(truth[int(row), int(column)]), rel=1e-4)
     assert float(mean) == pytest.approx(1.5 * float(exact), rel=0.3)
     assert float(z) > 5
-    expected = 2500 * (5 / float(z)) ** 2
+    expected = 300 * (5 / float(z)) ** 2
     assert float(needed.replace(",", "")) == pytest.approx(expected, rel=0.05)
 
 
 def test_reference_that_is_drawn(problem) -> None:
-    options = {"num_draws": 1500, "num_chains": 1, "seed": 9, "site_draws": 0, "progress": False}
+    options = {"num_chains": 1, "seed": 9, "site_draws": 0, "progress": False, **MANY}
     for project in (None, 1):
         reference = gradient_draws(
             problem.model, problem.guide, estimators={"r": Planted()}, project=project, **options
         )["r"]
         found = check_unbiased(
-            problem.model, problem.guide, estimator=Planted(), reference=reference, num_draws=1500
+            problem.model, problem.guide, estimator=Planted(), reference=reference, **MANY
         )
         assert found.z < 5
 

@@ -147,6 +147,9 @@ def test_estimators_on_an_enumerable_program(project: int | None) -> None:
         problem.guide,
         estimators={"exact": "enumerate", "score": "score", "straight": "straight_through"},
         num_draws=100,
+        num_chains=2,
+        num_particles=4,
+        vectorize_particles=True,
         project=project,
         site_draws=0,
         progress=False,
@@ -167,7 +170,7 @@ def test_estimators_on_an_enumerable_program(project: int | None) -> None:
 def test_forms_of_the_draws_agree() -> None:
     problem = chain()
     problem.reset(torch.float64)
-    options = {"estimators": {"s": "score"}, "num_draws": 70, "site_draws": 0, "progress": False}
+    options = {"estimators": {"s": "score"}, "num_draws": 40, "site_draws": 0, "progress": False}
     full = gradient_draws(problem.model, problem.guide, **options)
     part = gradient_draws(problem.model, problem.guide, project=2, **options)
     exact = exact_gradient(problem.model, problem.guide)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,12 +144,3 @@ def test_plot_efficiency_labels_ticks_in_one_form(largest: float) -> None:
     figure.canvas.draw()
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels(which="both")]
     assert len({"e" in label for label in labels if label}) == 1
-
-
-def test_nothing_plots_at_import() -> None:
-    program = (
-        "import sys, pyro_gumbel.diagnostics\n"
-        "found = {'matplotlib', 'arviz', 'arviz_plots'} & set(sys.modules)\n"
-        "sys.exit(f'imported: {found}' if found else 0)"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)

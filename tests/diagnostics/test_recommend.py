@@ -53,7 +53,8 @@ def test_known_answers(name: str) -> None:
 
 def test_candidates_of_the_caller() -> None:
     found = quick(
-        candidates={"exact": Enumerate(), "straight": StraightThrough(), "score": Score()}
+        candidates={"exact": Enumerate(), "straight": StraightThrough(), "score": Score()},
+        budget_evaluations=800,
     )
     assert found.config == {"a": found.config["a"], "b": found.config["a"], "c": found.config["a"]}
     assert isinstance(found.config["a"], Enumerate)
@@ -88,7 +89,7 @@ def test_estimators_that_miss_the_cost_rank_last() -> None:
 
 def test_a_moving_average_has_to_be_clearly_ahead() -> None:
     candidates = {"average": Score(MovingAverage()), "others": Score(LeaveOneOut())}
-    ahead = quick(bits_program, candidates=candidates, budget_evaluations=3000)
+    ahead = quick(bits_program, candidates=candidates, budget_evaluations=1500)
     assert isinstance(ahead.config["z"].baseline, MovingAverage)
     near = quick(bits_program, candidates=candidates, budget_evaluations=400)
     assert isinstance(near.config["z"].baseline, LeaveOneOut)
@@ -116,6 +117,7 @@ def test_other_warnings_do_not_change_the_rank() -> None:
     found = quick(
         lambda: (speaking, guide, args),
         candidates={"exact": Enumerate(), "straight": StraightThrough()},
+        budget_evaluations=800,
         max_states=1,
     )
     assert isinstance(found.config["a"], Enumerate)
@@ -210,7 +212,7 @@ def test_sites_may_differ() -> None:
     found = recommend(
         model,
         guide,
-        budget_evaluations=3000,
+        budget_evaluations=800,
         candidates={"exact": Enumerate(), "disarm": DisARM()},
         progress=False,
     )

@@ -84,5 +84,5 @@ def quick(make=small, **options: Any) -> Recommendation:
     """Recommend within a small budget."""
     model, guide, args = make()
     return recommend(
-        model, guide, *args, **({"budget_evaluations": 800, "progress": False} | options)
+        model, guide, *args, **({"budget_evaluations": 500, "progress": False} | options)
     )

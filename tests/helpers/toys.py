@@ -19,6 +19,17 @@ def like(values: Any, other: Tensor) -> Tensor:
     return torch.tensor(values, dtype=other.dtype)
 
 
+def bit_model() -> None:
+    """A bit, and a datum that it moves."""
+    z = pyro.sample("z", dist.Bernoulli(0.3))
+    pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.4))
+
+
+def bit_guide() -> None:
+    """A guide of that bit."""
+    pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.2))))
+
+
 def chain() -> Problem:
     """A global one-hot, a local one-hot given it in a scaled plate, a masked local bit."""
     mask = torch.tensor([True, False])

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
+from helpers.toys import bit_guide as guide
+from helpers.toys import bit_model as model
 
 from pyro_gumbel.diagnostics import (
     check_unbiased,
@@ -27,16 +28,6 @@ from pyro_gumbel.diagnostics import (
     train,
 )
 from pyro_gumbel.estimators import Enumerate, ReinMax, Score
-
-
-def model() -> None:
-    z = pyro.sample("z", dist.Bernoulli(0.3))
-    pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.9))
-
-
-def guide() -> None:
-    pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.2))))
-
 
 DRAWS = {"e": xr.Dataset({"l": (("chain", "draw"), np.zeros((4, 20)))})}
 HISTORY = xr.Dataset(
