@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,11 +67,11 @@ def check_programs(model_trace: Trace, guide_trace: Trace, nesting: int | None) 
     """
     model, guide = latent_sites(model_trace), latent_sites(guide_trace)
     for name in model:
-        if name not in guide:
+        if name not in guide and model[name]["infer"].get("enumerate") is None:
             raise ValueError(
                 f"The model's latent site {name!r} is missing from the guide, whose sites are "
-                f"{list(guide)}. Sample it in the "
-                "guide, observe it in the model, or marginalise it out of the model."
+                f"{list(guide)}. Sample it in the guide, observe it in the model, or, if it is "
+                "discrete, sum over it: infer={'enumerate': 'parallel'}."
             )
     _check_common_sites(model, guide, nesting)
     for name, site in guide.items():
@@ -80,7 +80,9 @@ def check_programs(model_trace: Trace, guide_trace: Trace, nesting: int | None) 
 
 
 @contextmanager
-def explain_mismatch(traced_model: Any, guide_trace: Trace, nesting: int | None) -> Iterator[None]:
+def explain_mismatch(
+    traced_model: Any, guide_trace: Trace, nesting: Callable[[], int | None]
+) -> Iterator[None]:
     """Where a model fails, name a guide's value that does not fit its site: the likelier cause.
 
     Raises:
@@ -90,7 +92,7 @@ def explain_mismatch(traced_model: Any, guide_trace: Trace, nesting: int | None)
         yield
     except (IndexError, RuntimeError, ValueError):
         model, guide = latent_sites(traced_model.trace), latent_sites(guide_trace)
-        _check_common_sites(model, guide, nesting)
+        _check_common_sites(model, guide, nesting())
         for name in model.keys() & guide.keys():
             _check_index(name, model[name], guide[name]["fn"])
         raise

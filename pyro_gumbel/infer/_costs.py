@@ -11,15 +11,18 @@ dimension, and counts with the probability :math:`q(z)` of each value.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.distributions import Delta
+from pyro.distributions import Delta, Unit
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_gumbel.distributions._base import broadcast_shapes
@@ -29,6 +32,7 @@ from pyro_gumbel.distributions.families import (
     is_bit,
     is_categorical,
     is_one_hot,
+    log_mass,
     masks,
     unwrap,
     wrap_score,
@@ -37,7 +41,20 @@ from pyro_gumbel.distributions.kl import closed_form_kl, kl_from_log_probs
 from pyro_gumbel.infer._checks import latent_sites
 from pyro_gumbel.infer._sampling import Layout
 
-__all__ = ["Costs", "EnumeratedSite", "Frames", "Term", "analytic_kls", "site_frames"]
+__all__ = [
+    "Costs",
+    "EnumeratedSite",
+    "Frames",
+    "Term",
+    "analytic_kls",
+    "check_dims",
+    "check_factor",
+    "check_shape",
+    "make_term",
+    "named_errors",
+    "score_of",
+    "site_frames",
+]
 
 Frames = frozenset[CondIndepStackFrame]
 
@@ -58,6 +75,69 @@ class Term:
     value: Tensor
     frames: Frames
     of_model: bool = True
+
+
+def score_of(site: Any) -> Tensor:
+    """Score a value: one that was observed as its distribution does, others without wrappers."""
+    with named_errors(site):
+        if site["is_observed"]:
+            return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        return log_mass(unwrap(site["fn"]), site["value"])
+
+
+@contextmanager
+def named_errors(site: Any) -> Iterator[None]:
+    """Name the site, its distribution and the shapes where a value cannot be scored."""
+    try:
+        yield
+    except ValueError as error:
+        fn = site["fn"]
+        value, batch, event = (
+            tuple(shape) for shape in (site["value"].shape, fn.batch_shape, fn.event_shape)
+        )
+        shapes = f"value {value}, batch {batch}, event {event}"
+        raise ValueError(
+            f"Scoring site {site['name']!r} ({type(fn).__name__}; {shapes}): {error}"
+        ) from error
+
+
+def check_factor(site: Any) -> None:
+    fn = unwrap(site["fn"])
+    if isinstance(fn, Unit) and not fn.has_rsample:
+        raise ValueError(
+            f"Site {site['name']!r} of the guide is a factor with has_rsample=False: it scores a "
+            "value that was drawn elsewhere, to which no estimator can be attached. Draw the "
+            "value by pyro.sample, or give its density to the site itself, "
+            "dist.Delta(z, log_density=...).has_rsample_(False)."
+        )
+
+
+def check_dims(terms: list[Term], most: int) -> None:
+    """Refuse terms with dimensions left of all plates, as a careless broadcast makes them."""
+    for term in terms:
+        shape = term.value.shape
+        left = shape[: max(0, len(shape) - most)]
+        if left.numel() > 1:
+            raise ValueError(
+                f"Site {term.site!r}: its log_prob has shape {tuple(shape)}, and the plates (that "
+                f"of the particles included) take the last {most} dimensions only. Values come "
+                "with a dimension of particles on the left: write operations that broadcast over "
+                "it, such as (z.unsqueeze(-2) @ weight).squeeze(-2), or use "
+                "vectorize_particles=False, or a larger max_plate_nesting."
+            )
+
+
+def make_term(site: Any, raw: Tensor, nesting: float, *, of_model: bool = True) -> Term:
+    value = raw if site["is_observed"] else wrap_score(site["fn"], raw)
+    value = scale_and_mask(value, site["scale"], site["mask"])
+    check_shape(site, value, nesting)
+    return Term(site["name"], value, site_frames(site), of_model)
+
+
+def check_shape(site: Any, value: Tensor, nesting: float) -> None:
+    if is_validation_enabled():
+        site["log_prob"] = value
+        check_site_shape(site, nesting)
 
 
 @dataclass(frozen=True)
@@ -197,22 +277,26 @@ _FAMILIES = (
 )
 
 
-def analytic_kls(model_trace: Trace, guide: dict[str, Any]) -> dict[str, Term]:
-    """Minus the KL divergence of each site that has one and may use it for its sampled terms.
+def analytic_kls(
+    model_trace: Trace, guide: dict[str, Any], depends: Callable[[Any, torch.Size], bool]
+) -> dict[str, Term]:
+    """Return minus the KL divergence of each site that has one and may use it.
 
-    It does where model and guide scale and mask the site alike, and no parent of the site in the
-    model can depend on the site's value in the guide: every latent site before it in the model
-    comes before it in the guide too.
+    Model and guide must scale and mask the site alike. No parent of the site in the model may
+    depend on the site's value in the guide: every latent site before it in the model comes before
+    it in the guide too. The model's distribution may not depend on a summed site (``depends``).
     """
     order = {name: position for position, name in enumerate(guide)}
     kls: dict[str, Term] = {}
     latest = -1
     for name, site in latent_sites(model_trace).items():
+        if name not in guide:
+            continue
         in_order = order[name] > latest
         latest = max(latest, order[name])
         if not in_order:
             continue
-        if not _weighed_alike(guide[name], site):
+        if not _weighed_alike(guide[name], site) or depends(site, site["fn"].batch_shape):
             continue
         q, p = guide[name]["fn"], site["fn"]
         if has_law_of(unwrap(q), Delta):  # its closed form forgets the log_density

@@ -217,6 +217,7 @@ _PACKINGS = frozenset(["pack_padded_sequence", "pad_packed_sequence"])
 # Code of distributions, and of our losses' checks. The number that a loss returns is not a check.
 _LIBRARIES = (
     "pyro.distributions",
+    "pyro.ops.",
     "pyro.poutine.scale_messenger",
     "pyro.util",
     "pyro_gumbel.distributions",

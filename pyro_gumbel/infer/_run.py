@@ -9,14 +9,13 @@ from typing import Any, cast
 
 import pyro
 import pyro.poutine as poutine
-from pyro.distributions import Delta, Unit
-from pyro.distributions.util import scale_and_mask, sum_rightmost
+from pyro.distributions import Delta
+from pyro.distributions.util import sum_rightmost
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR
 from pyro.poutine.util import site_is_subsample
-from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_gumbel.distributions.families import (
@@ -25,7 +24,6 @@ from pyro_gumbel.distributions.families import (
     log_mass,
     score_function,
     unwrap,
-    wrap_score,
 )
 from pyro_gumbel.estimators import Call, Estimator, Route
 from pyro_gumbel.infer._checks import (
@@ -35,9 +33,22 @@ from pyro_gumbel.infer._checks import (
     explain_mismatch,
     latent_sites,
 )
-from pyro_gumbel.infer._costs import Costs, EnumeratedSite, Frames, Term, analytic_kls, site_frames
+from pyro_gumbel.infer._costs import (
+    Costs,
+    EnumeratedSite,
+    Frames,
+    Term,
+    analytic_kls,
+    check_dims,
+    check_factor,
+    make_term,
+    named_errors,
+    score_of,
+    site_frames,
+)
 from pyro_gumbel.infer._dependence import Dependence, ReachedTerm
 from pyro_gumbel.infer._sampling import Layout, Path, Sampler, SharedSubsample
+from pyro_gumbel.infer._summed import SummedTerms, SumMessenger
 
 # Where Pyro finds that two plates collide. Private: if it moves, this import fails.
 _ALLOCATE = type(_DIM_ALLOCATOR).allocate.__code__
@@ -188,8 +199,7 @@ def run_programs(call: Call, sampler: Sampler, subsample: SharedSubsample) -> tu
         guide_trace = _run_guide(call, sampler, subsample)
         model_trace = _run_model(call, sampler, subsample, guide_trace)
     if is_validation_enabled():
-        nesting = layout.plate_nesting if sampler.adds_dimensions else None
-        check_programs(model_trace, guide_trace, nesting)
+        check_programs(model_trace, guide_trace, sampler.own_nesting)
     return model_trace, guide_trace
 
 
@@ -204,12 +214,14 @@ def _run_guide(call: Call, sampler: Sampler, subsample: SharedSubsample) -> Trac
 def _run_model(
     call: Call, sampler: Sampler, subsample: SharedSubsample, guide_trace: Trace
 ) -> Trace:
-    checked = ModelSiteCheck(guide_trace)(_in_rows(call.model, sampler.layout))
-    replayed = poutine.replay(checked, trace=guide_trace)
-    traced = poutine.trace(replayed)
-    nesting = sampler.layout.plate_nesting if sampler.adds_dimensions else None
+    sums = SumMessenger(
+        guide_trace, sampler.layout, sampler.enumerated, draws=not sampler.enumerate
+    )
+    sampler.summed = sums.dims
+    checked = ModelSiteCheck(guide_trace)(sums(_in_rows(call.model, sampler.layout)))
+    traced = poutine.trace(poutine.replay(checked, trace=guide_trace))
     with (
-        explain_mismatch(traced, guide_trace, nesting),
+        explain_mismatch(traced, guide_trace, lambda: sampler.own_nesting),
         _left_dimensions_explained(sampler),
         subsample,
     ):
@@ -243,7 +255,7 @@ def plate_nesting(trace: Trace) -> int:
 
 def _check_nesting(trace: Trace, sampler: Sampler) -> None:
     nesting = plate_nesting(trace)
-    counts = sampler.layout.vectorized or bool(sampler.enumerated)
+    counts = sampler.layout.vectorized or bool(sampler.enumerated or sampler.summed)
     if counts and nesting > cast(int, sampler.layout.plate_nesting):
         raise DeeperPlates(nesting)
 
@@ -259,7 +271,8 @@ def _left_dimensions_explained(sampler: Sampler) -> Iterator[None]:
         left = []
         if (dim := sampler.layout.particle_dim) is not None:
             left += [f"{sampler.layout.num_rows} particles or coupled draws at {dim}"]
-        left += [f"every value of {name!r} at {at}" for name, at in sampler.enumerated.items()]
+        every = {**sampler.enumerated, **sampler.summed}
+        left += [f"every value of {name!r} at {at}" for name, at in every.items()]
         over_shapes = not isinstance(error, ValueError) or "Shape mismatch" in str(error)
         if left and over_shapes:
             error.add_note(
@@ -306,7 +319,8 @@ def collect(
     # Without dimensions of ours any dimension left of the plates is a mistake.
     nesting = sampler.layout.total_nesting if sampler.adds_dimensions else float("inf")
     guide = latent_sites(guide_trace)
-    kls = analytic_kls(model_trace, guide) if analytic_kl else {}
+    sums = SummedTerms(model_trace, sampler)
+    kls = analytic_kls(model_trace, guide, sums.depends) if analytic_kl else {}
     terms = list(kls.values())
     scores: dict[str, Tensor] = {}
     for name, site in _samples(guide_trace).items():
@@ -314,25 +328,31 @@ def collect(
             continue
         estimator = sampler.estimators.get(name)
         if estimator is None:  # the guide itself fixed the value, or it is a factor
-            _check_factor(site)
-            terms.append(_term(site, -_score(site), nesting, of_model=False))
+            check_factor(site)
+            terms.append(make_term(site, -score_of(site), nesting, of_model=False))
             continue
         sampler.check_unchanged(name, site["value"])
         if full_scores:
             raw = scores[name] = log_mass(unwrap(site["fn"]), site["value"])
         else:
-            with _named_errors(site):
+            with named_errors(site):
                 raw = estimator.log_prob(unwrap(site["fn"]), site["value"])
             if type(estimator).log_prob is Estimator.log_prob:
                 scores[name] = raw
             if not estimator.keeps_score_gradient:
                 raw = raw.detach()
-        terms.append(_term(site, -raw, nesting, of_model=False))
+        terms.append(make_term(site, -raw, nesting, of_model=False))
     for name, site in _samples(model_trace).items():
-        if name not in kls:
-            terms.append(_term(site, _score(site), nesting))
+        if name in kls:
+            continue
+        raw = score_of(site)
+        if sums.depends(site, raw.shape):
+            sums.add(site, raw, nesting)
+        else:
+            terms.append(make_term(site, raw, nesting))
+    terms += sums.terms()
     if sampler.layout.particle_dim is not None:
-        _check_dims(terms, sampler.layout.total_nesting + len(sampler.enumerated))
+        check_dims(terms, sampler.layout.total_nesting + len(sampler.enumerated))
     observed = {name for name, site in _samples(model_trace).items() if site["is_observed"]}
     return Run(guide, sampler, scores, terms, kls, observed)
 
@@ -343,63 +363,3 @@ def _samples(trace: Trace) -> dict[str, Any]:
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and not site_is_subsample(site)
     }
-
-
-def _score(site: Any) -> Tensor:
-    """Score a value: one that was observed as its distribution does, others without wrappers."""
-    with _named_errors(site):
-        if site["is_observed"]:
-            return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        return log_mass(unwrap(site["fn"]), site["value"])
-
-
-@contextmanager
-def _named_errors(site: Any) -> Iterator[None]:
-    """Name the site, its distribution and the shapes where a value cannot be scored."""
-    try:
-        yield
-    except ValueError as error:
-        fn = site["fn"]
-        value, batch, event = (
-            tuple(shape) for shape in (site["value"].shape, fn.batch_shape, fn.event_shape)
-        )
-        shapes = f"value {value}, batch {batch}, event {event}"
-        raise ValueError(
-            f"Scoring site {site['name']!r} ({type(fn).__name__}; {shapes}): {error}"
-        ) from error
-
-
-def _check_factor(site: Any) -> None:
-    fn = unwrap(site["fn"])
-    if isinstance(fn, Unit) and not fn.has_rsample:
-        raise ValueError(
-            f"Site {site['name']!r} of the guide is a factor with has_rsample=False: it scores a "
-            "value that was drawn elsewhere, to which no estimator can be attached. Draw the "
-            "value by pyro.sample, or give its density to the site itself, "
-            "dist.Delta(z, log_density=...).has_rsample_(False)."
-        )
-
-
-def _check_dims(terms: list[Term], most: int) -> None:
-    """Refuse terms with dimensions left of all plates, as a careless broadcast makes them."""
-    for term in terms:
-        shape = term.value.shape
-        left = shape[: max(0, len(shape) - most)]
-        if left.numel() > 1:
-            raise ValueError(
-                f"Site {term.site!r}: its log_prob has shape {tuple(shape)}, and the plates (that "
-                f"of the particles included) take the last {most} dimensions only. Values come "
-                "with a dimension of particles on the left: write operations that broadcast over "
-                "it, such as (z.unsqueeze(-2) @ weight).squeeze(-2), or use "
-                "vectorize_particles=False, or a larger max_plate_nesting."
-            )
-
-
-def _term(site: Any, raw: Tensor, nesting: float, *, of_model: bool = True) -> Term:
-    latent = not site["is_observed"]
-    value = wrap_score(site["fn"], raw) if latent else raw
-    value = scale_and_mask(value, site["scale"], site["mask"])
-    if is_validation_enabled():
-        site["log_prob"] = value
-        check_site_shape(site, nesting)
-    return Term(site["name"], value, site_frames(site), of_model)

@@ -140,6 +140,7 @@ class Sampler(Messenger):
         estimators: After a pass, the estimator of each latent site, in program order.
         sizes: The number of coupled values of each latent site.
         enumerated: The dimension of each enumerated site.
+        summed: The dimension of each summed site of the model.
         logits: The logits that values were drawn from, of sites whose estimator asks for them.
     """
 
@@ -165,6 +166,7 @@ class Sampler(Messenger):
         self.estimators: dict[str, Estimator] = {}
         self.sizes: dict[str, int] = {}
         self.enumerated: dict[str, int] = {}
+        self.summed: dict[str, int] = {}
         self.logits: dict[str, Tensor] = {}
         self._versions: dict[str, int] = {}
         self._choose = choose
@@ -173,7 +175,12 @@ class Sampler(Messenger):
     @property
     def adds_dimensions(self) -> bool:
         """Return whether values have dimensions left of the programs' own plates."""
-        return self.layout.particle_dim is not None or bool(self.enumerated)
+        return self.layout.particle_dim is not None or bool(self.enumerated or self.summed)
+
+    @property
+    def own_nesting(self) -> int | None:
+        """The number of dimensions of the programs' plates, if there are others left of them."""
+        return self.layout.plate_nesting if self.adds_dimensions else None
 
     def _pyro_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):

@@ -1,0 +1,249 @@
+"""Sums over discrete sites of the model that the guide lacks, by Pyro's variable elimination."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from pyro.distributions.util import scale_and_mask, sum_rightmost
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree
+from pyro.poutine import Trace
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.runtime import _ENUM_ALLOCATOR, Message
+from torch import Tensor
+
+from pyro_gumbel.distributions._base import broadcast_shapes
+from pyro_gumbel.distributions.families import event_dims, wrap_score
+from pyro_gumbel.infer._costs import Term, check_shape, site_frames
+from pyro_gumbel.infer._sampling import Layout, NestingNeeded, Sampler, left_filled
+
+__all__ = ["SumMessenger", "SummedTerms", "is_summed"]
+
+
+def is_summed(site: Any) -> bool:
+    """Return whether a latent site of a model's trace has all of its values."""
+    return site["infer"].get("_enumerate_dim") is not None
+
+
+class SumMessenger(EnumMessenger):
+    """Gives all values to the marked sites of a model that the guide lacks.
+
+    Their dimensions are left of the plates and of the guide's enumerated sites. Along a
+    ``pyro.markov`` chain they are used again.
+
+    Args:
+        guide: The guide's trace.
+        layout: The paths of the pass.
+        enumerated: The dimensions of the guide's enumerated sites.
+        draws: Draw values instead, in a run that finds the number of plates.
+    """
+
+    def __init__(
+        self, guide: Trace, layout: Layout, enumerated: dict[str, int], *, draws: bool
+    ) -> None:
+        super().__init__()
+        self._guide = guide.nodes
+        self._layout = layout
+        self._enumerated = enumerated
+        self._draws = draws
+        self.dims: dict[str, int] = {}
+        for site in self._guide.values():
+            if site["type"] == "sample":  # a replay hands it to the model's site, and Pyro writes
+                site["infer"] = dict(site["infer"])
+
+    def __enter__(self) -> SumMessenger:
+        # The allocator belongs to the process: a loss inside of the programs may have used it.
+        self._allocator = dict(vars(_ENUM_ALLOCATOR))
+        if self._layout.plate_nesting is not None:
+            _ENUM_ALLOCATOR.set_first_available_dim(-1 - self._layout.total_nesting)
+            for _ in self._enumerated:
+                _ENUM_ALLOCATOR.allocate()
+        else:
+            _ENUM_ALLOCATOR.set_first_available_dim(-1)
+        return cast(SumMessenger, super().__enter__())
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        vars(_ENUM_ALLOCATOR).clear()
+        vars(_ENUM_ALLOCATOR).update(self._allocator)
+
+    def _pyro_sample(self, msg: Message) -> None:
+        name, infer = cast(str, msg["name"]), dict(msg["infer"] or {})
+        marked = infer.get("enumerate") is not None and not msg["is_observed"]
+        if marked and name not in self._guide:
+            _check_mark(name, infer)
+            if self._layout.plate_nesting is None and not self._draws:
+                raise NestingNeeded
+        else:
+            infer["enumerate"] = None
+        if self._draws:
+            return
+        msg["infer"] = cast(Any, infer)
+        try:
+            super()._pyro_sample(msg)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"Site {name!r} of the model is marked infer={{'enumerate': 'parallel'}}, and its "
+                f"{type(msg['fn']).__name__} cannot list its values. Sample it in the guide."
+            ) from error
+        if "_enumerate_dim" in infer:
+            self.dims[name] = infer["_enumerate_dim"]
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        if not self._draws:
+            super()._pyro_post_sample(msg)
+
+
+def _check_mark(name: str, infer: dict[str, Any]) -> None:
+    mark = infer["enumerate"]
+    if mark != "parallel":
+        raise ValueError(
+            f"Site {name!r} of the model is marked infer={{'enumerate': {mark!r}}}, and only "
+            "'parallel' is supported. Write infer={'enumerate': 'parallel'}, or sample the site "
+            "in the guide."
+        )
+    if infer.get("num_samples") is not None:
+        raise ValueError(
+            f"Site {name!r} of the model has infer['num_samples'] = {infer['num_samples']!r}, and "
+            "sites of the model are summed exactly. Remove it, or sample the site in the guide."
+        )
+
+
+@dataclass
+class _Factor:
+    """The log-probability of a site, which depends on summed sites."""
+
+    name: str
+    value: Tensor  # packed
+    frames: dict[str, CondIndepStackFrame]  # by symbol
+    scale: Any
+
+    @property
+    def dims(self) -> str:
+        return self.value._pyro_dims  # type: ignore[attr-defined]
+
+
+class SummedTerms:
+    """Collects the factors that depend on summed sites, and sums over these sites.
+
+    Args:
+        trace: The model's trace.
+        sampler: The sampler of the pass.
+    """
+
+    def __init__(self, trace: Trace, sampler: Sampler) -> None:
+        self._layout = sampler.layout
+        self._trace = trace
+        self._sums: dict[str, str] = {}
+        self._factors: list[_Factor] = []
+        if sampler.summed:
+            trace.symbolize_dims()
+            sites = {name: trace.nodes[name] for name in sampler.summed}
+            self._sums = {site["infer"]["_enumerate_symbol"]: name for name, site in sites.items()}
+
+    def depends(self, site: Any, shape: torch.Size) -> bool:
+        """Return whether a score or distribution of batch shape ``shape`` depends on a sum."""
+        if not self._sums:
+            return False
+        symbols = site["infer"]["_dim_to_symbol"]
+        dims = [dim for dim, symbol in symbols.items() if symbol in self._sums]
+        return any(-dim <= len(shape) and shape[dim] > 1 for dim in dims)
+
+    def add(self, site: Any, raw: Tensor, nesting: float) -> None:
+        """Collect the score of a site that depends on a summed site.
+
+        Args:
+            site: The site.
+            raw: Its log-probability, neither scaled nor masked, as :func:`score_of` returns it.
+            nesting: The number of dimensions of all plates.
+
+        Raises:
+            ValueError: If a dimension is neither a plate's nor a summed or enumerated site's.
+        """
+        if is_summed(site):
+            # A mask cannot leave out a summed value, since its probabilities sum to one.
+            score = sum_rightmost(raw, event_dims(site["fn"]))
+        else:
+            score = raw if site["is_observed"] else wrap_score(site["fn"], raw)
+            score = scale_and_mask(score, mask=site["mask"])
+        check_shape(site, score, nesting)
+        shape = broadcast_shapes(score.shape, site["fn"].batch_shape)
+        try:
+            value = packed.pack(score.expand(shape), site["infer"]["_dim_to_symbol"])
+        except ValueError as error:
+            raise ValueError(
+                f"Site {site['name']!r} has the log-probability shape {tuple(shape)}, with a "
+                f"dimension that is neither a plate's nor that of {sorted(self._sums.values())}, "
+                "which are summed. Use their values by operations that broadcast over dimensions "
+                "on the left, such as Vindex(loc)[..., z] (pyro.ops.indexing) for loc[z]."
+            ) from error
+        frames = {self._trace.plate_to_symbol[frame.name]: frame for frame in site_frames(site)}
+        self._factors.append(_Factor(site["name"], value, frames, site["scale"]))
+
+    def terms(self) -> Iterator[Term]:
+        """Yield the logarithm of each sum, in the plates that are left, scaled."""
+        for factors, sums in self._components():
+            scale = _common_scale(factors)
+            tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+            for factor in factors:
+                tree.setdefault(frozenset(factor.frames), []).append(factor.value)
+            name = self._sums[min(sums)]
+            with _explained(name, factors):
+                contracted = contract_tensor_tree(tree, sums)
+            plates = {symbol: frame for f in factors for symbol, frame in f.frames.items()}
+            for ordinal, values in contracted.items():
+                frames = frozenset(plates[symbol] for symbol in ordinal)
+                for value in values:
+                    value = packed.unpack(value, self._trace.symbol_to_dim)
+                    value = left_filled(value, self._layout.total_nesting)
+                    yield Term(name, scale_and_mask(value, scale), frames)
+
+    def _components(self) -> list[tuple[list[_Factor], set[str]]]:
+        """Group the factors that share summed sites."""
+        components: list[tuple[list[_Factor], set[str]]] = []
+        for factor in self._factors:
+            own = set(factor.dims) & self._sums.keys()
+            linked = [part for part in components if part[1] & own]
+            components = [part for part in components if not part[1] & own]
+            factors = [old for part, _ in linked for old in part]
+            sums = own.union(*(part for _, part in linked))
+            components.append(([*factors, factor], sums))
+        return components
+
+
+def _common_scale(factors: list[_Factor]) -> Any:
+    scale = factors[0].scale
+    for factor in factors:
+        tensors = isinstance(scale, Tensor) or isinstance(factor.scale, Tensor)
+        if not (factor.scale is scale or (not tensors and factor.scale == scale)):
+            raise ValueError(
+                f"Sites {factors[0].name!r} and {factor.name!r} depend on the same summed sites "
+                f"and have different scales, {scale!r} and {factor.scale!r}: the logarithm of a "
+                "sum cannot be scaled in parts. Give them one scale (both in the subsampled "
+                "plate, or both in poutine.scale), or sample the summed sites in the guide."
+            )
+    if isinstance(scale, Tensor) and scale.numel() > 1:
+        raise ValueError(
+            f"Site {factors[0].name!r} depends on summed sites and has a scale of shape "
+            f"{tuple(scale.shape)}; expected one number."
+        )
+    return scale
+
+
+@contextmanager
+def _explained(name: str, factors: list[_Factor]) -> Iterator[None]:
+    """Name the sites of a sum that is not possible."""
+    try:
+        yield
+    except NotImplementedError as error:
+        names = [factor.name for factor in factors]
+        raise ValueError(
+            f"The sum over {name!r}, with the sites {names}: {error} Sample a summed site in the "
+            "guide."
+        ) from error
