@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pyro_gumbel.guides._latents import Latent, observed_sites, prototype, read_latent
 from pyro_gumbel.guides._plates import read_plates
 from pyro_gumbel.guides._point_estimates import PointEstimateMessenger, quantile
-from pyro_gumbel.infer._checks import latent_sites
+from pyro_gumbel.infer._checks import guided_sites
 from pyro_gumbel.infer.config import Config, GradientMessenger
 
 __all__ = ["ParameterHead", "StructuredGuide"]
@@ -132,7 +132,7 @@ class StructuredGuide(AutoGuide):
 
     def _choose_sites(self, trace: Trace) -> dict[str, Any]:
         """Return the latent sites of this guide."""
-        return latent_sites(trace)
+        return guided_sites(trace)
 
     def _read(self, site: Any) -> Latent:
         return read_latent(site, self.init_scale)

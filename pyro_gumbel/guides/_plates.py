@@ -14,7 +14,7 @@ from pyro.poutine.util import site_is_subsample
 
 from pyro_gumbel.distributions.families import sample_detached, unwrap
 from pyro_gumbel.guides._latents import observed_sites
-from pyro_gumbel.infer._checks import latent_sites
+from pyro_gumbel.infer._checks import guided_sites
 
 __all__ = ["find_data_plate", "read_plates"]
 
@@ -32,7 +32,7 @@ def find_data_plate(trace: Trace, plate: str | None) -> str:
     Raises:
         ValueError: If the model has no such plate or several, or the given name is wrong.
     """
-    latent = latent_sites(trace)
+    latent = guided_sites(trace)
     observed = observed_sites(trace)
     members = _members(trace, [*latent, *observed])
     if plate is not None:

@@ -7,7 +7,7 @@ from typing import Any
 from pyro.poutine import Trace
 
 from pyro_gumbel.guides._base import StructuredGuide
-from pyro_gumbel.infer._checks import latent_sites
+from pyro_gumbel.infer._checks import guided_sites
 
 __all__ = ["AutoDiscrete"]
 
@@ -56,7 +56,7 @@ class AutoDiscrete(StructuredGuide):
     _has_all_elements = True
 
     def _choose_sites(self, trace: Trace) -> dict[str, Any]:
-        latent = latent_sites(trace)
+        latent = guided_sites(trace)
         discrete = {name: site for name, site in latent.items() if site["fn"].support.is_discrete}
         if not discrete:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from pyro_gumbel.estimators.registry import estimator_names
 from pyro_gumbel.infer._dependence import GradientWarning
+from pyro_gumbel.infer._recover import recover
 from pyro_gumbel.infer.captured_svi import CapturedSVI
 from pyro_gumbel.infer.config import config_gradient
 from pyro_gumbel.infer.elbo import Estimator_ELBO
@@ -16,4 +17,5 @@ __all__ = [
     "RelaxReparam",
     "config_gradient",
     "estimator_names",
+    "recover",
 ]

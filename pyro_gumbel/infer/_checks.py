@@ -31,6 +31,7 @@ __all__ = [
     "check_model_site",
     "check_programs",
     "explain_mismatch",
+    "guided_sites",
     "latent_sites",
 ]
 
@@ -49,6 +50,15 @@ def latent_sites(trace: Trace) -> dict[str, Any]:
         name: site
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+    }
+
+
+def guided_sites(trace: Trace) -> dict[str, Any]:
+    """Return the latent sites of a model that are not marked to be summed over."""
+    return {
+        name: site
+        for name, site in latent_sites(trace).items()
+        if (site["infer"] or {}).get("enumerate") is None
     }
 
 
@@ -261,7 +271,6 @@ _PYROS_OWN = {
 _SPELT_RIGHT = _PYROS_OWN | {"enumerate", "gradient"}
 _REMEDIES = {
     "baseline": "write infer={'gradient': Score(MovingAverage())} or another baseline",
-    "enumerate": "write infer={'gradient': Enumerate()}",
 }
 _NAME = "the option for an estimator is 'gradient'"
 
@@ -276,14 +285,30 @@ def check_guide_site(msg: Message) -> None:
         _check_observed(msg, "guide")
         return
     infer: dict[str, Any] = msg["infer"] or {}
+    if "gradient" not in infer:
+        _check_mark(msg, infer)
     for key in infer:
-        if key == "enumerate" and (infer[key] is None or "gradient" in infer):
-            continue  # off, or set by Pyro's config_enumerate and overridden by 'gradient'
-        if key != "gradient" and key not in _PYROS_OWN and not key.startswith("_"):
+        if key not in _SPELT_RIGHT and not key.startswith("_"):
             raise ValueError(
                 f"At site {msg['name']!r}, infer[{key!r}] has no effect in Estimator_ELBO; "
                 f"{_REMEDIES.get(key, _NAME)}."
             )
+
+
+def _check_mark(msg: Message, infer: dict[str, Any]) -> None:
+    """Check a mark of Pyro's for enumeration, which stands for ``Enumerate()`` in the guide."""
+    mark = infer.get("enumerate")
+    if mark not in (None, "parallel"):
+        raise ValueError(
+            f"At site {msg['name']!r} of the guide, infer['enumerate'] is {mark!r}; only "
+            "'parallel' is supported. It stands for infer={'gradient': Enumerate()}."
+        )
+    if mark and infer.get("num_samples") is not None:
+        raise ValueError(
+            f"At site {msg['name']!r} of the guide, infer['num_samples'] is "
+            f"{infer['num_samples']!r}, and enumerated sites have all their values. Remove it, or "
+            "write Estimator_ELBO(num_particles=...) and another estimator."
+        )
 
 
 def check_model_site(msg: Message, guide_site: Any = None) -> None:

@@ -319,7 +319,7 @@ def collect(
     # Without dimensions of ours any dimension left of the plates is a mistake.
     nesting = sampler.layout.total_nesting if sampler.adds_dimensions else float("inf")
     guide = latent_sites(guide_trace)
-    sums = SummedTerms(model_trace, sampler)
+    sums = SummedTerms(model_trace, sampler.layout, sampler.summed)
     kls = analytic_kls(model_trace, guide, sums.depends) if analytic_kl else {}
     terms = list(kls.values())
     scores: dict[str, Tensor] = {}

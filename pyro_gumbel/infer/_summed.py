@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_gumbel.distributions._base import broadcast_shapes
 from pyro_gumbel.distributions.families import event_dims, wrap_score
 from pyro_gumbel.infer._costs import Term, check_shape, site_frames
-from pyro_gumbel.infer._sampling import Layout, NestingNeeded, Sampler, left_filled
+from pyro_gumbel.infer._sampling import Layout, NestingNeeded, left_filled
 
 __all__ = ["SumMessenger", "SummedTerms", "is_summed"]
 
@@ -134,17 +134,18 @@ class SummedTerms:
 
     Args:
         trace: The model's trace.
-        sampler: The sampler of the pass.
+        layout: The paths of the pass.
+        summed: The dimension of each summed site.
     """
 
-    def __init__(self, trace: Trace, sampler: Sampler) -> None:
-        self._layout = sampler.layout
+    def __init__(self, trace: Trace, layout: Layout, summed: dict[str, int]) -> None:
+        self._layout = layout
         self._trace = trace
         self._sums: dict[str, str] = {}
         self._factors: list[_Factor] = []
-        if sampler.summed:
+        if summed:
             trace.symbolize_dims()
-            sites = {name: trace.nodes[name] for name in sampler.summed}
+            sites = {name: trace.nodes[name] for name in summed}
             self._sums = {site["infer"]["_enumerate_symbol"]: name for name, site in sites.items()}
 
     def depends(self, site: Any, shape: torch.Size) -> bool:
@@ -190,19 +191,60 @@ class SummedTerms:
         """Yield the logarithm of each sum, in the plates that are left, scaled."""
         for factors, sums in self._components():
             scale = _common_scale(factors)
-            tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-            for factor in factors:
-                tree.setdefault(frozenset(factor.frames), []).append(factor.value)
-            name = self._sums[min(sums)]
-            with _explained(name, factors):
-                contracted = contract_tensor_tree(tree, sums)
             plates = {symbol: frame for f in factors for symbol, frame in f.frames.items()}
-            for ordinal, values in contracted.items():
+            name = self._sums[min(sums)]
+            for ordinal, value in self._sum(factors, sums):
                 frames = frozenset(plates[symbol] for symbol in ordinal)
-                for value in values:
-                    value = packed.unpack(value, self._trace.symbol_to_dim)
-                    value = left_filled(value, self._layout.total_nesting)
-                    yield Term(name, scale_and_mask(value, scale), frames)
+                yield Term(name, scale_and_mask(value, scale), frames)
+
+    def _sum(
+        self, factors: list[_Factor], sums: set[str]
+    ) -> Iterator[tuple[frozenset[str], Tensor]]:
+        """Yield the logarithms of the sums, and the symbols of their plates."""
+        tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+        for factor in factors:
+            tree.setdefault(frozenset(factor.frames), []).append(factor.value)
+        with _explained(self._sums[min(sums)], factors):
+            contracted = contract_tensor_tree(tree, sums)
+        for ordinal, values in contracted.items():
+            for value in values:
+                value = packed.unpack(value, self._trace.symbol_to_dim)
+                yield ordinal, left_filled(value, self._layout.total_nesting)
+
+    def marginals(self) -> dict[str, Tensor]:
+        """Return each summed site's posterior probabilities, ``plates + (K,)``, with gradient.
+
+        They are the derivatives of the evidence's logarithm in the log-probabilities.
+        """
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            shifts = {}
+            for factor in self._factors:
+                if factor.name in self._sums.values():
+                    dims = factor.dims
+                    shifts[factor.name] = torch.zeros_like(factor.value, requires_grad=True)
+                    factor.value = factor.value + shifts[factor.name]
+                    factor.value._pyro_dims = dims  # type: ignore[attr-defined]
+            parts = [self._sum(*component) for component in self._components()]
+            total = torch.stack([value.sum() for part in parts for _, value in part]).sum()
+            derivatives = torch.autograd.grad(total, [*shifts.values()], create_graph=create_graph)
+        return {
+            name: self._probs(name, derivative)
+            for name, derivative in zip(shifts, derivatives, strict=True)
+        }
+
+    def _probs(self, name: str, derivative: Tensor) -> Tensor:
+        """Sum a packed derivative over the other summed sites, and put the values last."""
+        site = self._trace.nodes[name]
+        (dims,) = (factor.dims for factor in self._factors if factor.name == name)
+        own = site["infer"]["_enumerate_symbol"]
+        others = [i for i, symbol in enumerate(dims) if symbol in self._sums and symbol != own]
+        probs = derivative.sum(others) if others else derivative
+        probs._pyro_dims = "".join(symbol for i, symbol in enumerate(dims) if i not in others)  # type: ignore[attr-defined]
+        probs = packed.unpack(probs, self._trace.symbol_to_dim)
+        dim = site["infer"]["_enumerate_dim"]
+        probs = probs.movedim(dim, -1)
+        return probs.reshape(probs.shape[max(0, probs.dim() - 1 - self._layout.total_nesting) :])
 
     def _components(self) -> list[tuple[list[_Factor], set[str]]]:
         """Group the factors that share summed sites."""

@@ -344,7 +344,9 @@ def resolve(
             or the number of particles.
     """
     check_guide_site(msg)
-    choice = cast(Choice, (msg["infer"] or {}).get("gradient", default))
+    infer = msg["infer"] or {}
+    marked = "enumerate" if infer.get("enumerate") else default
+    choice = cast(Choice, infer.get("gradient", marked))
     check_choice(choice, f"at site {msg['name']!r}, infer['gradient'] is")
     fn = unwrap(msg["fn"])
     estimator = auto.resolve(choice, fn, num_particles)
