@@ -119,11 +119,13 @@ def check_dims(terms: list[Term], most: int) -> None:
         left = shape[: max(0, len(shape) - most)]
         if left.numel() > 1:
             raise ValueError(
-                f"Site {term.site!r}: its log_prob has shape {tuple(shape)}, and the plates (that "
-                f"of the particles included) take the last {most} dimensions only. Values come "
-                "with a dimension of particles on the left: write operations that broadcast over "
-                "it, such as (z.unsqueeze(-2) @ weight).squeeze(-2), or use "
-                "vectorize_particles=False, or a larger max_plate_nesting."
+                f"Site {term.site!r}: its log_prob has shape {tuple(shape)}, and plates, "
+                f"particles and enumerated sites take the last {most} dimensions only. Values "
+                "come with dimensions of particles and of enumerated or summed values on the "
+                "left. Write operations that broadcast over them, such as "
+                "(z.unsqueeze(-2) @ weight).squeeze(-2) for z @ weight and Vindex(loc)[..., z] "
+                "(pyro.ops.indexing) for loc[z]; or use vectorize_particles=False, or a larger "
+                "max_plate_nesting."
             )
 
 

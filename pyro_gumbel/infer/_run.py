@@ -351,7 +351,7 @@ def collect(
         else:
             terms.append(make_term(site, raw, nesting))
     terms += sums.terms()
-    if sampler.layout.particle_dim is not None:
+    if sampler.adds_dimensions:
         check_dims(terms, sampler.layout.total_nesting + len(sampler.enumerated))
     observed = {name for name, site in _samples(model_trace).items() if site["is_observed"]}
     return Run(guide, sampler, scores, terms, kls, observed)
