@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
 import torch
@@ -103,8 +103,7 @@ def structure_of(call: Call) -> Hashable:
     return len(call.args), *kinds, *call.kwargs
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """The options of a loss that its execution needs.
 
     Attributes:

@@ -74,16 +74,21 @@ class SumMessenger(EnumMessenger):
         vars(_ENUM_ALLOCATOR).update(self._allocator)
 
     def _pyro_sample(self, msg: Message) -> None:
-        name, infer = cast(str, msg["name"]), dict(msg["infer"] or {})
+        infer: dict[str, Any] = msg["infer"] or {}
         marked = infer.get("enumerate") is not None and not msg["is_observed"]
-        if marked and name not in self._guide:
-            _check_mark(name, infer)
-            if self._layout.plate_nesting is None and not self._draws:
-                raise NestingNeeded
-        else:
-            infer["enumerate"] = None
-        if self._draws:
-            return
+        if marked and msg["name"] not in self._guide:
+            _check_mark(cast(str, msg["name"]), infer)
+            if not self._draws:
+                self._enumerate(msg)
+        elif not self._draws and (self.dims or self._enumerated or "_markov_scope" in infer):
+            # Pyro notes the dimensions that the site may depend on.
+            msg["infer"] = cast(Any, {**infer, "enumerate": None})
+            super()._pyro_sample(msg)
+
+    def _enumerate(self, msg: Message) -> None:
+        if self._layout.plate_nesting is None:
+            raise NestingNeeded
+        name, infer = cast(str, msg["name"]), dict(cast(Any, msg["infer"]))
         msg["infer"] = cast(Any, infer)
         try:
             super()._pyro_sample(msg)
@@ -92,11 +97,10 @@ class SumMessenger(EnumMessenger):
                 f"Site {name!r} of the model is marked infer={{'enumerate': 'parallel'}}, and its "
                 f"{type(msg['fn']).__name__} cannot list its values. Sample it in the guide."
             ) from error
-        if "_enumerate_dim" in infer:
-            self.dims[name] = infer["_enumerate_dim"]
+        self.dims[name] = infer["_enumerate_dim"]
 
     def _pyro_post_sample(self, msg: Message) -> None:
-        if not self._draws:
+        if msg["name"] in self._param_dims:
             super()._pyro_post_sample(msg)
 
 
