@@ -70,10 +70,6 @@ class ParticleELBO(ELBO):
         vectorize_particles: Evaluate particles as rows of a plate, else one after the other.
         max_plate_nesting: Bound on the number of nested plates, by default found by a run.
         **kwargs: As for Pyro's ``ELBO``.
-
-    Raises:
-        TypeError: If ``default`` is not an estimator, or an argument is unknown.
-        ValueError: If ``num_particles`` is below 1 or ``default`` is not the name of an estimator.
     """
 
     def __init__(
@@ -105,8 +101,8 @@ class ParticleELBO(ELBO):
     def __call__(self, model: nn.Module, guide: nn.Module) -> ELBOModule:
         """Return a module that calls :meth:`differentiable_loss` and holds the estimators.
 
-        Its first call finds those in ``infer`` or from a callable, like parameters that a program
-        makes as it runs. So call it once before you make an optimiser.
+        Its first call finds those in ``infer`` or from a callable: call it before you make an
+        optimiser.
         """
         return LossModule(model, guide, self)
 
@@ -158,9 +154,8 @@ class ParticleELBO(ELBO):
 
         Args:
             call: The programs and their arguments.
-            training: Whether to move schedules and baselines. They stay where gradients are off.
-            finish: Ends a training step. A module holds the estimators' parameters itself, so that
-                they need not be shown in the parameter store.
+            training: Whether to move schedules and baselines, if gradients are on.
+            finish: Ends a training step. A module holds the estimators' parameters itself.
         """
         estimate = self._step(call, training=training, finish=finish)
         surrogate = estimate.surrogate
@@ -208,10 +203,7 @@ class ParticleELBO(ELBO):
         return estimate
 
     def estimate(self, call: Call, *, training: bool = True) -> Estimate:
-        """Estimate the loss and its gradient.
-
-        Baselines move on if ``training``; schedules are advanced by :func:`finish_step`.
-        """
+        """Estimate the loss and its gradient; only baselines move on, if ``training``."""
         with sole_step():
             execution = Execution(call, self.plan(call), self._options())
             passes = execution.run()
@@ -303,9 +295,14 @@ class Estimator_ELBO(ParticleELBO):  # noqa: N801
     of the guide, outside the plate, combines the elements, and sites of the plate depend on that
     site, write ``.to_event(1)`` instead of the plate.
 
-    A new pair of model and guide runs once more, for a *preflight*. It counts plates, checks that
-    model and guide match, and finds the dependence of each term on each site. It leaves random
-    number generators and buffers of modules unchanged.
+    A discrete site of the model that the guide lacks is summed out exactly if it is marked
+    ``infer={"enumerate": "parallel"}``, in plates and along ``pyro.markov`` chains, by Pyro's
+    variable elimination. The sum is a term of the bound, in the plates that it leaves. In a guide
+    the mark stands for ``Enumerate()``.
+
+    A new pair of programs may run once more, for a *preflight*. It counts plates, or finds the
+    dependence of each term on each site. It leaves random number generators and buffers of
+    modules unchanged.
 
     Args:
         num_particles: Number of independent samples to average over.
@@ -329,7 +326,8 @@ class Estimator_ELBO(ParticleELBO):  # noqa: N801
 
     References:
         Gradient Estimation Using Stochastic Computation Graphs (Schulman et al., 2015),
-        https://arxiv.org/abs/1506.05254
+        https://arxiv.org/abs/1506.05254; Tensor Variable Elimination for Plated Factor Graphs
+        (Obermeyer et al., 2019), https://arxiv.org/abs/1902.03210
 
     Example:
         >>> import pyro, pyro.distributions as dist

@@ -382,9 +382,14 @@ ROWS = {
         r"infer=\{'gradient': Score\(MovingAverage\(\)\)\}",
     ),
     "infer: Pyro's enumerate": (
-        step(BIT, site(lambda: dist.Bernoulli(0.3), enumerate="parallel")),
+        step(BIT, site(lambda: dist.Bernoulli(0.3), enumerate="sequential")),
         ValueError,
-        r"infer\['enumerate'\] has no effect in .*; write infer=\{'gradient': Enumerate\(\)\}",
+        r"'z' of the guide, infer\['enumerate'\] is 'sequential'; only 'parallel' is supported",
+    ),
+    "infer: enumeration by draws": (
+        step(BIT, site(lambda: dist.Bernoulli(0.3), enumerate="parallel", num_samples=4)),
+        ValueError,
+        r"'z' of the guide, infer\['num_samples'\] is 4, and enumerated sites have all their",
     ),
     "infer: a typo": (
         step(BIT, site(lambda: dist.Bernoulli(0.3), estimator="nonsense")),
