@@ -1,186 +1,192 @@
-"""Estimators that run the model on relaxed values need a model that reads them with a gradient."""
+"""Closed-form KL divergences change the noise, never the mean."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch import Tensor, nn
+from helpers.problems import (
+    Problem,
+    bit_values,
+    draw_gradients,
+    exact_gradient,
+    relative_error,
+    worst_z,
+)
+from helpers.programs import check, check_loss, constant, nested
+from pyro import poutine
 
 from pyro_gumbel.estimators import (
-    DisARMTree,
-    Estimator,
-    GumbelSoftmax,
-    MuProp,
-    Rebar,
-    ReinMax,
-    Relax,
-    StraightThrough,
+    Enumerate,
 )
-from pyro_gumbel.infer import Estimator_ELBO, GradientWarning, config_gradient
+from pyro_gumbel.infer import Estimator_ELBO
 
-TABLE = torch.tensor([-1.0, 0.5, 2.0])
-
-
-def guide() -> None:
-    pyro.sample("z", dist.OneHotCategorical(logits=pyro.param("logits", torch.zeros(3))))
+DOUBLE = torch.float64
 
 
-def reader(read: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-    def model() -> None:
-        z = pyro.sample("z", dist.OneHotCategorical(torch.tensor([0.2, 0.3, 0.5])))
-        scale = pyro.param("scale", torch.tensor(1.0))
-        pyro.sample("x", dist.Normal(read(z) * scale, 1.0), obs=torch.tensor(0.3))
-
-    return model
+POINTS = torch.tensor([0.3, -1.0, 2.0, 0.8, -0.4], dtype=DOUBLE)
 
 
-class Critic(nn.Module):
-    def __init__(self, outputs: int = 1) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, outputs)
-
-    def forward(self, value: Tensor) -> Tensor:
-        return self.linear(value)
-
-
-LOOKUPS = {
-    "argmax": lambda z: TABLE[z.argmax(-1)],
-    "threshold": lambda z: torch.where(z[..., 0] > 0.5, 1.0, -1.0),
-    "long": lambda z: TABLE[(z * torch.arange(3.0)).sum(-1).long()],
-}
+@pytest.mark.parametrize("choice", ["score", "auto", "enumerate"])
+def test_analytic_kl_changes_noise_only(choice):
+    """100 steps of 300 particles, both ways, on a chain whose terms it may replace."""
+    problem = nested()
+    estimator = Enumerate() if choice == "enumerate" else choice
+    elbo, gradient = exact_gradient(problem)
+    sampled, _ = draw_gradients(problem, estimator, 100, num_particles=300)
+    closed, losses = draw_gradients(problem, estimator, 100, num_particles=300, analytic_kl=True)
+    assert worst_z(closed, gradient) < 5
+    assert worst_z(sampled, gradient) < 5
+    assert relative_error(closed, gradient) < 0.02
+    check_loss(losses, elbo)
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
-@pytest.mark.parametrize("estimator", [Rebar(), Relax(Critic())], ids=["rebar", "relax"])
-@pytest.mark.parametrize("read", LOOKUPS.values(), ids=LOOKUPS)
-def test_an_index_lookup_is_refused_by_name(
-    read: Callable[[Tensor], Tensor], estimator: Estimator, vectorize: bool
-) -> None:
-    elbo = Estimator_ELBO(num_particles=2, vectorize_particles=vectorize)
-    with pytest.raises(ValueError, match="(?s)'z'.*needs the cost's gradient.*'x'.*DisARMTree"):
-        elbo.loss_and_grads(reader(read), config_gradient(guide, estimator))
+def test_analytic_kl_is_exact_without_data():
+    """The loss is the KL itself, at every draw."""
+    p = torch.tensor([0.1, 0.2, 0.7], dtype=DOUBLE)
+    q = torch.tensor([0.3, 0.4, 0.3], dtype=DOUBLE)
+
+    def model():
+        pyro.sample("z", dist.OneHotCategorical(p))
+
+    def guide():
+        pyro.sample("z", dist.OneHotCategorical(q))
+
+    exact = (q * (q / p).log()).sum().item()
+    losses = {Estimator_ELBO(analytic_kl=True).loss(model, guide) for _ in range(5)}
+    assert len(losses) == 1
+    assert losses.pop() == pytest.approx(exact, rel=1e-12)
 
 
-@pytest.mark.parametrize("estimator", [ReinMax(), GumbelSoftmax(0.5), StraightThrough()], ids=repr)
-def test_a_biased_estimator_warns_of_an_index_lookup(
-    estimator: Estimator,
-) -> None:
-    elbo = Estimator_ELBO(num_particles=2, vectorize_particles=True)
-    model = reader(LOOKUPS["argmax"])
-    with pytest.warns(GradientWarning, match="'z'.*needs the cost's gradient.*'x'.*is not learnt"):
-        elbo.loss_and_grads(model, config_gradient(guide, estimator))
+def test_analytic_kl_only_where_model_and_guide_are_scaled_alike():
+    """A tempered prior: 0.5 log p - log q has no KL divergence as its mean. 100 x 1,000 draws."""
+
+    def model():
+        with poutine.scale(scale=0.5):
+            pyro.sample("z", dist.Bernoulli(constant(0.2, POINTS)))
+
+    def guide():
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("l")))
+
+    problem = Problem(model, guide, {"l": torch.tensor(0.3)}, {"z": bit_values(())})
+    elbo, gradient = exact_gradient(problem)
+    draws, losses = draw_gradients(problem, "auto", 100, num_particles=1000, analytic_kl=True)
+    check(draws, gradient)
+    check_loss(losses, elbo)
 
 
-def test_the_probe_leaves_the_generator_and_the_gradient_alone() -> None:
-    """With and without validation, and so with and without the probe, a step is the same."""
-    results = []
-    for validate in (True, False):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(7)
-        elbo = Estimator_ELBO(num_particles=3, vectorize_particles=True)
-        with pyro.validation_enabled(validate):
-            elbo.loss_and_grads(reader(lambda z: z @ TABLE), config_gradient(guide, ReinMax()))
-        params = pyro.get_param_store()._params
-        results.append(torch.cat([param.grad.flatten() for param in params.values()]))
-        results.append(torch.rand(2))
-    torch.testing.assert_close(results[0], results[2], rtol=0, atol=0)
-    torch.testing.assert_close(results[1], results[3], rtol=0, atol=0)
+def test_analytic_kl_not_where_the_order_of_sites_differs():
+    """In the guide b comes first, in the model a. The KL of a given b has no closed form."""
+
+    def model():
+        a = pyro.sample("a", dist.Bernoulli(constant(0.2, POINTS)))
+        pyro.sample("b", dist.Bernoulli(0.1 + 0.7 * a))
+
+    def guide():
+        b = pyro.sample("b", dist.Bernoulli(logits=pyro.param("b_logit")))
+        pyro.sample("a", dist.Bernoulli(logits=pyro.param("a_logit") + 2 * b))
+
+    params = {"a_logit": torch.tensor(0.3), "b_logit": torch.tensor(-0.5)}
+    problem = Problem(model, guide, params, {"a": bit_values(()), "b": bit_values(())})
+    elbo, gradient = exact_gradient(problem)
+    draws, losses = draw_gradients(problem, "auto", 100, num_particles=1000, analytic_kl=True)
+    check(draws, gradient)
+    check_loss(losses, elbo)
 
 
-@pytest.mark.parametrize("estimator", [Rebar(), Relax(Critic()), MuProp()], ids=repr)
-def test_a_product_is_accepted(estimator: Estimator) -> None:
-    model = reader(lambda z: z @ TABLE)
-    elbo = Estimator_ELBO(num_particles=3, vectorize_particles=True)
-    loss = elbo.loss_and_grads(model, config_gradient(guide, estimator))
-    assert torch.isfinite(loss)
+@pytest.mark.parametrize("family", [dist.Categorical, dist.OneHotCategorical])
+def test_an_impossible_category_leaves_a_gradient(family):
+    logits = torch.tensor([0.4, -math.inf, -0.3], dtype=DOUBLE, requires_grad=True)
+    prior = torch.tensor([0.5, 0.2, 0.3], dtype=DOUBLE)
+    Estimator_ELBO(analytic_kl=True).loss_and_grads(
+        lambda: pyro.sample("z", family(prior)), lambda: pyro.sample("z", family(logits=logits))
+    )
+    possible = logits.detach()[[0, 2]].requires_grad_()
+    log_q = possible.log_softmax(-1)
+    (log_q.exp() * (log_q - prior[[0, 2]].log())).sum().backward()
+    torch.testing.assert_close(logits.grad[[0, 2]], possible.grad, rtol=1e-10, atol=0)
+    assert logits.grad[1] == 0
 
 
-def test_the_advice_of_the_message_works() -> None:
-    model = reader(lambda z: TABLE[z.argmax(-1)])
-    elbo = Estimator_ELBO(num_particles=3, vectorize_particles=True)
-    loss = elbo.loss_and_grads(model, config_gradient(guide, DisARMTree()))
-    assert torch.isfinite(loss)
+@pytest.mark.parametrize("certain", [1.0, 0.0])
+@pytest.mark.parametrize("given", ["logits", "probs"])
+def test_a_certain_bit_leaves_a_gradient(given, certain):
+    value = torch.tensor(certain if given == "probs" else math.inf * (2 * certain - 1))
+    value.requires_grad_()
+    loss = Estimator_ELBO(analytic_kl=True).loss_and_grads(
+        lambda: pyro.sample("z", dist.Bernoulli(0.3)),
+        lambda: pyro.sample("z", dist.Bernoulli(**{given: value})),
+    )
+    assert float(loss) == pytest.approx(-math.log(0.3 if certain else 0.7), rel=1e-6)
+    assert value.grad.isfinite()
 
 
-def test_a_critic_of_the_wrong_shape_is_refused() -> None:
-    model = reader(lambda z: z @ TABLE)
-    elbo = Estimator_ELBO(num_particles=2, vectorize_particles=True)
-    with pytest.raises(
-        ValueError, match=r"'z'.*critic returned shape \(2, 4\).*\(2,\) or \(2, 1\)"
-    ):
-        elbo.loss_and_grads(model, config_gradient(guide, Relax(Critic(outputs=4))))
+@pytest.mark.parametrize("family", [dist.Bernoulli, dist.Categorical, dist.OneHotCategorical])
+@pytest.mark.parametrize("given", ["logits", "probs"])
+def test_closed_forms_equal_those_of_torch(family, given):
+    sizes = (3,) if family is dist.Bernoulli else (3, 4)
+    pyro.set_rng_seed(0)
+    q, p = torch.rand(2, *sizes, dtype=DOUBLE)
+    q = q.requires_grad_()
+
+    def program(parameter):
+        with pyro.plate("n", 3):
+            pyro.sample("z", family(**{given: parameter}))
+
+    elbo = Estimator_ELBO(analytic_kl=True)
+    loss = elbo.loss_and_grads(lambda: program(p), lambda: program(q))
+    fns = (family(**{given: parameter}) for parameter in (q, p))
+    exact = torch.distributions.kl_divergence(*fns).sum()
+    assert float(loss) == pytest.approx(exact.item(), rel=1e-10)
+    torch.testing.assert_close(q.grad, torch.autograd.grad(exact, q)[0], rtol=1e-8, atol=1e-12)
 
 
-def test_a_critic_must_be_a_module() -> None:
-    with pytest.raises(TypeError, match="critic must be a torch.nn.Module"):
-        Relax(lambda value: value.sum(-1))  # type: ignore[arg-type]
+def folded(loc):
+    return dist.FoldedDistribution(dist.Normal(torch.tensor(loc), 0.7))
 
 
-SHIFT = torch.tensor([[2.0, -1.0, 0.0], [0.0, 1.5, -0.5], [-1.0, 0.0, 1.0]])
+def scaled_after_folding(loc):
+    scaling = dist.transforms.AffineTransform(0.0, 2.0)
+    return dist.TransformedDistribution(folded(loc), [scaling])
 
 
-def of_two(*, model_reads: Callable[[Tensor], Tensor], guide_reads: Callable[[Tensor], Tensor]):
-    """A second latent whose distribution depends on the first, in the model or in the guide."""
+@pytest.mark.parametrize(
+    ("q", "p"),
+    [
+        (folded(0.8), dist.HalfNormal(1.0)),
+        (folded(0.8), folded(-0.8)),
+        (scaled_after_folding(0.8), scaled_after_folding(0.3)),
+    ],
+    ids=["folded and half", "folded", "folded within"],
+)
+def test_bases_stand_for_transformed_distributions_only_where_one_to_one(q, p):
+    """The divergence of the bases is another: it is estimated, from the same draws."""
 
-    def model() -> None:
-        z = pyro.sample("z", dist.OneHotCategorical(torch.tensor([0.2, 0.3, 0.5])))
-        y = pyro.sample("y", dist.OneHotCategorical(logits=model_reads(z)))
-        pyro.sample("x", dist.Normal((y * TABLE).sum(-1), 1.0), obs=torch.tensor(0.3))
+    def model():
+        pyro.sample("z", p)
 
-    def both() -> None:
-        z = pyro.sample("z", dist.OneHotCategorical(logits=pyro.param("l", torch.zeros(3))))
-        pyro.sample("y", dist.OneHotCategorical(logits=guide_reads(z) + pyro.param("m", SHIFT[0])))
+    def guide():
+        pyro.sample("z", q)
 
-    return model, both
-
-
-def by_index(z: Tensor) -> Tensor:
-    return SHIFT[z.argmax(-1)]
-
-
-def by_product(z: Tensor) -> Tensor:
-    return z @ SHIFT
-
-
-@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
-@pytest.mark.parametrize("other", ["enumerate", "score", "disarm_tree"])
-@pytest.mark.parametrize("where", ["model_reads", "guide_reads"])
-def test_an_index_lookup_by_another_latent(where: str, other: str, vectorize: bool) -> None:
-    elbo = Estimator_ELBO(2, vectorize_particles=vectorize, max_plate_nesting=0)
-    config = {"z": Rebar(), "y": other}
-    readers = {"model_reads": by_product, "guide_reads": by_product}
-    model, both = of_two(**readers)
-    elbo.loss_and_grads(model, config_gradient(both, config))  # nothing is wrong
-    model, both = of_two(**{**readers, where: by_index})
-    with pytest.raises(ValueError, match="(?s)'z'.*needs the cost's gradient.*'y'.*DisARMTree"):
-        elbo.loss_and_grads(model, config_gradient(both, config))
-    with pytest.warns(GradientWarning, match="'z'.*needs the cost's gradient.*'y'.*is not learnt"):
-        elbo.loss_and_grads(model, config_gradient(both, {**config, "z": ReinMax()}))
+    losses = []
+    for analytic in (False, True):
+        pyro.set_rng_seed(0)
+        losses.append(Estimator_ELBO(analytic_kl=analytic).loss(model, guide))
+    assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("vectorize", [True, False], ids=["vectorised", "looped"])
-@pytest.mark.parametrize("outer", ["rebar", "muprop", "gumbel_softmax"])
-@pytest.mark.parametrize("inner", ["local_expectation", "sum_and_sample", "unordered_set"])
-def test_probes_take_relaxed_values_of_other_sites(
-    outer: str, inner: str, vectorize: bool
-) -> None:
-    def model() -> None:
-        g = pyro.sample("g", dist.Bernoulli(0.3))
-        with pyro.plate("n", 2):
-            z = pyro.sample("z", dist.OneHotCategorical(torch.ones(4)))
-            mean = (z * torch.arange(4.0)).sum(-1) + g
-            pyro.sample("x", dist.Normal(mean, 1.0), obs=torch.zeros(2))
-
-    def nested() -> None:
-        pyro.sample("g", dist.Bernoulli(logits=pyro.param("a", torch.tensor(0.2))))
-        logits = pyro.param("b", torch.zeros(2, 4), event_dim=1)
-        with pyro.plate("n", 2):
-            pyro.sample("z", dist.OneHotCategorical(logits=logits))
-
-    elbo = Estimator_ELBO(2, vectorize_particles=vectorize, max_plate_nesting=1)
-    loss = elbo.loss_and_grads(model, config_gradient(nested, {"g": outer, "z": inner}))
-    assert torch.isfinite(loss)
+@pytest.mark.parametrize(
+    ("q", "p"),
+    [
+        (dist.HalfNormal(0.7), dist.HalfNormal(1.0)),
+        (dist.LogNormal(0.3, 0.7), dist.LogNormal(0, 1)),
+    ],
+    ids=["half normal", "log normal"],
+)
+def test_transformed_distributions_with_a_closed_form_keep_it(q, p):
+    elbo = Estimator_ELBO(analytic_kl=True)
+    losses = [elbo.loss(lambda: pyro.sample("z", p), lambda: pyro.sample("z", q)) for _ in "ab"]
+    assert losses == pytest.approx([torch.distributions.kl_divergence(q, p).item()] * 2)
