@@ -30,6 +30,7 @@ _PLAIN = (bool, int, float, str)
 _CALLS = (PyroOptim.__call__, PyroLRScheduler.__call__)
 # ASGD is not among them: its multi-tensor form rounds to float32.
 _NAMES = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
+_FUSED = (torch.float32, torch.float64)  # others are rounded less often than step by step
 _MULTI_TENSOR = [getattr(torch.optim, name) for name in _NAMES]
 
 
@@ -318,7 +319,7 @@ def _joint_options(optim: PyroOptim, parameter: Tensor) -> Any:
         return None
     if foreach is None and not fused and parameter.is_cpu:  # on a GPU torch chooses foreach
         tensors = [parameter] if parameter.grad is None else [parameter, parameter.grad]
-        is_plain = all(x.is_contiguous() and x.is_floating_point() for x in tensors)
+        is_plain = all(x.is_contiguous() and x.dtype in _FUSED for x in tensors)
         options["fused" if fused is None and is_plain else "foreach"] = True
     return kind, tuple(options.items())
 

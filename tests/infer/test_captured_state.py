@@ -336,6 +336,14 @@ def test_the_same_parameters_and_the_same_state(name, dtype):
     torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
 
 
+def test_half_precision_is_rounded_alike():
+    expected, found = (
+        train_by(OPTIMISERS["adam"], step, torch.bfloat16)
+        for step in (lambda optimiser, ps: optimiser(ps), Updater()._step)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def counted(optimiser, parameters, updater):
     """Count the operations of torch's optimisers in a step."""
     with torch.profiler.profile() as profiled:
