@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
 __all__ = [
+    "RESERVED",
     "check_coords",
+    "check_dims",
     "check_estimators",
+    "check_names",
     "check_num_samples",
     "check_number",
     "check_programs",
@@ -137,3 +140,45 @@ def check_coords(coords: Any) -> None:
         raise TypeError(
             f"coords must be a dict, such as coords={{'category': ['x', 'y']}}; got {coords!r}."
         )
+
+
+# Dimensions and coordinates of the draws, which no parameter can share its name with.
+_TAKEN = (
+    "all block chain cosine direction draw estimator evaluations grad_norm loss parameter "
+    "parameter_norm repeat seconds site site_effect square_trace trace trace_variance"
+)
+RESERVED = frozenset(_TAKEN.split())
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse parameters whose names the draws need."""
+    taken = sorted(RESERVED & set(names))
+    if taken:
+        raise ValueError(
+            f"Parameter {taken[0]!r} has the name of a dimension or a statistic of the draws; "
+            f"rename it, or leave it out by params=[...]. Reserved are {sorted(RESERVED)}."
+        )
+
+
+def check_dims(dims: Any, names: Collection[str]) -> None:
+    """Check that ``dims`` has free names of dimensions of known parameters."""
+    if dims is None:
+        return
+    if not isinstance(dims, Mapping) or not all(map(_are_names, dims.values())):
+        raise TypeError(
+            "dims must be a dict of lists, such as dims={'logits': ['datum', 'category']}; got "
+            f"{dims!r}."
+        )
+    for name, own in dims.items():
+        if name not in names:
+            raise ValueError(f"dims: no parameter is called {name!r}; there are {list(names)}.")
+        taken = sorted(RESERVED.union(names) & set(own))
+        if taken:
+            raise ValueError(
+                f"dims: parameter {name!r} cannot have a dimension {taken[0]!r}: a parameter, a "
+                "dimension or a statistic of the draws has that name. Choose another."
+            )
+
+
+def _are_names(own: Any) -> bool:
+    return isinstance(own, (list, tuple)) and all(isinstance(name, str) for name in own)

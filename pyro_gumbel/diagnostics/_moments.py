@@ -6,7 +6,7 @@ The memory that moments take does not grow with the number of draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "blocks_of",
     "check_draws",
     "check_reference",
+    "dims_of",
     "free_name",
     "is_projected",
     "own_array",
@@ -41,6 +42,20 @@ def free_name(name: str, taken: Container[Any]) -> str:
     while name in taken:
         name += "_"
     return name
+
+
+def dims_of(
+    name: str, rank: int, dims: Mapping[str, Sequence[str]] | None, names: Container[Any]
+) -> list[str]:
+    """The names of a parameter's own dimensions: the caller's, or ``<name>_dim_0``, ..."""
+    if dims is None or name not in dims:
+        return [free_name(f"{name}_dim_{axis}", names) for axis in range(rank)]
+    if len(dims[name]) != rank:
+        raise ValueError(
+            f"dims: parameter {name!r} has {rank} dimensions of its own; got names for "
+            f"{len(dims[name])}: {list(dims[name])}."
+        )
+    return list(dims[name])
 
 
 def own_coordinate(dataset: xr.Dataset, name: str, statistic: str) -> xr.DataArray:

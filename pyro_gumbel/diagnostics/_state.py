@@ -1,11 +1,13 @@
-"""Parameters, seeds, and the state that a measurement has to put back."""
+"""Parameters, seeds, copies of estimators: what a measurement uses, and has to put back."""
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import functools
 import math
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +17,9 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.elbo import ELBO
+from pyro.infer.util import torch_item
+from pyro.ops.jit import CompiledFunction
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
@@ -23,7 +28,9 @@ from torch import Tensor, UntypedStorage, nn
 from torch.distributions import constraints, transform_to
 
 from pyro_gumbel._validate import is_integer
-from pyro_gumbel.estimators import Call
+from pyro_gumbel.estimators import Call, Estimator
+from pyro_gumbel.estimators.registry import NamedEstimators
+from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 from pyro_gumbel.infer._checks import PARTICLE_PLATE
 from pyro_gumbel.infer._operations import Undo
 from pyro_gumbel.infer._operations import leaves as nested
@@ -34,6 +41,7 @@ __all__ = [
     "EvaluationCounter",
     "Keeper",
     "Params",
+    "Replica",
     "Step",
     "check_complete",
     "find_parameters",
@@ -255,6 +263,82 @@ class Step(NamedTuple):
     loss: float
     seconds: float
     evaluations: int
+
+
+class Replica:
+    """One independent copy of an estimator, with the state that the original had.
+
+    ``choice`` is a config, an ``ELBO``, or a pair of the two; options of particles are for a
+    config alone.
+    """
+
+    def __init__(
+        self, choice: Any, call: Call, num_particles: int = 1, vectorize_particles: bool = False
+    ) -> None:
+        if isinstance(choice, ELBO):
+            choice = (None, choice)
+        elif not isinstance(choice, tuple):
+            elbo = Estimator_ELBO(num_particles, vectorize_particles=vectorize_particles)
+            choice = (choice, elbo)
+        if len(choice) != 2 or not isinstance(choice[1], ELBO):
+            raise TypeError(
+                "estimators: a pair must be (config, ELBO), such as (ReinMax(), "
+                f"Estimator_ELBO(num_particles=4)); got {choice!r}."
+            )
+        config, elbo = choice
+        # A copy of all that it holds, except the programs and what is compiled of them.
+        compiled = [value for value in vars(elbo).values() if isinstance(value, CompiledFunction)]
+        shared = [call.model, call.guide, *compiled]
+        self.elbo = copy.deepcopy(elbo, {id(value): value for value in shared})
+        self.call = call
+        self.counter = EvaluationCounter()
+        counted = self.counter.count(call)
+        self.model = counted.model
+        guide = counted.guide if config is None else config_gradient(counted.guide, config)
+        # The outermost configuration sees what the inner ones chose, and puts copies in its place.
+        self.guide = config_gradient(guide, self._replace)
+        self.on_site: Callable[[str], None] | None = None
+        self.sites: dict[str, None] = {}
+        self._copies: dict[int, tuple[Estimator, Estimator]] = {}
+
+    def step(self) -> Step:
+        """Estimate the gradient once, into ``.grad``."""
+        before, start = self.counter.total, time.perf_counter()
+        with torch.enable_grad():
+            loss = self.elbo.loss_and_grads(
+                self.model, self.guide, *self.call.args, **self.call.kwargs
+            )
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        loss = loss[0] if isinstance(loss, tuple) else loss  # as of reweighted wake-sleep
+        return Step(torch_item(loss), seconds, self.counter.total - before)
+
+    def save(self) -> Callable[[], None]:
+        """Remember the estimators' state; return what puts it back."""
+        held = [own for _, own in self._copies.values()]
+        for value in nested(vars(self.elbo)):
+            made = value.made() if isinstance(value, NamedEstimators) else {"": value}
+            held += [estimator for estimator in made.values() if isinstance(estimator, Estimator)]
+        states = [(estimator, copy.deepcopy(estimator.state_dict())) for estimator in held]
+
+        def restore() -> None:
+            for estimator, state in states:
+                estimator.load_state_dict(copy.deepcopy(state))
+
+        return restore
+
+    def _replace(self, msg: Any) -> Any:
+        self.sites[msg["name"]] = None
+        if self.on_site is not None:
+            self.on_site(msg["name"])
+        chosen = (msg["infer"] or {}).get("gradient")
+        if not isinstance(chosen, Estimator):
+            return chosen
+        if id(chosen) not in self._copies:
+            # The original is kept beside its copy, so that its id stays its own.
+            self._copies[id(chosen)] = (chosen, copy.deepcopy(chosen))
+        return self._copies[id(chosen)][1]
 
 
 class EvaluationCounter(Messenger):

@@ -12,13 +12,13 @@ import xarray as xr
 from pyro_gumbel._arviz import tree
 from pyro_gumbel.diagnostics._moments import (
     check_draws,
+    dims_of,
     free_name,
     own_array,
     own_coordinate,
     parameters_of,
     reference_blocks,
 )
-from pyro_gumbel.diagnostics._storage import dims_of
 
 __all__ = ["to_arviz"]
 

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import copy
-import time
+import datetime
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
 import xarray as xr
-from pyro.infer.elbo import ELBO
-from pyro.infer.util import torch_item
-from pyro.ops.jit import CompiledFunction
+from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_gumbel._validate import (
     check_coords,
+    check_dims,
     check_estimators,
+    check_names,
     check_programs,
     integer,
 )
+from pyro_gumbel.diagnostics._moments import BATCH, SPREAD, Moments, dims_of, free_name
 from pyro_gumbel.diagnostics._state import (
-    EvaluationCounter,
     Params,
+    Replica,
     Step,
     check_complete,
     find_parameters,
@@ -36,15 +38,12 @@ from pyro_gumbel.diagnostics._state import (
     seed_torch,
     seeds,
 )
-from pyro_gumbel.diagnostics._storage import Recorder, check_dims, check_names
-from pyro_gumbel.estimators import Call, Estimator
-from pyro_gumbel.estimators.registry import NamedEstimators
-from pyro_gumbel.infer import Estimator_ELBO, config_gradient
-from pyro_gumbel.infer._operations import leaves as nested
+from pyro_gumbel.estimators import Call
 
-__all__ = ["Replica", "gradient_draws"]
+__all__ = ["gradient_draws"]
 
 _SITE_SHARE = 0.05  # cost of site effects over that of the draws
+_MAX_BYTES = 4 * 2**30
 
 
 def gradient_draws(
@@ -155,7 +154,7 @@ def gradient_draws(
         recorders, trials = {}, {}
         for label, choice in estimators.items():
             with _named(label):
-                recorders[label] = Recorder(leaves, (num_chains, num_draws), dims, project)
+                recorders[label] = _Recorder(leaves, (num_chains, num_draws), dims, project)
                 trials[label] = replica(choice)
                 trials[label].step()  # what fails does so before the others are drawn
         for chain, chain_seed in enumerate(chain_seeds):
@@ -164,8 +163,12 @@ def gradient_draws(
                 bar.set_description(label)
                 seed_everything(chain_seed)
                 with _named(label):
-                    steps = _steps(replica(choice), leaves, num_warmup, num_draws)
-                    for draw, step in enumerate(steps):
+                    own = replica(choice)
+                    for _ in range(num_warmup):
+                        own.step()
+                    read_gradients(leaves)  # what earlier steps left
+                    for draw in range(num_draws):
+                        step = own.step()
                         recorders[label].add(chain, draw, step, read_gradients(leaves))
                         bar.update()
                     check_complete(leaves, params)
@@ -185,16 +188,6 @@ def gradient_draws(
     return datasets
 
 
-def _steps(
-    replica: Replica, leaves: dict[str, Tensor], num_warmup: int, num_draws: int
-) -> Iterator[Step]:
-    for _ in range(num_warmup):
-        replica.step()
-    read_gradients(leaves)  # what earlier steps left
-    for _ in range(num_draws):
-        yield replica.step()
-
-
 @contextmanager
 def _named(label: str) -> Iterator[None]:
     """Add the label of the estimator to an error."""
@@ -205,80 +198,141 @@ def _named(label: str) -> Iterator[None]:
         raise
 
 
-class Replica:
-    """One independent copy of an estimator, with the state that the original had.
+class _Recorder:
+    """Takes in the gradients of one estimator, draw by draw.
 
-    ``choice`` is a config, an ``ELBO``, or a pair of the two; options of particles are for a
-    config alone.
+    Either each coordinate of each draw is kept, in the parameter's own precision. Or, with
+    ``project``, each draw's inner product with a few directions, its norm and its cosine, and once
+    for all draws the moments of each coordinate. The directions are random, of length one, and the
+    same in every call. The cosine is that with the mean of all other draws so far.
     """
 
     def __init__(
-        self, choice: Any, call: Call, num_particles: int = 1, vectorize_particles: bool = False
+        self,
+        leaves: dict[str, Tensor],
+        shape: tuple[int, int],
+        dims: dict[str, list[str]] | None,
+        project: int | None,
     ) -> None:
-        if isinstance(choice, ELBO):
-            choice = (None, choice)
-        elif not isinstance(choice, tuple):
-            elbo = Estimator_ELBO(num_particles, vectorize_particles=vectorize_particles)
-            choice = (choice, elbo)
-        if len(choice) != 2 or not isinstance(choice[1], ELBO):
-            raise TypeError(
-                "estimators: a pair must be (config, ELBO), such as (ReinMax(), "
-                f"Estimator_ELBO(num_particles=4)); got {choice!r}."
+        self.leaves, self.shape, self.project = leaves, shape, project
+        self.dims = {n: dims_of(n, leaf.dim(), dims, leaves) for n, leaf in leaves.items()}
+        size = math.prod(shape) * sum(leaf.nbytes for leaf in leaves.values())
+        if project is None and size > _MAX_BYTES:
+            raise ValueError(
+                f"{shape[0]} x {shape[1]} draws of {list(leaves)} take {size / 2**30:.1f} GiB. "
+                "Keep projections and moments instead, project=8, or name the parameters to "
+                "record, params=[...]."
             )
-        config, elbo = choice
-        # A copy of all that it holds, except the programs and what is compiled of them.
-        compiled = [value for value in vars(elbo).values() if isinstance(value, CompiledFunction)]
-        shared = [call.model, call.guide, *compiled]
-        self.elbo = copy.deepcopy(elbo, {id(value): value for value in shared})
-        self.call = call
-        self.counter = EvaluationCounter()
-        counted = self.counter.count(call)
-        self.model = counted.model
-        guide = counted.guide if config is None else config_gradient(counted.guide, config)
-        # The outermost configuration sees what the inner ones chose, and puts copies in its place.
-        self.guide = config_gradient(guide, self._replace)
-        self.on_site: Callable[[str], None] | None = None
-        self.sites: dict[str, None] = {}
-        self._copies: dict[int, tuple[Estimator, Estimator]] = {}
+        self.steps = {name: np.zeros(shape) for name in Step._fields}
+        self.norms = np.zeros((*shape, len(leaves)))
+        self.cosines = np.zeros(shape)
+        self._moments = Moments([leaf.numel() for leaf in leaves.values()])
+        self._kept = {}
+        self._directions = []
+        generator = torch.Generator().manual_seed(0)
+        for name, leaf in leaves.items():
+            if project is None:
+                dtype = _numpy(leaf.new_empty(0)).dtype
+                self._kept[name] = np.empty((*shape, *leaf.shape), dtype)
+            else:
+                self._kept[name] = np.empty((*shape, project))
+                random = torch.randn(leaf.numel(), project, generator=generator)
+                self._directions.append(torch.nn.functional.normalize(random, dim=0).to(leaf))
+        self._buffers = [leaf.new_empty(BATCH, leaf.numel()) for leaf in leaves.values()]
+        self._places: list[tuple[int, int]] = []
 
-    def step(self) -> Step:
-        """Estimate the gradient once, into ``.grad``."""
-        before, start = self.counter.total, time.perf_counter()
-        with torch.enable_grad():
-            loss = self.elbo.loss_and_grads(
-                self.model, self.guide, *self.call.args, **self.call.kwargs
-            )
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        loss = loss[0] if isinstance(loss, tuple) else loss  # as of reweighted wake-sleep
-        return Step(torch_item(loss), seconds, self.counter.total - before)
+    def add(self, chain: int, draw: int, step: Step, gradients: list[Tensor]) -> None:
+        """Take in one draw."""
+        for name, value in step._asdict().items():
+            self.steps[name][chain, draw] = value
+        for buffer, gradient in zip(self._buffers, gradients, strict=True):
+            buffer[len(self._places)] = gradient.flatten()
+        self._places.append((chain, draw))
+        if len(self._places) == BATCH:
+            self._flush()
 
-    def save(self) -> Callable[[], None]:
-        """Remember the estimators' state; return what puts it back."""
-        held = [own for _, own in self._copies.values()]
-        for value in nested(vars(self.elbo)):
-            made = value.made() if isinstance(value, NamedEstimators) else {"": value}
-            held += [estimator for estimator in made.values() if isinstance(estimator, Estimator)]
-        states = [(estimator, copy.deepcopy(estimator.state_dict())) for estimator in held]
+    def _flush(self) -> None:
+        if not self._places:
+            return
+        at = tuple(np.array(self._places).T)
+        rows = [buffer[: len(self._places)] for buffer in self._buffers]
+        self.norms[at] = torch.stack([_norms(row) for row in rows], 1).cpu().numpy()
+        kept = rows
+        if self.project is not None:
+            kept = [row @ own for row, own in zip(rows, self._directions, strict=True)]
+            self.cosines[at] = self._moments.update(torch.cat(rows, 1)).cpu().numpy()
+        for array, row in zip(self._kept.values(), kept, strict=True):
+            array[at] = _numpy(row).reshape(len(row), *array.shape[2:])
+        self._places.clear()
 
-        def restore() -> None:
-            for estimator, state in states:
-                estimator.load_state_dict(copy.deepcopy(state))
+    def dataset(self) -> xr.Dataset:
+        """Label the draws, and what was noted beside them."""
+        self._flush()
+        each, leaves = ("chain", "draw"), self.leaves
+        coords: dict[str, Any] = {
+            "chain": np.arange(self.shape[0]),
+            "draw": np.arange(self.shape[1]),
+            "grad_norm": (each, np.sqrt((self.norms**2).sum(-1))),
+            **{name: (each, values) for name, values in self.steps.items()},
+        }
+        for name, leaf in leaves.items():
+            # Values have a dimension of their own: a coordinate that only some of the variables
+            # have stands in the way of stacking them, which ArviZ does.
+            value = leaf.detach().double().flatten().cpu().clone().numpy()
+            index = free_name(f"{name}.index", leaves)
+            coords[free_name(f"{name}.value", leaves)] = ([index], value)
+        attrs = self._attributes()
+        dims = self.dims
+        if self.project is not None:
+            dims = dict.fromkeys(leaves, ["direction"])
+            coords |= {"cosine": (each, self.cosines), **self._summary()}
+            attrs |= {"project": self.project, "moments_of": self._moments.count}
+        data = {name: ((*each, *dims[name]), kept) for name, kept in self._kept.items()}
+        return xr.Dataset(data, coords, attrs)
 
-        return restore
+    def _summary(self) -> dict[str, Any]:
+        coords: dict[str, Any] = {
+            "parameter": list(self.leaves),
+            "parameter_norm": (["chain", "draw", "parameter"], self.norms),
+            "block": [*self.leaves, "all"],
+        }
+        for statistic in ("mean", "variance"):
+            pieces = getattr(self._moments, statistic).cpu().split(self._moments.sizes)
+            for (name, leaf), piece in zip(self.leaves.items(), pieces, strict=True):
+                label = free_name(f"{name}.{statistic}", self.leaves)
+                coords[label] = (self.dims[name], piece.reshape(leaf.shape).numpy())
+        columns = zip(SPREAD, self._moments.spreads().T, strict=True)
+        return coords | {name: (["block"], column) for name, column in columns}
 
-    def _replace(self, msg: Any) -> Any:
-        self.sites[msg["name"]] = None
-        if self.on_site is not None:
-            self.on_site(msg["name"])
-        chosen = (msg["infer"] or {}).get("gradient")
-        if not isinstance(chosen, Estimator):
-            return chosen
-        if id(chosen) not in self._copies:
-            # The original is kept beside its copy, so that its id stays its own.
-            self._copies[id(chosen)] = (chosen, copy.deepcopy(chosen))
-        return self._copies[id(chosen)][1]
+    def _attributes(self) -> dict[str, Any]:
+        leaves = self.leaves.values()
+        coarsest = max((leaf.dtype for leaf in leaves), key=lambda dtype: torch.finfo(dtype).eps)
+        seconds = self.steps["seconds"]
+        # The median's standard deviation, from the median absolute deviation of normal draws: the
+        # machine's pauses count for nothing.
+        deviation = stats.median_abs_deviation(seconds, axis=None, scale="normal")
+        evaluations = np.percentile(self.steps["evaluations"], 50, method="lower")
+        return {
+            "gradient_of": "loss (negative ELBO), by unconstrained parameters",
+            "device": str(next(iter(leaves)).device),
+            "dtype": str(coarsest).removeprefix("torch."),  # the precision of the gradients
+            "seconds": float(np.median(seconds)),
+            "seconds_mcse": float(1.2533 * deviation / np.sqrt(seconds.size)),
+            "evaluations": int(evaluations),
+            "inference_library": "pyro",
+            "inference_library_version": pyro.__version__,
+            "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
+        }
+
+
+def _norms(rows: Tensor) -> Tensor:
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).double()
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    half = tensor.dtype in (torch.bfloat16, torch.float16)
+    return (tensor.float() if half else tensor).cpu().numpy()
 
 
 def _site_effects(
@@ -293,18 +347,11 @@ def _site_effects(
     .. math:: T_s = \tfrac12 E \|g - g'\|^2 = E[\mathrm{tr\,Var}(g \mid \epsilon_{-s})]
 
     with :math:`\epsilon_{-s}` the noise of all others, is the variance that would be left if all
-    other sites were held fixed, on average: the *total effect* of the site. What is random without
-    being a site's, a minibatch say, is held fixed too. Effects add up to the whole variance if
-    each site adds noise of its own, and to more where sites act together. Estimators and their
-    state are the same in both gradients: that of ``replica``, which has taken a step before.
-
-    References:
-        Analysis of variance designs for model output (Jansen, 1999),
-        https://doi.org/10.1016/S0010-4655(98)00154-4
-
-    Returns:
-        Coordinates: ``site``, ``parameter``, and the squared distances ``site_effect`` of dims
-        ``site, repeat, parameter``.
+    other sites were held fixed, on average: the *total effect* of the site (Jansen, 1999,
+    https://doi.org/10.1016/S0010-4655(98)00154-4). What is random without being a site's, a
+    minibatch say, is held fixed too. Effects add up to the whole variance if each site adds noise
+    of its own, and to more where sites act together. Estimators and their state are the same in
+    both gradients: that of ``replica``, which has taken a step before.
     """
     restore = replica.save()
     base_seeds = seeds(seed, 2 * number)

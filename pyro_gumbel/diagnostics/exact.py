@@ -12,7 +12,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_gumbel._validate import check_coords, check_programs, integer
+from pyro_gumbel._validate import check_coords, check_dims, check_programs, integer
+from pyro_gumbel.diagnostics._moments import dims_of
 from pyro_gumbel.diagnostics._programs import (
     DiscreteSite,
     Run,
@@ -30,7 +31,6 @@ from pyro_gumbel.diagnostics._state import (
     seed_everything,
     seeds,
 )
-from pyro_gumbel.diagnostics._storage import check_dims, dims_of
 from pyro_gumbel.estimators import Call
 from pyro_gumbel.infer._dependence import Dependence
 

@@ -23,8 +23,7 @@ from pyro_gumbel._validate import (
     integer,
     is_integer,
 )
-from pyro_gumbel.diagnostics._state import find_parameters, preserved, seed_everything
-from pyro_gumbel.diagnostics.draws import Replica
+from pyro_gumbel.diagnostics._state import Replica, find_parameters, preserved, seed_everything
 from pyro_gumbel.estimators import Call
 
 __all__ = ["train"]

@@ -22,7 +22,7 @@ from pyro_gumbel.diagnostics import (
     recommend,
     train,
 )
-from pyro_gumbel.diagnostics.draws import Replica
+from pyro_gumbel.diagnostics._state import Replica
 from pyro_gumbel.estimators import (
     Call,
     Exponential,
