@@ -169,40 +169,38 @@ def resolve_temperature(
 def align_temperature(
     shape: torch.Size, batch_shape: torch.Size, *, event_dim: int = 1
 ) -> torch.Size:
-    """Return the batch dimensions of a temperature of ``shape``.
-
-    Returns:
-        ``shape`` itself, or ``shape`` without a trailing 1 for the categories.
+    """Return the shape of a temperature without a trailing 1 for the categories, if it has one.
 
     Raises:
         ValueError: If the shape does not broadcast, or is ambiguous.
     """
     shape, batch_shape = torch.Size(shape), torch.Size(batch_shape)
     trailing = event_dim > 0 and len(shape) > 0 and shape[-1] == 1
-    stripped = _broadcast(shape[:-1], batch_shape) if trailing else None
+    stripped = trailing and _broadcast(shape[:-1], batch_shape)
     for_categories = trailing and len(shape) > len(batch_shape)  # its only possible meaning
-    plain = None if for_categories else _broadcast(shape, batch_shape)
-    if plain is None and stripped is None:
+    plain = not for_categories and _broadcast(shape, batch_shape)
+    if not (plain or stripped):
         raise ValueError(
             f"temperature of shape {tuple(shape)} does not broadcast against batch_shape "
             f"{tuple(batch_shape)}; give one temperature, or one per element of the batch, with "
             "or without a trailing 1."
         )
-    if plain is not None and stripped is not None and shape.numel() > 1:
+    if plain and stripped and shape.numel() > 1:
         raise ValueError(
             f"temperature of shape {tuple(shape)} is ambiguous with batch_shape "
             f"{tuple(batch_shape)}: its last 1 may be a batch dimension or the dimension of "
             "categories. Write temperature.unsqueeze(-1) for the first, or "
             "temperature.squeeze(-1) for the second."
         )
-    return shape if plain is not None else shape[:-1]
+    return shape if plain else shape[:-1]
 
 
-def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size | None:
+def _broadcast(a: torch.Size, b: torch.Size) -> bool:
     try:
-        return broadcast_shapes(a, b)
+        broadcast_shapes(a, b)
     except RuntimeError:
-        return None
+        return False
+    return True
 
 
 def _check_positive(positive: bool, temperature: Any) -> None:

@@ -30,15 +30,7 @@ __all__ = ["Branches", "Call", "Estimator", "Route", "Site", "SiteReader"]
 
 @dataclass(frozen=True)
 class Call:
-    """The programs of one step and their arguments.
-
-    Estimators and baselines read it as ``site.call``.
-
-    Attributes:
-        model: The model.
-        guide: The guide.
-        args: Arguments of both.
-        kwargs: Keyword arguments of both.
+    """The programs of one step and the arguments of both, as ``site.call``.
 
     Example:
         >>> call = Call(print, print, args=(1, 2), kwargs={"sep": " + "})

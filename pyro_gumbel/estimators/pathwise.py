@@ -123,11 +123,8 @@ def path_of_score(fn: Distribution, value: Tensor, *, instead: str) -> Tensor:
 
     The gradient passes through the value to the parameters that drew it, and not through the
     parameters of ``log_prob``. A detached copy of the value is scored, since a caching transform
-    would differentiate ``log_prob`` through its cached input.
-
-    Raises:
-        ValueError: If the distribution can only score its own draws; the message recommends
-            ``instead``.
+    would differentiate ``log_prob`` through its cached input. Errors are those of
+    :func:`score_given`.
     """
     if not value.requires_grad:
         return torch.zeros((), dtype=value.dtype, device=value.device)

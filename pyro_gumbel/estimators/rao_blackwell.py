@@ -30,15 +30,8 @@ def conditional_scores(
     r"""Draw perturbed logits :math:`\log p + G`, conditional on ``hard`` as their arg max.
 
     With :math:`E_j \sim \mathrm{Exp}(1)` and the drawn category :math:`i`, coordinate ``i`` is
-    :math:`-\log E_i`, and every other is :math:`-\log(E_j / p_j + E_i)`.
-
-    Args:
-        log_probs: Normalised log-probabilities, ``batch_shape + (C,)``.
-        hard: The one-hot draw, of the same shape.
-        sample_shape: Leading shape of the noise.
-
-    Returns:
-        Scores of shape ``sample_shape + batch_shape + (C,)``, differentiable in ``log_probs``.
+    :math:`-\log E_i`, and every other is :math:`-\log(E_j / p_j + E_i)`. ``log_probs`` are
+    normalised. The scores, ``sample_shape + batch_shape + (C,)``, are differentiable in them.
     """
     noise = (
         -gumbel_noise((*sample_shape, *log_probs.shape), log_probs.dtype, log_probs.device)
@@ -103,20 +96,15 @@ def mean_softmax_jacobian(
 ) -> Tensor:
     r"""Average :math:`J(\mathrm{softmax}(z / \tau)) / \tau` over scores ``z`` given ``hard``.
 
-    Args:
-        log_probs: Normalised log-probabilities, ``batch_shape + (C,)``.
-        hard: The one-hot draw, of the same shape.
-        temperature: Number, or tensor of shape ``batch_shape + (1,)`` or broadcastable to it.
-        num_samples: Number of conditional draws.
-
-    Returns:
-        One matrix per variable, ``batch_shape + (C, C)``.
+    A temperature tensor broadcasts to ``batch_shape + (1,)``. The result is one matrix per
+    variable, ``batch_shape + (C, C)``.
     """
     categories = log_probs.shape[-1]
     mean = torch.zeros_like(log_probs)
     second = log_probs.new_zeros((*log_probs.shape, categories))
     # A chunk of draws takes at most the memory of the matrices.
-    for size in _chunks(num_samples, categories):
+    for done in range(0, num_samples, categories):
+        size = min(categories, num_samples - done)
         soft = (conditional_scores(log_probs, hard, (size,)) / temperature).softmax(-1)
         mean = mean + soft.sum(0)  # not in place, which fails if vmap batches only the noise
         second = second + torch.einsum("k...i,k...j->...ij", soft, soft)
@@ -130,21 +118,12 @@ def mean_softmax_jacobian(
 def conditional_softmaxes(
     log_probs: Tensor, hard: Tensor, temperature: float | Tensor, num_samples: int
 ) -> Tensor:
-    r"""Draw :math:`\mathrm{softmax}(z / \tau)` of scores ``z`` given ``hard``.
-
-    Returns:
-        Shape ``(num_samples,) + batch_shape + (C,)``.
-    """
+    r"""Draw ``num_samples`` values :math:`\mathrm{softmax}(z / \tau)` of scores given ``hard``."""
     draws = log_probs.new_empty((num_samples, *log_probs.shape))
     for chunk in draws.split(max(1, _AT_ONCE // max(1, log_probs.numel()))):
         scores = conditional_scores(log_probs, hard, (len(chunk),))
         chunk.copy_((scores / temperature).softmax(-1))
     return draws
-
-
-def _chunks(total: int, size: int) -> list[int]:
-    whole, rest = divmod(total, size)
-    return [size] * whole + [rest] * (rest > 0)
 
 
 class _Rao(OneHotEstimator):

@@ -164,10 +164,7 @@ def check_temperature(
     *,
     kinds: Sequence[str] = ("number", "tensor", "schedule"),
 ) -> Any:
-    """Check that a temperature is positive and of an allowed kind.
-
-    Returns:
-        The temperature; numbers are converted to float.
+    """Return a temperature, a number as a float.
 
     Raises:
         TypeError: If it is not of one of the ``kinds``.

@@ -161,12 +161,8 @@ def leave_out_ratios(probs: Tensor) -> tuple[Tensor, Tensor]:
     Let :math:`Q(U)` be the probability that, after the members ``U``, the next draws are the rest
     of the set in any order: :math:`Q(U) = \sum_{s \notin U} p(s) / (1 - p(U)) \, Q(U + s)`.
 
-    Args:
-        probs: Probabilities of the members, ``(k, ...)``.
-
-    Returns:
-        :math:`Q(\{s\}) / Q(\emptyset)`, ``(k, ...)``, and :math:`Q(\{s, t\}) / Q(\{s\})`,
-        ``(k, k, ...)``, with ones on the diagonal.
+    For probabilities ``(k, ...)`` of the members this returns :math:`Q(\{s\}) / Q(\emptyset)`,
+    ``(k, ...)``, and :math:`Q(\{s, t\}) / Q(\{s\})`, ``(k, k, ...)``, with a diagonal of ones.
     """
     k = probs.shape[0]
     rest = (1 - probs.sum(0)).clamp(min=0)

@@ -8,6 +8,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.coupled_problems import copies, copy_gradients, exact
+from helpers.problems import worst_z
 from torch import nn
 
 from pyro_gumbel.distributions import straight_through
@@ -182,6 +184,33 @@ def old_local_expectation():
     return Old
 
 
+def old_rebar():
+    rebar = Rebar(0.5, learn=False)
+
+    class Old(Estimator):
+        unbiased = True
+        sites = "one-hot"
+        num_values = 3
+        differentiates = True
+        branches_are_draws = False
+        needs_linked_value = True
+        draws_from_logits = True
+
+        def supports(self, fn):
+            return isinstance(fn, torch.distributions.OneHotCategorical)
+
+        def draw(self, fn):
+            return rebar.draw(fn)
+
+        def log_prob(self, fn, value):
+            return rebar.log_prob(fn, value)
+
+        def surrogate(self, site):
+            return rebar.surrogate(site)
+
+    return Old
+
+
 NON_DRAWS = {"branches_are_draws": False}
 COUNTERFACTUAL = {**NON_DRAWS, "moves_plates": True, "branches_have_graph": False}
 ROUTE = {"route": Route.PATHWISE}
@@ -198,6 +227,11 @@ CASES = {
     "differentiates": (
         old_muprop, MuProp(), bits, {"differentiates": True, **NON_DRAWS},
         {"route": Route.COST_GRADIENT, "branches": Branches.RELAXED},
+    ),
+    "draws_from_logits": (
+        old_rebar, Rebar(0.5, learn=False), one_hots,
+        {"differentiates": True, **NON_DRAWS, "needs_linked_value": True},
+        {"route": Route.COST_GRADIENT, "branches": Branches.RELAXED, "needs_smooth_cost": True},
     ),
     "moves_plates": (
         old_local_expectation, LocalExpectation(), one_hots, COUNTERFACTUAL,
@@ -233,6 +267,29 @@ def test_what_the_warning_says_replaces_the_flags(case):
     for name in ("route", "branches", "differentiates_branches", "needs_smooth_cost"):
         assert getattr(old(), name) == getattr(new(), name)
     assert (new.route, new.branches) == (own.route, own.branches)
+
+
+def test_the_example_of_the_old_documentation_runs_without_a_warning():
+    class AntitheticPair(Estimator):
+        unbiased = True
+        sites = "Bernoulli"
+        num_values = 2
+
+        def supports(self, fn):
+            return isinstance(fn, torch.distributions.Bernoulli)
+
+        def draw(self, fn):
+            noise, probs = torch.rand_like(fn.probs), fn.probs.detach()
+            return torch.stack([noise < probs, 1 - noise < probs]).to(noise.dtype)
+
+        def surrogate(self, site):
+            first, second = site.values
+            logits = site.logits[..., 0]
+            weight = (first - second) * logits.detach().abs().sigmoid() / 2
+            return site.per_variable(site.cost[0] - site.cost[1]) * weight * logits
+
+    draws = copy_gradients(copies("bits", 7_500), AntitheticPair())
+    assert worst_z(draws, exact("bits")[1]) < 5
 
 
 def test_an_old_flag_has_its_effect():

@@ -23,7 +23,7 @@ from pyro_gumbel.estimators import (
 )
 from pyro_gumbel.estimators.control_variates import independent_draws
 
-COPIES = 15_000
+COPIES = 7_500
 
 
 def mean_value(site):
@@ -215,7 +215,7 @@ def with_scales(estimator):
 
 @pytest.mark.parametrize("error", PLANTED)
 def test_planted_error_is_caught(error):
-    """15,000 estimates, as in the tests of the estimators."""
+    """7,500 estimates, as in the tests of the estimators."""
     name, make = PLANTED[error]
     draws = copy_gradients(copies(name, COPIES), make())
     assert worst_z(draws, exact(name)[1]) > 5
@@ -230,6 +230,6 @@ def test_planted_error_is_caught(error):
     ],
 )
 def test_unbiased_with_the_same_coefficients(name, estimator):
-    """The coefficients used above cause no bias. 15,000 estimates."""
+    """The coefficients used above cause no bias. 7,500 estimates."""
     draws = copy_gradients(copies(name, COPIES), estimator)
     assert worst_z(draws, exact(name)[1]) < 5

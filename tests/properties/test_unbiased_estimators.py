@@ -138,9 +138,9 @@ def test_bit_between_normals(estimator):
 @vectorized
 @pytest.mark.parametrize("mix", MIXED)
 def test_estimators_mixed_in_one_program(mix, vectorize):
-    """15,000 estimates of two particles each."""
+    """7,500 estimates of two particles each."""
     name, make = MIXED[mix]
-    check(name, make(), vectorize=vectorize, num_particles=2)
+    check(name, make(), vectorize=vectorize, num_particles=2, number=COPIES // 2)
 
 
 def test_normal_scored_beside_rebar():
