@@ -1,4 +1,4 @@
-"""Checks that a model and a guide agree, by site name, before anything is scored."""
+"""Check that model and guide agree, site by site, and the options in ``infer={...}``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""The cost of each site: the terms of the ELBO that its plates let it influence.
+r"""The terms of the ELBO, and the cost of each site: the terms that its plates let it influence.
 
 A term is ``log p`` or ``-log q`` of one site, scaled and masked, of the site's batch shape. A site
 inside a plate cannot influence the plate's other elements, so its cost keeps the dimensions of the
@@ -152,7 +152,7 @@ class EnumeratedSite:
     frames: Frames
 
     def indexes(self, tensor: Tensor) -> bool:
-        """Tell whether ``tensor`` depends on this site."""
+        """Return whether ``tensor`` depends on this site."""
         return tensor.dim() >= -self.dim and tensor.shape[self.dim] > 1
 
 

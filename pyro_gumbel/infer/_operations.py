@@ -1,4 +1,4 @@
-"""Classification of torch operations by their use of the values of their arguments."""
+"""Classify torch operations by the use of their arguments' values, and undo their writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the guide's values are drawn on the paths of one pass."""
+"""Draw the guide's values on the paths of one pass."""
 
 from __future__ import annotations
 
@@ -56,6 +56,19 @@ MAIN = Path()
 @dataclass(frozen=True)
 class Layout:
     """The paths of one pass.
+
+    Each repetition (``num_particles`` of them) has a main path, and ``K - 1`` branches for each
+    *coupled* site, which draws ``K`` values::
+
+        site order        z1 (K=3)        z2 (K=1)          z3 (K=2)
+        main path         z1[0]           z2                z3[0]
+        branch 1 of z1    z1[1]           its own           its own
+        branch 2 of z1    z1[2]           its own           its own
+        branch 1 of z3    as main         as main           z3[1]
+
+    These are ``1 + sum(K - 1)`` evaluations, not the product of the ``K``. Vectorised, the first
+    pass has its paths as rows of one plate: row ``p * R + r`` is path ``p`` of repetition ``r``.
+    Branches without gradient come in further passes. Looped, each path is a pass of its own.
 
     Attributes:
         plate_nesting: Number of dimensions that the programs' own plates take; ``None`` where it

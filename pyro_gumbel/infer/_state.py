@@ -1,4 +1,4 @@
-"""State that outlives a step: random number generators, schedules, and who may run a step."""
+"""State that outlives a step: generators, schedules and parameters of estimators."""
 
 from __future__ import annotations
 

@@ -142,7 +142,21 @@ def filled(tensor: Tensor, dims: int) -> Tensor:
 
 
 def doubly_reparameterize(weights: LogWeights, feeding: Set[str]) -> LogWeights:
-    """Weigh the paths of the sites that allow it anew, and drop their scores.
+    r"""Weigh the paths of the sites that allow it anew, and drop their scores.
+
+    Let :math:`\log q(z)` enter the log weight :math:`\ell_k` with the coefficient ``c``: its scale
+    and mask, over the scale of the common plates. With the normalised weight :math:`w_k` the
+    bound's gradient through particle ``k`` is :math:`w_k (\partial_z \ell_k\, dz/d\phi - c\,
+    \partial_\phi \log q_\phi(z))`. Since ``z`` was drawn from ``q``, whatever its scale and mask,
+
+    .. math::
+        E[w_k\, \partial_\phi \log q_\phi(z)]
+        = E\Bigl[(w_k - w_k^2) \frac{\partial \ell_k}{\partial z} \frac{dz}{d\phi}\Bigr].
+
+    So the score is dropped, and the path has the weight :math:`w_k - c\,(w_k - w_k^2)`. The
+    logarithm supplies :math:`w_k`; the gradient that reaches the value is multiplied by
+    :math:`1 - c\,(1 - w_k)`. This needs all of the weight's dependence on the value: a site keeps
+    the plain gradient if the distribution of a later site of the guide depends on it.
 
     Args:
         weights: The log weights.
@@ -283,11 +297,9 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
         num_particles: Number ``K`` of importance samples.
         doubly_reparameterized: At reparameterised sites, omit the score and weight the path by
             :math:`\tilde w_k^2`, so that the gradient's signal-to-noise ratio does not vanish as
-            ``K`` grows. If scales and masks give :math:`\log q` the coefficient ``c``, the weight
-            is :math:`\tilde w_k - c\,(\tilde w_k - \tilde w_k^2)`. A site keeps the plain gradient
-            if the distribution of a later site of the guide depends on its value, or if a bound
-            of its support is learnt. This costs another evaluation of :math:`\log q`, which needs
-            the inverse of a flow.
+            ``K`` grows. A site keeps the plain gradient if the distribution of a later site of the
+            guide depends on its value, or if a bound of its support is learnt. This costs another
+            evaluation of :math:`\log q`, which needs the inverse of a flow.
         **kwargs: As for :class:`~pyro_gumbel.infer.Estimator_ELBO`, without ``analytic_kl``.
 
     Raises:
