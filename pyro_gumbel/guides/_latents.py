@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -155,81 +155,81 @@ class Head(ABC):
     """A map from unconstrained numbers to the distribution of a site's guide.
 
     Attributes:
-        size: Number of unconstrained parameters of a distribution.
+        make: Makes the distribution from its parameters.
+        constraints: Constraints of the parameters by name.
+        shape: Shape of each parameter within an element.
         event_shape: Shape of a value.
-        num_features: Number of features of a value, which other heads may read.
+        num_categories: Number of values if these are indices, else 0.
     """
 
-    size: int
+    make: Callable[..., Any]
+    constraints: dict[str, Any]
+    shape: torch.Size
     event_shape: torch.Size
-    num_features: int
+    num_categories = 0
 
-    @abstractmethod
+    @property
+    def size(self) -> int:
+        """Return the number of unconstrained parameters of an element."""
+        return len(self.constraints) * self.shape.numel()
+
+    @property
+    def num_features(self) -> int:
+        """Return the number of features of a value, which other heads may read."""
+        return self.num_categories or self.event_shape.numel()
+
     def build(self, raw: Tensor) -> Any:
         """Return a distribution of batch shape ``raw.shape[:-1]`` from ``(..., size)``."""
+        parts = raw.reshape(*raw.shape[:-1], len(self.constraints), *self.shape)
+        named = zip(self.constraints.items(), parts.unbind(raw.dim() - 1), strict=True)
+        return self.make(**{name: biject_to(limit)(part) for (name, limit), part in named})
 
-    @abstractmethod
     def start(self, prior: Any, value: Tensor, init_scale: float | None) -> Tensor:
-        """Return initial parameters, ``prior.batch_shape + (size,)``.
+        """Return initial unconstrained parameters, ``prior.batch_shape + (size,)``.
 
         The distribution starts at the prior. If ``init_scale`` is given and the family has a
         location, it starts at ``value`` with ``init_scale`` times the prior's scale.
         """
+        parts = []
+        for name, number in self.initial(prior, value, init_scale).items():
+            part = biject_to(self.constraints[name]).inv(number)
+            if name == "logits":
+                part = part.nan_to_num(posinf=_INFINITE_LOGIT, neginf=-_INFINITE_LOGIT)
+            parts.append(part.reshape(*prior.batch_shape, -1))
+        return torch.cat(parts, -1)
+
+    @abstractmethod
+    def initial(self, prior: Any, value: Tensor, init_scale: float | None) -> dict[str, Tensor]:
+        """Return the parameters in their constrained space, as :meth:`start` does."""
 
     def features(self, value: Tensor) -> Tensor:
         """Return a value as features ``batch_shape + (num_features,)`` for other heads."""
+        if self.num_categories:
+            index = torch.nn.functional.one_hot(value.long(), self.num_categories)
+            return index.to(torch.get_default_dtype())
         batch = value.shape[: value.dim() - len(self.event_shape)]
         return value.reshape(*batch, self.num_features)
 
 
 class FamilyHead(Head):
-    """A guide of the prior's family, whose parameters ``biject_to`` constrains.
-
-    Args:
-        family: Class of the distribution.
-        parameters: Names of its free parameters.
-        prior: A distribution with these parameters, for their sizes.
-        **fixed: Other arguments of the family.
-    """
+    """A guide of the prior's family, with ``fixed`` for arguments that are not learnt."""
 
     def __init__(self, family: Any, parameters: tuple[str, ...], prior: Any, **fixed: Any) -> None:
         self.family = family
-        self.fixed = fixed
+        self.make = functools.partial(family, **fixed)
         self.constraints = {name: family.arg_constraints[name] for name in parameters}
         self.event_shape = prior.event_shape
-        self.num_categories = len(support_values(prior)) if family is dist.Categorical else 0
-        self.num_features = self.num_categories or prior.event_shape.numel()
-        vectors = [constraint.event_dim == 1 for constraint in self.constraints.values()]
-        self.sizes = [self.num_features if vector else 1 for vector in vectors]
-        self.size = sum(self.sizes)
+        if family is dist.Categorical:
+            self.num_categories = len(support_values(prior))
+        is_vector = any(limit.event_dim for limit in self.constraints.values())
+        self.shape = torch.Size([self.num_features] if is_vector else [])
 
-    def build(self, raw: Tensor) -> Any:
-        parts = zip(self.constraints.items(), raw.split(self.sizes, -1), strict=True)
-        values = {
-            name: biject_to(constraint)(part if constraint.event_dim else part.squeeze(-1))
-            for (name, constraint), part in parts
-        }
-        return self.family(**values, **self.fixed)
-
-    def start(self, prior: Any, value: Tensor, init_scale: float | None) -> Tensor:
-        parts = []
-        for name, constraint in self.constraints.items():
-            number = _number(prior, name)
-            if init_scale is not None and name == "loc":
-                number = biject_to(self.family.support).inv(value)
-            elif init_scale is not None and name == "scale":
-                number = number * init_scale
-            part = biject_to(constraint).inv(number)
-            if name == "logits":
-                part = part.nan_to_num(posinf=_INFINITE_LOGIT, neginf=-_INFINITE_LOGIT)
-            parts.append(part if constraint.event_dim else part.unsqueeze(-1))
-        return torch.cat(parts, -1)
-
-    def features(self, value: Tensor) -> Tensor:
-        if self.num_categories:
-            index = torch.nn.functional.one_hot(value.long(), self.num_categories)
-            return index.to(torch.get_default_dtype())
-        return super().features(value)
+    def initial(self, prior: Any, value: Tensor, init_scale: float | None) -> dict[str, Tensor]:
+        numbers = {name: _number(prior, name) for name in self.constraints}
+        if init_scale is not None and "loc" in numbers:
+            numbers["loc"] = biject_to(self.family.support).inv(value)
+            numbers["scale"] = numbers["scale"] * init_scale
+        return numbers
 
 
 class TransportHead(Head):
@@ -237,20 +237,17 @@ class TransportHead(Head):
 
     def __init__(self, transform: Transform, event_shape: torch.Size) -> None:
         self.transform = transform
-        self.event_shape = event_shape
-        self.num_features = event_shape.numel()
+        self.constraints = {"loc": constraints.real, "scale": constraints.positive}
         self.shape = torch.Size(transform.inverse_shape(event_shape))
-        self.size = 2 * self.shape.numel()
+        self.event_shape = event_shape
 
-    def build(self, raw: Tensor) -> Any:
-        loc, log_scale = (part.reshape(raw.shape[:-1] + self.shape) for part in raw.chunk(2, -1))
-        normal = dist.Normal(loc, log_scale.exp()).to_event(len(self.shape))
+    def make(self, loc: Tensor, scale: Tensor) -> Any:
+        normal = dist.Normal(loc, scale).to_event(len(self.shape))
         return dist.TransformedDistribution(normal, [self.transform])
 
-    def start(self, prior: Any, value: Tensor, init_scale: float | None) -> Tensor:
+    def initial(self, prior: Any, value: Tensor, init_scale: float | None) -> dict[str, Tensor]:
         loc = self.transform.inv(value)
-        loc = loc.reshape(*prior.batch_shape, -1)
-        return torch.cat([loc, torch.full_like(loc, math.log(init_scale or 1.0))], -1)
+        return {"loc": loc, "scale": torch.full_like(loc, init_scale or 1.0)}
 
 
 def find_head(name: str, prior: Any) -> Head:
