@@ -16,7 +16,7 @@ from helpers.two_processes import EXACT, gradients
 import parallel
 import vae
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FLAGS = [*EXACT, "--smoke", "--num-samples", "5", "--optimizer", "adam", "--batch-size", "50"]
 
 
