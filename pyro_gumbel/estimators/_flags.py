@@ -72,7 +72,8 @@ FLAGS = (*_REPLACED, "branches_have_graph")
 def convert_class(kind: Any) -> None:
     """Convert the flags and methods that a subclass of ``Estimator`` has from version 0.1."""
     own = dict(vars(kind))
-    convert_flags(kind, kind, {name: own[name] for name in FLAGS if name in own}, stacklevel=5)
+    flags = {name: own[name] for name in FLAGS if isinstance(own.get(name), bool)}
+    convert_flags(kind, kind, flags, stacklevel=5)
     if "objection" in own:
         kind.why_unsupported = _renamed(own["objection"])
         _warn(kind, "the method objection", "Rename it to why_unsupported", stacklevel=4)

@@ -252,7 +252,7 @@ class Estimator(StatefulModule):
         convert_class(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in FLAGS:
+        if name in FLAGS and isinstance(value, bool):
             convert_flags(self, type(self), {name: value}, stacklevel=4)
         else:
             super().__setattr__(name, value)

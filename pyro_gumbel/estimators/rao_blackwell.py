@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_gumbel._validate import check_num_samples
 from pyro_gumbel.distributions._base import plain_eager
-from pyro_gumbel.distributions._numerics import gumbel_noise, straight_through
+from pyro_gumbel.distributions._numerics import gumbel_noise
 from pyro_gumbel.distributions.families import is_one_hot
 from pyro_gumbel.distributions.one_hot import draw_one_hot
 from pyro_gumbel.estimators.schedules import Schedule
@@ -225,8 +225,6 @@ class ReinMaxRao(_Rao):
     ) -> None:
         super().__init__(temperature, num_samples=num_samples)
 
-    def draw_one_hot(self, logits: Tensor) -> Tensor:
-        hard = draw_one_hot(logits)
+    def soften(self, logits: Tensor, hard: Tensor) -> Tensor:
         midpoint = reinmax_midpoint(logits.detach(), hard)
-        averaged = self._average(logits, midpoint.log(), hard)
-        return straight_through(hard, 2 * averaged - 0.5 * logits.softmax(-1))
+        return 2 * self._average(logits, midpoint.log(), hard) - 0.5 * logits.softmax(-1)

@@ -36,10 +36,10 @@ __all__ = [
 class OneHotEstimator(Estimator):
     """A biased estimator whose one-hot value carries a gradient to the site's logits.
 
-    A subclass defines :meth:`draw_one_hot`. A Bernoulli variable is a one-hot vector of two
-    categories. ``log q`` enters the cost with detached parameters, since its gradient in them has
-    mean zero and would only add variance. If a guide of one site equals the posterior, the
-    gradient then has no variance.
+    A subclass defines :meth:`soften`, or all of :meth:`draw_one_hot`. A Bernoulli variable is a
+    one-hot vector of two categories. ``log q`` enters the cost with detached parameters, since its
+    gradient in them has mean zero and would only add variance. If a guide of one site equals the
+    posterior, the gradient then has no variance.
     """
 
     unbiased = False
@@ -60,6 +60,11 @@ class OneHotEstimator(Estimator):
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:
         """Draw one-hot values ``batch_shape + (C,)`` that carry a gradient to ``logits``."""
+        hard = draw_one_hot(logits)
+        return straight_through(hard, self.soften(logits, hard))
+
+    def soften(self, logits: Tensor, hard: Tensor) -> Tensor:
+        """Return what is differentiated in place of an exact draw ``hard``, of its shape."""
         raise NotImplementedError
 
     def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
@@ -128,9 +133,8 @@ class StraightThrough(OneHotEstimator):
         StraightThrough(1.3)
     """
 
-    def draw_one_hot(self, logits: Tensor) -> Tensor:
-        soft = softmax(self._tempered(logits, self.temperature))
-        return straight_through(draw_one_hot(logits), soft)
+    def soften(self, logits: Tensor, hard: Tensor) -> Tensor:
+        return softmax(self._tempered(logits, self.temperature))
 
 
 class GumbelSoftmax(OneHotEstimator):
@@ -260,12 +264,11 @@ class GappedStraightThrough(OneHotEstimator):
         if not self.gap >= 0:
             raise ValueError(f"GappedStraightThrough: gap must not be negative; got {gap!r}.")
 
-    def draw_one_hot(self, logits: Tensor) -> Tensor:
-        hard = draw_one_hot(logits)
+    def soften(self, logits: Tensor, hard: Tensor) -> Tensor:
         with torch.no_grad():
             top = logits.amax(-1, keepdim=True)
             shift = torch.where(hard > 0, top - logits, -(logits + self.gap - top).clamp(min=0))
-        return straight_through(hard, softmax(self._tempered(logits + shift, self.temperature)))
+        return softmax(self._tempered(logits + shift, self.temperature))
 
 
 class ReinMax(OneHotEstimator):
@@ -294,11 +297,9 @@ class ReinMax(OneHotEstimator):
         ReinMax(1.3)
     """
 
-    def draw_one_hot(self, logits: Tensor) -> Tensor:
-        hard = draw_one_hot(logits)
+    def soften(self, logits: Tensor, hard: Tensor) -> Tensor:
         midpoint = reinmax_midpoint(self._tempered(logits.detach(), self.temperature), hard)
-        soft = 2 * softmax_at(midpoint, logits) - 0.5 * softmax(logits)
-        return straight_through(hard, soft)
+        return 2 * softmax_at(midpoint, logits) - 0.5 * softmax(logits)
 
 
 def reinmax_midpoint(tempered: Tensor, hard: Tensor) -> Tensor:

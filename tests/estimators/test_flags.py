@@ -359,6 +359,16 @@ def test_an_old_flag_can_be_set_on_an_estimator():
     assert Score().route is Old.route is Route.SCORE
 
 
+def test_other_attributes_may_have_the_name_of_an_old_flag():
+    class Mixture(Estimator):
+        def __init__(self):
+            super().__init__()
+            self.pathwise = Pathwise()
+
+    assert isinstance(Mixture().pathwise, Pathwise)
+    assert Mixture.route is Route.SCORE
+
+
 def test_names_that_stayed_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
