@@ -1,4 +1,4 @@
-"""The README's program runs, its tables name what exists, its pictures are there."""
+"""The README's program runs, and its tables, commands and links match the package."""
 
 from __future__ import annotations
 

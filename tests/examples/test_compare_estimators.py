@@ -1,4 +1,4 @@
-"""The comparison of estimators runs as the examples' README writes it."""
+"""The comparison of estimators runs by the commands of the examples' README."""
 
 from __future__ import annotations
 

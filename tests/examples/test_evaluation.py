@@ -1,4 +1,4 @@
-"""The examples' yardstick, held against enumeration."""
+"""The held-out bounds of the examples against enumeration."""
 
 from __future__ import annotations
 

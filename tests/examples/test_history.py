@@ -1,4 +1,4 @@
-"""Histories of the examples are what ArviZ reads."""
+"""ArviZ reads the histories of the examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The auto-encoder trains, stops, goes on, and refuses what it cannot do."""
+"""The auto-encoder trains, resumes, and raises errors about bad options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model, a guide and estimators that do not fit: errors that name site and remedy."""
+"""Errors about models, guides and estimators that do not match name the site and a remedy."""
 
 from __future__ import annotations
 

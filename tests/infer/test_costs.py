@@ -1,4 +1,4 @@
-"""Closed-form KL divergences change the noise, never the mean."""
+"""Closed-form KL divergences change the variance of the gradient and not its mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which results a latent value reached, and whether by a gradient or through a jump."""
+"""Marks of the latent values that reached a result, smoothly or through a jump."""
 
 from __future__ import annotations
 

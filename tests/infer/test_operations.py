@@ -1,4 +1,4 @@
-"""A run that is only looked at leaves tensors as it found them."""
+"""A run under ``Undo`` leaves tensors unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Diagnostics take parameters of any name and size, whatever statistics stand beside them."""
+"""Diagnostics accept parameters of any name and size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad data and parameters raise, at every step, what they raise in Pyro's SVI."""
+"""Bad data and parameters raise the same errors as in Pyro's SVI, at every step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A branch of a coupled site draws what comes after it from the right distributions."""
+"""A branch of a coupled site draws later sites from the right distributions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs whose plates or course change from step to step, and losses within programs."""
+"""Programs whose plates or control flow change between steps, and losses within programs."""
 
 from __future__ import annotations
 

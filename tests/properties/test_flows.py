@@ -1,4 +1,4 @@
-"""Guides with normalising flows: each way to their gradient, with and without an inverse."""
+"""Guides with normalising flows, with and without an inverse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A value that is never drawn may cost anything: in a sum, zero times infinity is zero."""
+"""Sums over a support leave out values of probability zero, even of infinite cost."""
 
 from __future__ import annotations
 

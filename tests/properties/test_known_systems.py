@@ -1,4 +1,4 @@
-"""Gumbel tricks, two gradients, changes of variables, games: each against a known answer."""
+"""Gumbel tricks, gradients, changes of variables and games, against known answers."""
 
 from __future__ import annotations
 

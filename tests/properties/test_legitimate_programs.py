@@ -1,4 +1,4 @@
-"""Programs at the edge of what is refused, and are not."""
+"""Unusual programs that must not raise errors."""
 
 from __future__ import annotations
 

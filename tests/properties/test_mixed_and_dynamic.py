@@ -1,4 +1,4 @@
-"""Continuous beside discrete sites, and structure that varies. Against exact gradients."""
+"""Continuous sites beside discrete ones, and varying structure, against exact gradients."""
 
 from __future__ import annotations
 

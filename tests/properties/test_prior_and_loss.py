@@ -1,4 +1,4 @@
-"""Whatever the estimator: the prior is respected, and the loss is the discrete ELBO's."""
+"""Every estimator respects the prior and reports the loss of the discrete ELBO."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws and masses follow the numbers of a distribution in the form in which they were given."""
+"""Draws and masses follow a distribution's parameters in the form that the user gave."""
 
 from __future__ import annotations
 

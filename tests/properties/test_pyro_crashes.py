@@ -1,6 +1,6 @@
-"""Known defects of relaxed distributions and losses elsewhere, each with a test that we lack it.
+"""Tests that known errors of other relaxed distributions and losses do not occur here.
 
-Crashes, leaks and gaps; wrong answers are in ``test_pyro_defects``.
+Here are crashes, leaks and missing methods. Wrong answers are in ``test_pyro_defects``.
 """
 
 from __future__ import annotations

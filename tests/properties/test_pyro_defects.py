@@ -1,6 +1,6 @@
-"""Known defects of relaxed distributions and losses elsewhere, each with a test that we lack it.
+"""Tests that known errors of other relaxed distributions and losses do not occur here.
 
-Wrong answers; crashes, leaks and gaps are in ``test_pyro_crashes``.
+Here are wrong answers. Crashes and leaks are in ``test_pyro_crashes``.
 """
 
 from __future__ import annotations

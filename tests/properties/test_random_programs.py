@@ -1,4 +1,4 @@
-"""Discrete programs that chance puts together, against sums over all their states."""
+"""Random discrete programs against sums over all their states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often programs run, and what a step leaves of theirs as it was."""
+"""The number of runs of the programs, and the state that a step leaves unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reparameterised draw leaves to the score function is charged with the cost."""
+"""Score terms of reparameterised distributions with their own ``score_parts``."""
 
 from __future__ import annotations
 

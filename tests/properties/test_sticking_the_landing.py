@@ -1,4 +1,4 @@
-"""Sticking the landing: gradients through values alone, whatever scales and masks log q."""
+"""Sticking the landing where scales, masks and subsampling weigh log q."""
 
 from __future__ import annotations
 

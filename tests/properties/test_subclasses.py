@@ -1,4 +1,4 @@
-"""A distribution is of a family by what it does: draws, masses and estimators of subclasses."""
+"""Draws, masses and estimators of subclasses of known families."""
 
 from __future__ import annotations
 

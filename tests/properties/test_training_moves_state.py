@@ -1,4 +1,4 @@
-"""Schedules and baselines move once for each pass that makes a gradient, and at no other time."""
+"""Schedules and baselines advance once per pass that makes a gradient, and never otherwise."""
 
 from __future__ import annotations
 
