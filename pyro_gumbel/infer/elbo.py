@@ -14,7 +14,7 @@ from pyro.poutine.runtime import Message
 from pyro.util import warn_if_nan
 from torch import Tensor, nn
 
-from pyro_gumbel._validate import is_integer
+from pyro_gumbel._validate import integer
 from pyro_gumbel.estimators import Call, Estimator, Route
 from pyro_gumbel.estimators.registry import (
     CLASSES,
@@ -81,15 +81,14 @@ class ParticleELBO(ELBO):
         max_plate_nesting: float = float("inf"),
         **kwargs: Any,
     ) -> None:
-        if not is_integer(num_particles) or num_particles < 1:
-            raise ValueError(
-                f"{type(self).__name__}: num_particles must be an integer of at least 1; got "
-                f"{num_particles!r}."
-            )
+        name = type(self).__name__
+        num_particles = integer(f"{name}: num_particles", num_particles, 1)
+        if max_plate_nesting != float("inf"):
+            integer(f"{name}: max_plate_nesting", max_plate_nesting, 0)
         _check_options(type(self), kwargs)
-        check_choice(default, f"{type(self).__name__}: default is")
+        check_choice(default, f"{name}: default is")
         super().__init__(
-            num_particles=int(num_particles), vectorize_particles=vectorize_particles, **kwargs
+            num_particles=num_particles, vectorize_particles=vectorize_particles, **kwargs
         )
         self.max_plate_nesting = max_plate_nesting
         self.default: Choice = default
@@ -319,10 +318,10 @@ class Estimator_ELBO(ParticleELBO):  # noqa: N801
         **kwargs: As for Pyro's ``ELBO``.
 
     Raises:
-        TypeError: If ``default`` is not an estimator or a name, or an argument is unknown.
-        ValueError: If ``num_particles`` is below 1 or ``default`` is an unknown name; when run,
-            with the site's name, if an estimator does not support its site or model and guide do
-            not match.
+        TypeError: If a number is not an integer, ``default`` is not an estimator or a name, or an
+            argument is unknown.
+        ValueError: If a number is too small or ``default`` is an unknown name; when run, with the
+            site's name, if an estimator does not support its site or model and guide do not match.
 
     References:
         Gradient Estimation Using Stochastic Computation Graphs (Schulman et al., 2015),

@@ -220,8 +220,18 @@ ROWS = {
     ),
     "half a particle": (
         lambda: Estimator_ELBO(num_particles=1.5),
-        ValueError,
+        TypeError,
         r"num_particles must be an integer of at least 1; got 1.5",
+    ),
+    "plates below none": (
+        lambda: Estimator_ELBO(max_plate_nesting=-1),
+        ValueError,
+        r"Estimator_ELBO: max_plate_nesting must be an integer of at least 0; got -1",
+    ),
+    "half a plate": (
+        lambda: Estimator_ELBO(max_plate_nesting=2.5),
+        TypeError,
+        r"max_plate_nesting must be an integer of at least 0; got 2.5",
     ),
     "a misspelt option": (
         lambda: Estimator_ELBO(vectorise_particles=True),
