@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -172,10 +172,10 @@ class Search:
         if self.reference is not None or not candidates:
             return
         best = min(candidates, key=lambda trial: trial.row["variance"] * trial.cost)
-        number, draws = best.affordable(0.4 * self.budget.left()), None
+        number, long = best.affordable(0.4 * self.budget.left()), replace(best)
         if not best.exact and number >= _FEWEST:  # else all draws are alike
-            draws = self._draw(best, number, self.seeds[4])
-        self.reference = best.draws if draws is None else draws
+            self._take(long, number, self.seeds[4])
+        self.reference = best.draws if long.draws is None else long.draws
         for trial in self.trials.values():
             trial.row = {}
 
@@ -247,28 +247,26 @@ class Search:
             self._take(trial, number, seed)
 
     def _take(self, trial: Trial, number: int, seed: int, **options: Any) -> None:
-        trial.draws, trial.row = self._draw(trial, number, seed, **options), {}
-        if trial.draws is not None:
-            trial.cost = float(trial.draws.attrs[self.budget.unit])
-            if not np.isfinite(trial.draws.coords["trace"]).all():
-                trial.draws, trial.failure = None, "some gradients are not finite"
-
-    def _draw(self, trial: Trial, number: int, seed: int, **options: Any) -> xr.Dataset | None:
         """Draw; note what is warned of, and why it cannot be done."""
+        trial.draws, trial.row = None, {}
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             try:
                 (draws,) = self._gradients([trial], number, seed, **options)
             except FAILURES as error:
-                reason = str(error).splitlines()[0]
+                reason = next(iter(str(error).splitlines()), "")
                 trial.failure = f"cannot be run: {type(error).__name__}: {reason}"
-                return None
+                return
         notes = [one for one in seen if issubclass(one.category, UserWarning)]
         missed = [one for one in notes if issubclass(one.category, GradientWarning)]
         trial.misses_cost = trial.misses_cost or bool(missed)
         if notes:
             trial.warning = str((missed or notes)[0].message)
-        return draws
+        trial.cost = float(draws.attrs[self.budget.unit])
+        if np.isfinite(draws.coords["trace"]).all():
+            trial.draws = draws
+        else:
+            trial.failure = "some gradients are not finite"
 
     def _gradients(
         self, trials: list[Trial], number: int, seed: int, **options: Any

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -177,22 +176,13 @@ def _efficiency(row: dict[str, Any]) -> dict[str, float]:
     return {"efficiency": 1 / cost, "efficiency_mcse": math.sqrt(relative) / cost}
 
 
-@dataclass(frozen=True)
-class Bias:
-    """The distance of a mean gradient from its reference, compared with noise.
+class Bias(NamedTuple):
+    """The distance of a mean gradient from its reference, compared with noise."""
 
-    Attributes:
-        norm: The distance.
-        squared: Its square less the average contribution of noise. It may be negative.
-        mcse: Without bias, ``norm`` is below 1.96 times this in 95 % of repetitions.
-        log_tail: The log of the probability of a larger distance without bias.
-        squared_mcse: Standard error of ``squared``.
-    """
-
-    norm: float
-    squared: float
-    mcse: float
-    log_tail: float
+    norm: float  # the distance
+    squared: float  # its square less the average contribution of noise; it may be negative
+    mcse: float  # without bias, norm is below 1.96 times this in 95 % of repetitions
+    log_tail: float  # the log of the probability of a larger distance without bias
     squared_mcse: float
 
 
