@@ -72,14 +72,20 @@ def to_arviz(
         ['l[noisy]']
     """
     draws = check_draws(draws)
-    _check_sizes(draws)
+    sizes = {label: (d.sizes["chain"], d.sizes["draw"]) for label, d in draws.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"to_arviz: the estimators' numbers of chains and draws differ: {sizes}. Draw as many "
+            "with each, or convert them one by one."
+        )
+    configs = [f"{label}: {dataset.attrs.get('config', '')}" for label, dataset in draws.items()]
     first = next(iter(draws.values()))
     gradients = {
         label: dataset[parameters_of(dataset)].reset_coords(drop=True)
         for label, dataset in draws.items()
     }
     groups = {
-        "gradients": _join(gradients).assign_attrs(_common_attributes(draws)),
+        "gradients": _join(gradients).assign_attrs(config="; ".join(configs)),
         "sample_stats": _join({label: _statistics(dataset) for label, dataset in draws.items()}),
         "constant_data": _constants(first, reference),
     }
@@ -101,7 +107,9 @@ def _statistics(dataset: xr.Dataset) -> xr.Dataset:
 
 def _join(datasets: dict[str, xr.Dataset]) -> xr.Dataset:
     index = xr.IndexVariable("estimator", list(datasets))
-    joined = xr.concat(list(datasets.values()), dim=index, join="exact", combine_attrs="drop")
+    joined = xr.concat(
+        list(datasets.values()), dim=index, join="exact", combine_attrs="drop_conflicts"
+    )
     return joined.transpose("chain", "draw", "estimator", ...)
 
 
@@ -142,19 +150,3 @@ def _samples(name: str, value: Any, names: Mapping[str, Any]) -> xr.Variable:
     array = torch.as_tensor(value).detach().cpu().numpy()
     dims = ("chain", "draw", *dims_of(name, max(array.ndim - 2, 0), None, names))
     return xr.Variable(dims[: array.ndim], array)
-
-
-def _check_sizes(draws: dict[str, xr.Dataset]) -> None:
-    sizes = {label: (d.sizes["chain"], d.sizes["draw"]) for label, d in draws.items()}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(
-            f"to_arviz: the estimators' numbers of chains and draws differ: {sizes}. Draw as many "
-            "with each, or convert them one by one."
-        )
-
-
-def _common_attributes(draws: dict[str, xr.Dataset]) -> dict[str, Any]:
-    first, *others = (dataset.attrs for dataset in draws.values())
-    shared = {key: first[key] for key in first if all(o.get(key) == first[key] for o in others)}
-    configs = [f"{label}: {dataset.attrs.get('config', '')}" for label, dataset in draws.items()]
-    return shared | {"config": "; ".join(configs)}

@@ -306,7 +306,7 @@ def _biased(z: float, biases: dict[str, Bias], blocks: dict[str, Block]) -> str:
 
 
 def rare_events(block: Block) -> str:
-    """Say so where few draws carry the variance that a bias is compared with; else nothing.
+    """Return a note if few draws carry the variance that a bias is compared with, else nothing.
 
     The bias may then be that of the draws: they may have missed a rare event.
     """
