@@ -32,6 +32,7 @@ from pyro_gumbel.distributions.families import (
 from pyro_gumbel.estimators import Call
 
 __all__ = [
+    "LONG_RUN",
     "DiscreteSite",
     "Run",
     "States",
@@ -42,6 +43,10 @@ __all__ = [
     "run",
 ]
 
+LONG_RUN = (
+    "a long run of an unbiased estimator as the reference: gradient_draws(..., "
+    "estimators={'reference': 'auto'}, num_draws=100_000, project=8, seed=1)['reference']."
+)
 _ROWS = "diagnostic_rows"
 _FEW = 64  # minibatches that are all taken without a comparison
 _COMPARED = 5  # pairs of minibatches
@@ -159,9 +164,7 @@ def discrete_sites(sites: Mapping[str, Any]) -> list[DiscreteSite]:
         if not fn.has_enumerate_support:
             raise ValueError(
                 f"Site {name!r} ({type(fn).__name__}) cannot be enumerated, so there is no exact "
-                "gradient to be had. Take a long run of an unbiased estimator as the reference: "
-                "gradient_draws(..., estimators={'reference': 'auto'}, num_draws=100_000, "
-                "project=8, seed=1)['reference']."
+                f"gradient to be had. Take {LONG_RUN}"
             )
         support = support_values(fn).reshape(-1, *fn.event_shape)
         inner_shape = fn.batch_shape[len(fn.batch_shape) - event_dims(site["fn"]) :]
@@ -262,9 +265,7 @@ def find_minibatches(
                 f"exact_gradient: terms of plate {name!r} depend on the rest of their minibatch, "
                 f"as by batch normalisation: there are {number:,} minibatches, more than "
                 f"max_states={max_states:,}. Put such modules into .eval(), run the whole plate "
-                "(subsample_size=None), raise max_states, or take a long run of an unbiased "
-                "estimator as the reference: gradient_draws(..., estimators={'reference': "
-                "'auto'}, num_draws=100_000, project=8, seed=1)['reference']."
+                f"(subsample_size=None), raise max_states, or take {LONG_RUN}"
             )
         choose = itertools.permutations if ordered else itertools.combinations
         choices[name] = torch.tensor(list(choose(range(size), batch)), device=device)

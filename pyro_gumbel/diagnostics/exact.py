@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_gumbel._validate import check_coords, check_dims, check_programs, integer
 from pyro_gumbel.diagnostics._moments import dims_of
 from pyro_gumbel.diagnostics._programs import (
+    LONG_RUN,
     DiscreteSite,
     Run,
     States,
@@ -39,12 +40,6 @@ __all__ = ["exact_gradient", "sum_states"]
 _ELEMENTS = 20_000  # rows times elements of plates in one run
 _COMPARED = 6  # runs with one value an element
 _KINDS = 4  # of elements of a plate
-
-_WAY_OUT = (
-    "Raise max_states, or take a long run of an unbiased estimator as the reference: "
-    "gradient_draws(..., estimators={'reference': 'auto'}, num_draws=100_000, project=8, "
-    "seed=1)['reference']."
-)
 
 Plates = Mapping[str, int]  # dimensions by name
 
@@ -145,7 +140,7 @@ def sum_states(
                 raise ValueError(
                     f"exact_gradient: {fewest.count:,} joint states of the sites "
                     f"{[site.name for site in fewest.sites]}{each} are more than "
-                    f"max_states={max_states:,}. {_WAY_OUT}"
+                    f"max_states={max_states:,}. Raise max_states, or take {LONG_RUN}"
                 )
             for part in parts:
                 if time.perf_counter() > deadline:
@@ -373,7 +368,8 @@ def _walk(call: Call, given: Mapping[str, Tensor], limit: int) -> Iterator[Tenso
         states = States(missing[:1], frozenset(), len(missing[0].batch_shape))
         if visited + len(waiting) + states.count > limit:
             raise ValueError(
-                f"exact_gradient: more than {limit:,} joint states, visited one by one. {_WAY_OUT}"
+                f"exact_gradient: more than {limit:,} joint states, visited one by one. Raise "
+                f"max_states, or take {LONG_RUN}"
             )
         (digits,) = states.digits(torch.arange(states.count)).values()
         waiting += [{**values, missing[0].name: missing[0].support[own]} for own in digits]
