@@ -158,21 +158,17 @@ class BaseDistribution(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """Raise an error, unless a subclass has a closed form."""
         raise self._not_closed_form("mean")
 
     @property
     def mode(self) -> Tensor:
-        """Raise an error, unless a subclass has a closed form."""
         raise self._not_closed_form("mode")
 
     @property
     def variance(self) -> Tensor:
-        """Raise an error, unless a subclass has a closed form."""
         raise self._not_closed_form("variance")
 
     def entropy(self) -> Tensor:
-        """Raise an error, unless a subclass has a closed form."""
         raise self._not_closed_form("entropy")
 
     def _not_closed_form(self, name: str) -> NotImplementedError:

@@ -151,7 +151,6 @@ class CategoricalDistribution(BaseDistribution):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of parameters and samples."""
         return self._parameters.dtype
 
     def _broadcast(self, tensor: Tensor) -> Tensor:

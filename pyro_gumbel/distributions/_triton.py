@@ -44,16 +44,7 @@ def _below(logits, top):
 
 
 @triton.jit
-def _draw_rows(
-    logits,
-    seed,
-    draw,
-    rows,
-    given,
-    size,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+def _draw_rows(logits, seed, draw, rows, given, size, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Draw ``ROWS`` rows; row ``r`` has the logits of row ``r % given``."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
@@ -67,16 +58,7 @@ def _draw_rows(
 
 
 @triton.jit
-def _draw_chunk(
-    logits,
-    seed,
-    draw,
-    best,
-    given,
-    size,
-    chunks,
-    CHUNK: tl.constexpr,
-):
+def _draw_chunk(logits, seed, draw, best, given, size, chunks, CHUNK: tl.constexpr):
     """Write zeros, and write the chunk's winner to ``best``: score, offset and index."""
     program = tl.program_id(0)
     row = program // chunks
@@ -95,15 +77,7 @@ def _draw_chunk(
 
 
 @triton.jit
-def _place_one(
-    best,
-    draw,
-    rows,
-    size,
-    chunks,
-    CHUNK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+def _place_one(best, draw, rows, size, chunks, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
     """Find the winner of a row among its chunks and write the one."""
     row = tl.program_id(0)
     chunk = tl.arange(0, WIDTH)

@@ -109,7 +109,6 @@ class Gumbel(BaseDistribution):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of parameters and samples."""
         return self._loc.dtype
 
     def _wide(self) -> tuple[Tensor, Tensor]:
@@ -129,13 +128,11 @@ class Gumbel(BaseDistribution):
         return (value.to(torch.promote_types(loc.dtype, value.dtype)) - loc) / scale, scale
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-density."""
         z, scale = self._standardise(value)
         minus_z = (-z).clamp(max=torch.finfo(z.dtype).max)  # avoid inf - inf at -inf
         return self._score(minus_z - minus_z.exp() - scale.log(), value)
 
     def cdf(self, value: Tensor) -> Tensor:
-        """Return the cumulative distribution function."""
         z, _ = self._standardise(value)
         # Below -80 the result is zero in every dtype; the bound keeps the gradient finite.
         return self._score((-(-z.clamp(min=-80.0)).exp()).exp(), value)
@@ -154,7 +151,6 @@ class Gumbel(BaseDistribution):
 
     @property
     def mode(self) -> Tensor:
-        """``loc``."""
         return self.loc
 
     @property

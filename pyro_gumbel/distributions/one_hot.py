@@ -241,7 +241,6 @@ class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
         return draw_one_hot(scores, sample_shape).to(self.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-mass, ``(value * log p).sum(-1)``."""
         if self._validate_args:
             self._validate_sample(value)
         return self._score(multilinear_log_prob(value, self._parameters.log_probs), value)
@@ -263,7 +262,6 @@ class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
         return self._broadcast(one_hot_argmax(self._parameters.scores, self.dtype))
 
     def entropy(self) -> Tensor:
-        """Return the entropy in nats."""
         return self._statistic(entropy(self._parameters.log_probs))
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
@@ -283,5 +281,4 @@ class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
     def infer_shapes(
         probs: Sequence[int] | None = None, logits: Sequence[int] | None = None
     ) -> tuple[torch.Size, torch.Size]:
-        """Infer ``batch_shape`` and ``event_shape`` from the shape of the parameter."""
         return infer_one_hot_shapes(probs, logits)

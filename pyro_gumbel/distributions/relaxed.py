@@ -78,7 +78,6 @@ class TemperedCategorical(CategoricalDistribution, TemperedDistribution):
         logits: Sequence[int] | None = None,
         **_: Any,
     ) -> tuple[torch.Size, torch.Size]:
-        """Infer ``batch_shape`` and ``event_shape`` from the shapes of the arguments."""
         batch_shape, event_shape = infer_one_hot_shapes(probs, logits)
         if len(temperature) > 0:
             aligned = align_temperature(torch.Size(temperature), batch_shape)
@@ -101,7 +100,7 @@ class RelaxedOneHot(TemperedCategorical, Relaxation):
 
     With ``straight_through=True`` ``sample`` and ``rsample`` are exactly one-hot, and ``log_prob``
     is the log-mass of :class:`OneHot`. The backward pass of ``rsample`` is that of the relaxed
-    sample.
+    sample. Mean, variance, mode and entropy have a closed form only in this case.
 
     A category of probability zero has coordinate zero, and the density is that of the other
     categories. The log-density of a value with weight on it is ``-inf``.
@@ -181,21 +180,17 @@ class RelaxedOneHot(TemperedCategorical, Relaxation):
 
     @property
     def mean(self) -> Tensor:
-        """The probabilities if ``straight_through``; otherwise unknown in closed form."""
         return self._discrete("mean").mean
 
     @property
     def variance(self) -> Tensor:
-        """``p (1 - p)`` if ``straight_through``; otherwise unknown in closed form."""
         return self._discrete("variance").variance
 
     @property
     def mode(self) -> Tensor:
-        """The most probable one-hot if ``straight_through``; otherwise unknown in closed form."""
         return self._discrete("mode").mode
 
     def entropy(self) -> Tensor:
-        """Return the entropy in nats if ``straight_through``."""
         return self._discrete("entropy").entropy()
 
     def _hard_support(self, expand: bool) -> Tensor:
@@ -252,7 +247,6 @@ class ExpRelaxedOneHot(TemperedCategorical):
         return log_value.to(self.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-density on the log-simplex."""
         if self._validate_args:
             self._validate_sample(value)
         wide = value.to(torch.promote_types(value.dtype, self._parameters.scores.dtype))

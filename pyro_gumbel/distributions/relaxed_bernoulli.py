@@ -39,7 +39,7 @@ class RelaxedBernoulli(Relaxation):
     number of its dtype, and a value of 1 as the largest number below 1, both with zero gradient.
     With ``straight_through=True`` ``sample`` and ``rsample`` are exactly 0 or 1, and ``log_prob``
     is the log-mass ``y log p + (1 - y) log(1 - p)``. The backward pass of ``rsample`` is that of
-    the relaxed sample.
+    the relaxed sample. Mean, variance, mode and entropy have a closed form only in this case.
 
     With a probability of exactly 0 or 1 the value is constant; its log-probability is 0, and that
     of other values is ``-inf``.
@@ -95,7 +95,6 @@ class RelaxedBernoulli(Relaxation):
         self._init_temperature(temperature, self._given.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Omit derived tensors from pickles and deep copies."""
         return {**super().__getstate__(), "_cached_log_odds": None}
 
     def _check_parameter(self) -> None:
@@ -122,7 +121,6 @@ class RelaxedBernoulli(Relaxation):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of parameters and samples."""
         return self._given.dtype
 
     def _log_odds(self) -> Tensor:
@@ -187,24 +185,20 @@ class RelaxedBernoulli(Relaxation):
 
     @property
     def mean(self) -> Tensor:
-        """The probability if ``straight_through``; otherwise unknown in closed form."""
         self._require_hard("mean")
         return self.probs
 
     @property
     def variance(self) -> Tensor:
-        """``p (1 - p)`` if ``straight_through``; otherwise unknown in closed form."""
         self._require_hard("variance")
         return self._statistic(bit_log_masses(self).sum(-1).exp())
 
     @property
     def mode(self) -> Tensor:
-        """The more probable value if ``straight_through``; otherwise unknown in closed form."""
         self._require_hard("mode")
         return self._statistic(self._log_odds() >= 0)
 
     def entropy(self) -> Tensor:
-        """Return the entropy in nats if ``straight_through``."""
         self._require_hard("entropy")
         return self._statistic(entropy(bit_log_masses(self)))
 
@@ -226,7 +220,6 @@ class RelaxedBernoulli(Relaxation):
         logits: Sequence[int] | None = None,
         **_: Any,
     ) -> tuple[torch.Size, torch.Size]:
-        """Infer ``batch_shape`` and ``event_shape`` from the shapes of the arguments."""
         check_one_given(probs, logits)
         shape = torch.Size(probs if logits is None else logits)  # type: ignore[arg-type]
         aligned = align_temperature(torch.Size(temperature), shape, event_dim=0)

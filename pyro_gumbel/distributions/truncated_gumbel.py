@@ -168,12 +168,10 @@ class TruncatedGumbel(Gumbel):
 
     @property
     def variance(self) -> Tensor:
-        """No closed form."""
         raise self._not_closed_form("variance")
 
     @property
     def stddev(self) -> Tensor:
-        """No closed form."""
         raise self._not_closed_form("stddev")
 
     def entropy(self) -> Tensor:

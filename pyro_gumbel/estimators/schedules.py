@@ -158,11 +158,7 @@ def _check_positive(owner: str, name: str, value: float) -> float:
 
 
 def check_temperature(
-    owner: str,
-    name: str,
-    value: Any,
-    *,
-    kinds: Sequence[str] = ("number", "tensor", "schedule"),
+    owner: str, name: str, value: Any, *, kinds: Sequence[str] = ("number", "tensor", "schedule")
 ) -> Any:
     """Return a temperature, a number as a float.
 

@@ -148,10 +148,7 @@ class GumbelSoftmax(OneHotEstimator):
     with gradient, and one without for the loss.
 
     Args:
-        temperature: Positive number, tensor or schedule.
-
-    Raises:
-        TypeError, ValueError: If the temperature is of another kind, or not positive.
+        temperature: Positive number, tensor or schedule, else ``ValueError`` or ``TypeError``.
 
     References:
         Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017),
