@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,12 @@ def test_make_verbs_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for verb in re.findall(r"make ([a-z][a-z-]*)", "".join(PAGES.values())):
         assert re.search(rf"^{verb}:", makefile, flags=re.MULTILINE), verb
+
+
+def test_versions_agree() -> None:
+    """The README, the Makefile and the package require the same versions."""
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    required = dict(re.split(r"\[.*\]>=|>=", name) for name in dependencies if ">=" in name)
+    assert f"torch>={required['torch']}'" in (ROOT / "Makefile").read_text()
+    assert f"requires torch {required['torch']} or newer" in README.replace("\n", " ")
+    assert f"Pyro {required['pyro-ppl']}" in README
