@@ -151,8 +151,8 @@ class Search:
     def _screen(self) -> None:
         """Measure each candidate a little, the cheapest first; drop those that cost too much.
 
-        Expensive ones may find the budget spent, for each is given what the fewest draws cost.
-        Exact sums come before the others: nothing can be better where it is affordable.
+        The fewest draws may cost more than a candidate's share, so that expensive ones find the
+        budget spent. Exact sums come first: nothing is better where they are affordable.
         """
         looked = [trial for trial in self.trials.values() if trial.draws is not None]
         looked.sort(key=lambda trial: (not trial.exact, trial.cost))
@@ -210,7 +210,8 @@ class Search:
     def _compare_finalists(self) -> None:
         """Spend what is left on the best few.
 
-        Of seconds a part goes to draws in turns: what else the machine does slows all alike.
+        A part of a budget in seconds pays for draws in turns, so that other work of the machine
+        slows all of them alike.
         """
         finalists = self.order()[:_FINALISTS]
         affordable = 0.2 * self.budget.left() / sum(trial.cost for trial in finalists)

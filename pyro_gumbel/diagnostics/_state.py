@@ -134,8 +134,8 @@ class _Watch(Undo):
 def preserved() -> Iterator[Keeper]:
     """Put back, on leaving: parameters and their gradients, buffers, random number generators.
 
-    Parameters that a program makes inside are taken out of Pyro's store again. What no store knows
-    is shown to the keeper: leaves by a call, and by a ``watch()`` around the first run.
+    Parameters that a program makes inside are taken out of Pyro's store again. What is in no store
+    the keeper has to see: call it with leaves, and run the programs first inside its ``watch()``.
     """
     store = pyro.get_param_store()
     # Private: set_state copies into the store, so it cannot remove parameters or keep their order.

@@ -276,9 +276,10 @@ def _agrees(call: Call, given: Mapping[str, Tensor], states: States) -> bool:
 def _draw_digits(
     site: DiscreteSite, states: States, steps: Plates, count: int, repeat: int
 ) -> Tensor:
-    """Draw a site's digits for each row: elements of the first two kinds are at the extremes.
+    """Draw a site's digits for each row.
 
-    So are all in the first two repeats: hard functions are seldom extreme elsewhere.
+    The first two kinds of elements take the first and the last value, as all elements do in the
+    first two repeats: hard functions are seldom extreme elsewhere.
     """
     shape, last = (count, *states.shape(site)), len(site.support) - 1
     if repeat < 2:
@@ -309,7 +310,7 @@ def _run_rows(
 ) -> Run | None:
     """Run the programs on rows; ``None`` if a term is not laid out as rows and plates say.
 
-    The number of rows must not be one of ``taken``, the sizes of plates: it is filled up.
+    Rows are repeated until their number is none of ``taken``, the sizes of plates.
     """
     nesting, number = states.nesting, max(map(len, digits.values()), default=1)
     rows = next(rows for rows in itertools.count(number) if rows not in taken)
