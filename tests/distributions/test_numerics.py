@@ -1,4 +1,4 @@
-"""Gumbel and logistic noise: distribution, precision and finite values."""
+"""Noise and logarithms: distribution, precision, finite values and gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers.laws import DTYPES, HALF, count_z, mean_z
 
 from pyro_gumbel.distributions import _numerics as noise_module
 from pyro_gumbel.distributions import gumbel_noise
-from pyro_gumbel.distributions._numerics import logistic_noise
+from pyro_gumbel.distributions._numerics import exact_log, logistic_noise, uniform_noise
 
 LAWS = {
     "gumbel": (gumbel_noise, scipy.stats.gumbel_r),
@@ -62,3 +62,31 @@ def test_every_cell_of_the_lattice_is_finite(dtype, monkeypatch):
     logistic = noise_module.logistic_noise((7,), dtype)
     assert logistic.isfinite().all()
     assert logistic[0].item() == pytest.approx(-logistic[-1].item(), rel=1e-5)
+
+
+def test_uniform_noise_excludes_both_ends(monkeypatch):
+    ends = torch.tensor([0.0, 1 - 2.0**-24])
+    monkeypatch.setattr(noise_module.torch, "rand", lambda *args, **kwargs: ends.clone())
+    noise = uniform_noise((2,), torch.bfloat16)
+    assert 0 < noise[0] < noise[1] < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_logarithm_has_finite_gradients(dtype):
+    tiny = torch.finfo(dtype).tiny
+    probs = torch.tensor([0.0, tiny / 4, tiny, 0.3, 1.0], dtype=dtype, requires_grad=True)
+    value = exact_log(probs)
+    assert value[0] == -math.inf
+    torch.testing.assert_close(value[2:], probs[2:].log())
+    (gradient,) = torch.autograd.grad(value[1:].sum() + 1e3 * value[0], probs)
+    torch.testing.assert_close(gradient, torch.where(probs < tiny, 0.0, 1 / probs.detach()))
+    # Transformed code has a formula of its own.
+    by_element = torch.func.vmap(torch.func.grad(exact_log))(probs.detach())
+    torch.testing.assert_close(by_element, gradient)
+    torch.testing.assert_close(torch.func.vmap(exact_log)(probs)[2:], value[2:])
+
+
+def test_the_logarithm_has_second_derivatives():
+    probs = torch.rand(5, dtype=torch.float64) + 0.1
+    assert torch.autograd.gradcheck(exact_log, probs.requires_grad_())
+    assert torch.autograd.gradgradcheck(exact_log, probs)
