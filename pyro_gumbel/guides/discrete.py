@@ -61,7 +61,8 @@ class AutoDiscrete(StructuredGuide):
         if not discrete:
             raise ValueError(
                 f"AutoDiscrete: the model has no discrete latent site; its latent sites are "
-                f"{list(latent)}. Use AutoNormal or AutoAmortized for continuous sites, and "
-                "remove obs=... from discrete sites that should be latent."
+                f"{list(latent)}. Use AutoNormal or AutoAmortized for continuous sites. Discrete "
+                "sites that the guide should have must have neither obs=... nor "
+                "infer={'enumerate': ...}; remove these."
             )
         return discrete

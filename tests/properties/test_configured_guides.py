@@ -364,8 +364,8 @@ AUTOGUIDES = {
     "AutoNormalMessenger": lambda: autoguide.AutoNormalMessenger(latents),
     "AutoHierarchicalNormalMessenger": lambda: autoguide.AutoHierarchicalNormalMessenger(latents),
     "AutoRegressiveMessenger": lambda: autoguide.AutoRegressiveMessenger(latents),
-    "AutoDiscrete": lambda: AutoDiscrete(discrete),
-    "AutoDiscrete with a gradient": lambda: AutoDiscrete(discrete, gradient="rebar"),
+    "AutoDiscrete": lambda: AutoDiscrete(discrete_of),
+    "AutoDiscrete with a gradient": lambda: AutoDiscrete(discrete_of, gradient="rebar"),
     "AutoAmortized": lambda: AutoAmortized(discrete_of, nn.Linear(2, 4)),
 }
 
@@ -411,7 +411,8 @@ def test_configuring_an_autoguide_leaves_the_choice_of_its_class():
 
 @pytest.mark.parametrize("make", [AutoDiscrete, autoguide.AutoDiscreteParallel])
 def test_a_copied_autoguide_has_estimators_of_its_own(make):
-    configured = config_gradient(make(discrete), Rebar())
+    model = discrete_of if make is AutoDiscrete else discrete
+    configured = config_gradient(make(model), Rebar())
     configured(X)
     twin = copy.deepcopy(configured)
     assert isinstance(chosen(twin), Rebar)
