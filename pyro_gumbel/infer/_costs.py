@@ -28,6 +28,7 @@ from torch import Tensor
 from pyro_gumbel.distributions._base import broadcast_shapes
 from pyro_gumbel.distributions._categorical import bit_log_masses, log_probs
 from pyro_gumbel.distributions.families import (
+    event_dims,
     has_law_of,
     is_bit,
     is_categorical,
@@ -47,6 +48,7 @@ __all__ = [
     "Frames",
     "Term",
     "analytic_kls",
+    "batch_shape_of",
     "check_dims",
     "check_factor",
     "check_shape",
@@ -83,6 +85,12 @@ def score_of(site: Any) -> Tensor:
         if site["is_observed"]:
             return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         return log_mass(unwrap(site["fn"]), site["value"])
+
+
+def batch_shape_of(site: Any, raw: Tensor) -> torch.Size:
+    """Return the batch shape of a score that :func:`score_of` returned."""
+    joined = 0 if site["is_observed"] else event_dims(site["fn"])
+    return raw.shape[: raw.dim() - joined]
 
 
 @contextmanager

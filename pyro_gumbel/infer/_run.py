@@ -39,6 +39,7 @@ from pyro_gumbel.infer._costs import (
     Frames,
     Term,
     analytic_kls,
+    batch_shape_of,
     check_dims,
     check_factor,
     make_term,
@@ -346,7 +347,7 @@ def collect(
         if name in kls:
             continue
         raw = score_of(site)
-        if sums.depends(site, raw.shape):
+        if sums.depends(site, batch_shape_of(site, raw)):
             sums.add(site, raw, nesting)
         else:
             terms.append(make_term(site, raw, nesting))

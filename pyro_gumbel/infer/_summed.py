@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from pyro.distributions.util import scale_and_mask, sum_rightmost
@@ -153,12 +153,28 @@ class SummedTerms:
             self._sums = {site["infer"]["_enumerate_symbol"]: name for name, site in sites.items()}
 
     def depends(self, site: Any, shape: torch.Size) -> bool:
-        """Return whether a score or distribution of batch shape ``shape`` depends on a sum."""
+        """Return whether a score or distribution of batch shape ``shape`` depends on a sum.
+
+        Raises:
+            ValueError: If a dimension is neither a plate's nor a summed or enumerated site's.
+        """
         if not self._sums:
             return False
         symbols = site["infer"]["_dim_to_symbol"]
+        left = range(-len(shape), -self._layout.total_nesting)
+        if any(shape[dim] > 1 and dim not in symbols for dim in left):
+            self._refuse_shape(site, shape)
         dims = [dim for dim, symbol in symbols.items() if symbol in self._sums]
         return any(-dim <= len(shape) and shape[dim] > 1 for dim in dims)
+
+    def _refuse_shape(self, site: Any, shape: torch.Size) -> NoReturn:
+        raise ValueError(
+            f"Site {site['name']!r} has the log-probability shape {tuple(shape)}, with a "
+            f"dimension that is neither a plate's nor that of {sorted(self._sums.values())}, "
+            "which are summed. Use their values by operations that broadcast over dimensions "
+            "on the left, such as Vindex(loc)[..., z] (pyro.ops.indexing) for loc[z]; and use "
+            "the values of a chain within its pyro.markov, as far as its history reaches."
+        )
 
     def add(self, site: Any, raw: Tensor, nesting: float) -> None:
         """Collect the score of a site that depends on a summed site.
@@ -181,13 +197,8 @@ class SummedTerms:
         shape = broadcast_shapes(score.shape, site["fn"].batch_shape)
         try:
             value = packed.pack(score.expand(shape), site["infer"]["_dim_to_symbol"])
-        except ValueError as error:
-            raise ValueError(
-                f"Site {site['name']!r} has the log-probability shape {tuple(shape)}, with a "
-                f"dimension that is neither a plate's nor that of {sorted(self._sums.values())}, "
-                "which are summed. Use their values by operations that broadcast over dimensions "
-                "on the left, such as Vindex(loc)[..., z] (pyro.ops.indexing) for loc[z]."
-            ) from error
+        except ValueError:
+            self._refuse_shape(site, shape)
         frames = {self._trace.plate_to_symbol[frame.name]: frame for frame in site_frames(site)}
         self._factors.append(_Factor(site["name"], value, frames, site["scale"]))
 
