@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
+import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from pyro.infer.discrete import infer_discrete
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyro_gumbel._validate import check_programs, integer
+from pyro_gumbel.distributions.families import masks, unwrap
 from pyro_gumbel.infer._checks import latent_sites
 from pyro_gumbel.infer._costs import batch_shape_of, score_of
 from pyro_gumbel.infer._run import plate_nesting
@@ -93,7 +97,8 @@ def _recover_once(
             return poutine.trace(replayed).get_trace(*args, **kwargs), sums.dims
 
         with preserved_rng():
-            nesting = plate_nesting(run(Layout(), draws=True)[0])
+            plain = run(Layout(), draws=True)[0]
+            nesting = plate_nesting(plain)
             trace, dims = run(Layout(nesting), draws=False)
         if not dims:
             raise ValueError(
@@ -102,12 +107,70 @@ def _recover_once(
             )
         terms = _sums(trace, Layout(nesting), dims)
         list(terms.terms())  # checks the scales
+        sites = {name: plain.nodes[name] for name in dims}
         if marginals:
-            return {**given, **terms.marginals()}
-        conditioned = poutine.condition(model, data=given)
-        inferred = infer_discrete(conditioned, -1 - nesting, temperature=0 if decode else 1)
+            probs = terms.marginals()
+            return {**given, **{name: _fit_probs(probs, site) for name, site in sites.items()}}
+        indices = _Indices(dims, masked=decode)
+        conditioned = indices(poutine.condition(model, data=given))
+        temperature = 0 if decode else 1
+        inferred = infer_discrete(
+            conditioned, -1 - nesting, temperature, strict_enumeration_warning=False
+        )
         found = poutine.trace(inferred).get_trace(*args, **kwargs)
-    return {**given, **{name: found.nodes[name]["value"] for name in dims}}
+    for name, site in sites.items():
+        value = indices.look_up(name, found.nodes[name]["value"])
+        shape = site["value"].shape
+        given[name] = value[(0,) * (value.dim() - len(shape))].expand(shape)
+    return given
+
+
+def _fit_probs(probs: dict[str, Tensor], site: Any) -> Tensor:
+    """Give a site's probabilities the shape ``plates + (K,)``."""
+    plates = site["fn"].batch_shape
+    if site["name"] not in probs:  # of a site with one value, over which there is nothing to sum
+        return torch.ones(*plates, 1)
+    found = probs[site["name"]]
+    return found.reshape(*plates, found.shape[-1])
+
+
+class _Indices(Messenger):
+    """Lets handlers outside see the index of a summed site's value, as Pyro's recovery needs it.
+
+    Args:
+        names: The summed sites.
+        masked: Leave masks on them. A sum has all probabilities of each of its sites. But the most
+            probable values of a sequence should not depend on those past its end.
+    """
+
+    def __init__(self, names: Iterable[str], *, masked: bool) -> None:
+        super().__init__()
+        self._masked = masked
+        self._supports = dict.fromkeys(names, torch.empty(0))
+
+    def look_up(self, name: str, index: Tensor) -> Tensor:
+        return self._supports[name][index]
+
+    def _pyro_sample(self, msg: Message) -> None:
+        name = cast(str, msg["name"])
+        if name not in self._supports:
+            return
+        fn = cast(Any, msg["fn"])
+        bare = unwrap(fn)
+        support = bare.enumerate_support(expand=False)
+        indices = dist.Categorical(logits=bare.log_prob(support).movedim(0, -1))
+        self._supports[name] = support.reshape(-1, *bare.event_shape)
+        if self._masked:
+            for mask in masks(fn):
+                indices = indices.mask(mask)
+        else:
+            msg["mask"] = None
+        msg["fn"] = indices
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        name = cast(str, msg["name"])
+        if name in self._supports:
+            msg["value"] = self.look_up(name, cast(Tensor, msg["value"]))
 
 
 def _sums(trace: Trace, layout: Layout, dims: dict[str, int]) -> SummedTerms:

@@ -227,25 +227,30 @@ class SummedTerms:
                 yield ordinal, left_filled(value, self._layout.total_nesting)
 
     def marginals(self) -> dict[str, Tensor]:
-        """Return each summed site's posterior probabilities, ``plates + (K,)``, with gradient.
+        """Return the posterior probabilities of summed sites of several values, with gradient.
+
+        They have the plates' dimensions, then that of the values.
 
         They are the derivatives of the evidence's logarithm in the log-probabilities.
         """
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             shifts = {}
+            symbols = {name: symbol for symbol, name in self._sums.items()}
             for factor in self._factors:
-                if factor.name in self._sums.values():
-                    dims = factor.dims
+                dims = factor.dims
+                if factor.name in symbols and symbols[factor.name] in dims:  # two values or more
                     shifts[factor.name] = torch.zeros_like(factor.value, requires_grad=True)
                     factor.value = factor.value + shifts[factor.name]
                     factor.value._pyro_dims = dims  # type: ignore[attr-defined]
+            if not shifts:
+                return {}
             parts = [self._sum(*component) for component in self._components()]
             total = torch.stack([value.sum() for part in parts for _, value in part]).sum()
-            derivatives = torch.autograd.grad(total, [*shifts.values()], create_graph=create_graph)
+            grads = torch.autograd.grad(total, [*shifts.values()], create_graph=create_graph)
         return {
             name: self._probs(name, derivative)
-            for name, derivative in zip(shifts, derivatives, strict=True)
+            for name, derivative in zip(shifts, grads, strict=True)
         }
 
     def _probs(self, name: str, derivative: Tensor) -> Tensor:
@@ -258,8 +263,7 @@ class SummedTerms:
         probs._pyro_dims = "".join(symbol for i, symbol in enumerate(dims) if i not in others)  # type: ignore[attr-defined]
         probs = packed.unpack(probs, self._trace.symbol_to_dim)
         dim = site["infer"]["_enumerate_dim"]
-        probs = probs.movedim(dim, -1)
-        return probs.reshape(probs.shape[max(0, probs.dim() - 1 - self._layout.total_nesting) :])
+        return probs.movedim(dim, -1)
 
     def _components(self) -> list[tuple[list[_Factor], set[str]]]:
         """Group the factors that share summed sites."""
@@ -277,19 +281,19 @@ class SummedTerms:
 def _common_scale(factors: list[_Factor]) -> Any:
     scale = factors[0].scale
     for factor in factors:
-        tensors = isinstance(scale, Tensor) or isinstance(factor.scale, Tensor)
-        if not (factor.scale is scale or (not tensors and factor.scale == scale)):
+        if isinstance(factor.scale, Tensor) and factor.scale.numel() > 1:
+            raise ValueError(
+                f"Site {factor.name!r} depends on summed sites and has a scale of shape "
+                f"{tuple(factor.scale.shape)}; expected one number."
+            )
+        # Pyro multiplies scales anew at each site, so that equal ones are several tensors.
+        if factor.scale is not scale and float(factor.scale) != float(scale):
             raise ValueError(
                 f"Sites {factors[0].name!r} and {factor.name!r} depend on the same summed sites "
                 f"and have different scales, {scale!r} and {factor.scale!r}: the logarithm of a "
                 "sum cannot be scaled in parts. Give them one scale (both in the subsampled "
                 "plate, or both in poutine.scale), or sample the summed sites in the guide."
             )
-    if isinstance(scale, Tensor) and scale.numel() > 1:
-        raise ValueError(
-            f"Site {factors[0].name!r} depends on summed sites and has a scale of shape "
-            f"{tuple(scale.shape)}; expected one number."
-        )
     return scale
 
 

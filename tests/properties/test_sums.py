@@ -1,7 +1,8 @@
-"""Sums over marked sites of the model against Pyro's and brute force, where shapes could mislead."""
+"""Sums over marked sites of the model where shapes, masks and scales could mislead."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import TraceEnum_ELBO
+from pyro.ops.indexing import Vindex
 from torch import Tensor
 
-from pyro_gumbel.infer import Estimator_ELBO
+from pyro_gumbel.infer import Estimator_ELBO, recover
 
 SUM = {"enumerate": "parallel"}
 Program = Callable[..., Any]
@@ -73,3 +75,108 @@ def test_a_value_used_outside_of_its_chain(validate: bool) -> None:
         pytest.raises(ValueError, match=r"'x' has the log-probability shape .*pyro\.markov"),
     ):
         Estimator_ELBO(max_plate_nesting=0).loss(model, no_guide)
+
+
+LOC = torch.tensor([0.0, 1.5, 4.0])
+PRIOR = torch.tensor([0.2, 0.3, 0.5])
+DATA = torch.tensor([0.0, 1.0, 2.0, 3.0])
+
+
+def log_joint(x: Tensor) -> Tensor:
+    return PRIOR.log() + dist.Normal(LOC, 1.0).log_prob(x.unsqueeze(-1))
+
+
+@pytest.mark.parametrize("subsample", [None, torch.tensor([0, 2, 4, 6])])
+def test_a_scale_that_is_a_tensor(subsample: Tensor | None) -> None:
+    def model() -> None:
+        logits = pyro.param("logits", torch.tensor([0.3, -0.2, 0.5]))
+        plate = pyro.plate("data", 4 if subsample is None else 8, subsample=subsample)
+        with pyro.poutine.scale(scale=torch.tensor(0.3)), plate:
+            z = pyro.sample("z", dist.Categorical(logits=logits), infer=SUM)
+            pyro.sample("x", dist.Normal(LOC[z], 1.0), obs=DATA)
+
+    assert_as_pyro(model, no_guide, nesting=1)
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.3), torch.linspace(0.1, 1.0, 4)])
+def test_scales_that_cannot_leave_the_logarithm(scale: Tensor) -> None:
+    def model() -> None:
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Categorical(PRIOR), infer=SUM)
+            with pyro.poutine.scale(scale=scale):
+                pyro.sample("x", dist.Normal(LOC[z], 1.0), obs=DATA)
+
+    with pytest.raises(ValueError, match="different scales|scale of shape"):
+        Estimator_ELBO().loss(model, no_guide)
+
+
+SEEN = torch.tensor([True, True, False, False])
+HALF = pyro.poutine.mask(mask=SEEN)
+
+
+@pytest.mark.parametrize("where", ["site", "distribution", "both"])
+def test_draws_of_masked_sites_follow_the_losss_posterior(where: str) -> None:
+    """A mask on a summed site leaves its probabilities in the sum."""
+
+    def model() -> None:
+        with pyro.plate("data", 4), contextlib.ExitStack() as whole:
+            if where == "both":
+                whole.enter_context(HALF)
+            with HALF if where == "site" else contextlib.nullcontext():
+                prior = dist.Categorical(PRIOR)
+                prior = prior.mask(SEEN) if where == "distribution" else prior
+                z = pyro.sample("z", prior, infer=SUM)
+            pyro.sample("x", dist.Normal(LOC[z], 1.0), obs=DATA)
+
+    probs = log_joint(DATA).softmax(-1)
+    if where == "both":
+        probs = torch.where(SEEN.unsqueeze(-1), probs, PRIOR)
+    torch.testing.assert_close(recover(model, no_guide, marginals=True)["z"][0], probs)
+    n = 300
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        draws = recover(model, no_guide, num_samples=n)["z"]
+    found = torch.nn.functional.one_hot(draws, 3).float().mean(0)
+    assert ((found - probs) / (probs * (1 - probs) / n + 1e-4).sqrt()).abs().max() < 5
+
+
+def test_decoding_ignores_what_is_past_a_sequences_end() -> None:
+    # From state 1 the certain next step would be worth more than the better start at 0.
+    step = torch.tensor([[0.5, 0.5], [0.0, 1.0]])
+
+    def model() -> None:
+        z = pyro.sample("z0", dist.Categorical(torch.tensor([0.6, 0.4])), infer=SUM)
+        with pyro.poutine.mask(mask=torch.tensor(False)):
+            pyro.sample("z1", dist.Categorical(Vindex(step)[z]), infer=SUM)
+
+    assert recover(model, no_guide, decode=True)["z0"].item() == 0
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_recovered_values_have_their_plates_shape(size: int) -> None:
+    """Also with one category, one element of a plate, and values that are vectors."""
+
+    def model() -> None:
+        y = pyro.sample("y", dist.Bernoulli(0.5), infer=SUM)
+        with pyro.plate("data", size):
+            z = pyro.sample("z", dist.OneHotCategorical(PRIOR), infer=SUM)
+            one = pyro.sample("one", dist.Categorical(torch.ones(1)), infer=SUM)
+            loc = (z * LOC).sum(-1) + one
+            pyro.sample("x", dist.Normal(loc + y, 1.0), obs=DATA[:size])
+
+    for decode in (False, True):
+        found = recover(model, no_guide, num_samples=2, decode=decode)
+        shapes = {name: tuple(value.shape) for name, value in found.items()}
+        assert shapes == {"y": (2,), "z": (2, size, 3), "one": (2, size)}
+        assert found["z"].sum(-1).eq(1).all()
+    probs = recover(model, no_guide, marginals=True)
+    shapes = {name: tuple(value.shape) for name, value in probs.items()}
+    assert shapes == {"y": (1, 2), "z": (1, size, 3), "one": (1, size, 1)}
+
+
+def test_recovering_sites_of_one_value() -> None:
+    def model() -> None:
+        pyro.sample("one", dist.Categorical(torch.ones(1)), infer=SUM)
+
+    assert recover(model, no_guide)["one"].tolist() == [0]
+    assert recover(model, no_guide, marginals=True)["one"].tolist() == [[1.0]]
