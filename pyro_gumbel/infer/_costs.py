@@ -28,7 +28,6 @@ from torch import Tensor
 from pyro_gumbel.distributions._base import broadcast_shapes
 from pyro_gumbel.distributions._categorical import bit_log_masses, log_probs
 from pyro_gumbel.distributions.families import (
-    event_dims,
     has_law_of,
     is_bit,
     is_categorical,
@@ -48,11 +47,11 @@ __all__ = [
     "Frames",
     "Term",
     "analytic_kls",
-    "batch_shape_of",
     "check_dims",
     "check_factor",
     "check_shape",
     "make_term",
+    "masked_score",
     "named_errors",
     "score_of",
     "site_frames",
@@ -87,10 +86,15 @@ def score_of(site: Any) -> Tensor:
         return log_mass(unwrap(site["fn"]), site["value"])
 
 
-def batch_shape_of(site: Any, raw: Tensor) -> torch.Size:
-    """Return the batch shape of a score that :func:`score_of` returned."""
-    joined = 0 if site["is_observed"] else event_dims(site["fn"])
-    return raw.shape[: raw.dim() - joined]
+def masked_score(site: Any, raw: Tensor) -> Tensor:
+    """Return the score of the site's batch shape, masked and not scaled.
+
+    Args:
+        site: The site.
+        raw: Its score, as :func:`score_of` returns it.
+    """
+    value = raw if site["is_observed"] else wrap_score(site["fn"], raw)
+    return scale_and_mask(value, mask=site["mask"])
 
 
 @contextmanager
@@ -138,8 +142,7 @@ def check_dims(terms: list[Term], most: int) -> None:
 
 
 def make_term(site: Any, raw: Tensor, nesting: float, *, of_model: bool = True) -> Term:
-    value = raw if site["is_observed"] else wrap_score(site["fn"], raw)
-    value = scale_and_mask(value, site["scale"], site["mask"])
+    value = scale_and_mask(masked_score(site, raw), site["scale"])
     check_shape(site, value, nesting)
     return Term(site["name"], value, site_frames(site), of_model)
 

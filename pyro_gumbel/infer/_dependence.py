@@ -151,6 +151,11 @@ class Dependence(TorchFunctionMode):
             (bare,) = tensors(tensor)
             return self._marks(bare)
 
+    @property
+    def marks_of_numbers(self) -> Marks:
+        """The values that were read into Python: every later result has their marks."""
+        return self._read
+
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_gumbel._validate import check_programs, integer
 from pyro_gumbel.distributions.families import masks, unwrap
 from pyro_gumbel.infer._checks import latent_sites
-from pyro_gumbel.infer._costs import batch_shape_of, score_of
+from pyro_gumbel.infer._costs import score_of
 from pyro_gumbel.infer._run import plate_nesting
 from pyro_gumbel.infer._sampling import Layout, SharedSubsample
 from pyro_gumbel.infer._state import preserved_rng, sole_step
@@ -177,7 +177,5 @@ def _sums(trace: Trace, layout: Layout, dims: dict[str, int]) -> SummedTerms:
     terms = SummedTerms(trace, layout, dims)
     for site in trace.nodes.values():
         if site["type"] == "sample" and not poutine.util.site_is_subsample(site):
-            raw = score_of(site)
-            if terms.depends(site, batch_shape_of(site, raw)):
-                terms.add(site, raw, layout.total_nesting)
+            terms.takes(site, score_of(site), layout.total_nesting)
     return terms

@@ -39,7 +39,6 @@ from pyro_gumbel.infer._costs import (
     Frames,
     Term,
     analytic_kls,
-    batch_shape_of,
     check_dims,
     check_factor,
     make_term,
@@ -216,7 +215,11 @@ def _run_model(
     call: Call, sampler: Sampler, subsample: SharedSubsample, guide_trace: Trace
 ) -> Trace:
     sums = SumMessenger(
-        guide_trace, sampler.layout, sampler.enumerated, draws=not sampler.enumerate
+        guide_trace,
+        sampler.layout,
+        sampler.enumerated,
+        draws=not sampler.enumerate,
+        dependence=sampler.dependence,
     )
     sampler.summed = sums.dims
     checked = ModelSiteCheck(guide_trace)(sums(_in_rows(call.model, sampler.layout)))
@@ -320,7 +323,7 @@ def collect(
     # Without dimensions of ours any dimension left of the plates is a mistake.
     nesting = sampler.layout.total_nesting if sampler.adds_dimensions else float("inf")
     guide = latent_sites(guide_trace)
-    sums = SummedTerms(model_trace, sampler.layout, sampler.summed)
+    sums = SummedTerms(model_trace, sampler.layout, sampler.summed, sampler.dependence)
     kls = analytic_kls(model_trace, guide, sums.depends) if analytic_kl else {}
     terms = list(kls.values())
     scores: dict[str, Tensor] = {}
@@ -347,9 +350,7 @@ def collect(
         if name in kls:
             continue
         raw = score_of(site)
-        if sums.depends(site, batch_shape_of(site, raw)):
-            sums.add(site, raw, nesting)
-        else:
+        if not sums.takes(site, raw, nesting):
             terms.append(make_term(site, raw, nesting))
     terms += sums.terms()
     if sampler.adds_dimensions:

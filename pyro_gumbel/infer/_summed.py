@@ -19,8 +19,9 @@ from pyro.poutine.runtime import _ENUM_ALLOCATOR, Message
 from torch import Tensor
 
 from pyro_gumbel.distributions._base import broadcast_shapes
-from pyro_gumbel.distributions.families import event_dims, wrap_score
-from pyro_gumbel.infer._costs import Term, check_shape, site_frames
+from pyro_gumbel.distributions.families import event_dims
+from pyro_gumbel.infer._costs import Term, check_shape, masked_score, site_frames
+from pyro_gumbel.infer._dependence import Dependence
 from pyro_gumbel.infer._sampling import Layout, NestingNeeded, left_filled
 
 __all__ = ["SumMessenger", "SummedTerms", "is_summed"]
@@ -42,16 +43,24 @@ class SumMessenger(EnumMessenger):
         layout: The paths of the pass.
         enumerated: The dimensions of the guide's enumerated sites.
         draws: Draw values instead, in a run that finds the number of plates.
+        dependence: Follows the values through the model, if given.
     """
 
     def __init__(
-        self, guide: Trace, layout: Layout, enumerated: dict[str, int], *, draws: bool
+        self,
+        guide: Trace,
+        layout: Layout,
+        enumerated: dict[str, int],
+        *,
+        draws: bool,
+        dependence: Dependence | None = None,
     ) -> None:
         super().__init__()
         self._guide = guide.nodes
         self._layout = layout
         self._enumerated = enumerated
         self._draws = draws
+        self._dependence = dependence
         self.dims: dict[str, int] = {}
         for site in self._guide.values():
             if site["type"] == "sample":  # a replay hands it to the model's site, and Pyro writes
@@ -97,7 +106,10 @@ class SumMessenger(EnumMessenger):
                 f"Site {name!r} of the model is marked infer={{'enumerate': 'parallel'}}, and its "
                 f"{type(msg['fn']).__name__} cannot list its values. Sample it in the guide."
             ) from error
-        self.dims[name] = infer["_enumerate_dim"]
+        if "_enumerate_dim" in infer:  # a handler of the model may have given a value
+            self.dims[name] = infer["_enumerate_dim"]
+            if self._dependence:
+                msg["value"] = self._dependence.follow(name, cast(Tensor, msg["value"]))
 
     def _pyro_post_sample(self, msg: Message) -> None:
         if msg["name"] in self._param_dims:
@@ -140,9 +152,17 @@ class SummedTerms:
         trace: The model's trace.
         layout: The paths of the pass.
         summed: The dimension of each summed site.
+        dependence: Follows their values, if given: then sites that cannot see a value are checked.
     """
 
-    def __init__(self, trace: Trace, layout: Layout, summed: dict[str, int]) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        layout: Layout,
+        summed: dict[str, int],
+        dependence: Dependence | None = None,
+    ) -> None:
+        self._dependence = dependence
         self._layout = layout
         self._trace = trace
         self._sums: dict[str, str] = {}
@@ -169,15 +189,15 @@ class SummedTerms:
 
     def _refuse_shape(self, site: Any, shape: torch.Size) -> NoReturn:
         raise ValueError(
-            f"Site {site['name']!r} has the log-probability shape {tuple(shape)}, with a "
-            f"dimension that is neither a plate's nor that of {sorted(self._sums.values())}, "
+            f"Site {site['name']!r}: its log_prob has shape {tuple(shape)}, with a dimension that "
+            f"is neither a plate's nor that of {sorted(self._sums.values())}, "
             "which are summed. Use their values by operations that broadcast over dimensions "
             "on the left, such as Vindex(loc)[..., z] (pyro.ops.indexing) for loc[z]; and use "
             "the values of a chain within its pyro.markov, as far as its history reaches."
         )
 
-    def add(self, site: Any, raw: Tensor, nesting: float) -> None:
-        """Collect the score of a site that depends on a summed site.
+    def takes(self, site: Any, raw: Tensor, nesting: float) -> bool:
+        """Collect the score of a site if it depends on a summed site, and return whether it does.
 
         Args:
             site: The site.
@@ -185,14 +205,20 @@ class SummedTerms:
             nesting: The number of dimensions of all plates.
 
         Raises:
-            ValueError: If a dimension is neither a plate's nor a summed or enumerated site's.
+            ValueError: If a dimension is neither a plate's nor a summed or enumerated site's, or
+                the score has the value of a site whose dimension may stand for another.
         """
+        if not self._sums:
+            return False
         if is_summed(site):
             # A mask cannot leave out a summed value, since its probabilities sum to one.
             score = sum_rightmost(raw, event_dims(site["fn"]))
         else:
-            score = raw if site["is_observed"] else wrap_score(site["fn"], raw)
-            score = scale_and_mask(score, mask=site["mask"])
+            score = masked_score(site, raw)
+        if self._dependence:
+            self._check_scope(site, score, self._dependence)
+        if not self.depends(site, score.shape):
+            return False
         check_shape(site, score, nesting)
         shape = broadcast_shapes(score.shape, site["fn"].batch_shape)
         try:
@@ -201,6 +227,20 @@ class SummedTerms:
             self._refuse_shape(site, shape)
         frames = {self._trace.plate_to_symbol[frame.name]: frame for frame in site_frames(site)}
         self._factors.append(_Factor(site["name"], value, frames, site["scale"]))
+        return True
+
+    def _check_scope(self, site: Any, score: Tensor, dependence: Dependence) -> None:
+        """Refuse a score with the value of an ended chain, or of a step before its history."""
+        visible = set(site["infer"]["_dim_to_symbol"].values())
+        read = dependence.marks_of_numbers
+        for symbol, name in self._sums.items():
+            if symbol not in visible and name in dependence.marks(score) and name not in read:
+                raise ValueError(
+                    f"Site {site['name']!r} uses the value of the summed site {name!r} outside of "
+                    "its pyro.markov, or further on than its history reaches. The value's "
+                    "dimension may stand for another site there. Raise history, or use a state "
+                    "that carries the value."
+                )
 
     def terms(self) -> Iterator[Term]:
         """Yield the logarithm of each sum, in the plates that are left, scaled."""

@@ -72,7 +72,7 @@ def test_a_value_used_outside_of_its_chain(validate: bool) -> None:
 
     with (
         pyro.validation_enabled(validate),
-        pytest.raises(ValueError, match=r"'x' has the log-probability shape .*pyro\.markov"),
+        pytest.raises(ValueError, match=r"'x': its log_prob has shape .*pyro\.markov"),
     ):
         Estimator_ELBO(max_plate_nesting=0).loss(model, no_guide)
 
@@ -180,3 +180,69 @@ def test_recovering_sites_of_one_value() -> None:
 
     assert recover(model, no_guide)["one"].tolist() == [0]
     assert recover(model, no_guide, marginals=True)["one"].tolist() == [[1.0]]
+
+
+def test_a_mask_of_summed_values() -> None:
+    """The score of the data has the values' dimension from its mask alone."""
+
+    def model() -> None:
+        logits = pyro.param("logits", torch.tensor([0.3, -0.2, 0.5]))
+        with pyro.plate("data", 4, dim=-2):
+            z = pyro.sample("z", dist.Categorical(logits=logits), infer=SUM)
+            with (
+                pyro.plate("components", 3, dim=-1) as component,
+                pyro.poutine.mask(mask=z == component),
+            ):
+                pyro.sample("x", dist.Normal(LOC, 1.0), obs=DATA.unsqueeze(-1))
+
+    assert_as_pyro(model, no_guide, nesting=2)
+
+
+STEP = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.6, 0.3], [0.3, 0.1, 0.6]])
+
+
+def after_the_chain() -> None:
+    z = torch.tensor(0)
+    for t in pyro.markov(range(3)):
+        z = pyro.sample(f"z{t}", dist.Categorical(Vindex(STEP)[z]), infer=SUM)
+    y = pyro.sample("y", dist.Categorical(PRIOR), infer=SUM)  # has the dimension of z2
+    pyro.sample("x", dist.Normal(LOC[z] + LOC[y], 1.0), obs=torch.tensor(1.0))
+
+
+def before_the_history() -> None:
+    z = [torch.tensor(0)]
+    for t in pyro.markov(range(4)):
+        z.append(pyro.sample(f"z{t}", dist.Categorical(Vindex(STEP)[z[-1]]), infer=SUM))
+        loc = LOC[z[max(0, t - 1)]] + LOC[z[-1]]  # z[t - 1] is z(t - 2)
+        pyro.sample(f"x{t}", dist.Normal(loc, 1.0), obs=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("model", [after_the_chain, before_the_history])
+def test_a_value_whose_dimension_stands_for_another(model: Program) -> None:
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match=r"uses the value of the summed site 'z\d' outside of"):
+        Estimator_ELBO(max_plate_nesting=0).differentiable_loss(model, no_guide)
+
+
+def test_reading_a_value_is_not_using_it() -> None:
+    def model() -> None:
+        z = torch.tensor(0)
+        for t in pyro.markov(range(3)):
+            z = pyro.sample(f"z{t}", dist.Categorical(Vindex(STEP)[z]), infer=SUM)
+            assert (z >= 0).all()
+            pyro.sample(f"x{t}", dist.Normal(LOC[z], 1.0), obs=torch.tensor(1.0))
+        pyro.sample("y", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 1.0), obs=DATA[2])
+
+    assert_as_pyro(model, no_guide, nesting=0)
+
+
+def test_a_value_given_by_a_handler_of_the_model() -> None:
+    def model() -> None:
+        logits = pyro.param("logits", torch.tensor([0.3, -0.2, 0.5]))
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Categorical(logits=logits), infer=SUM)
+            pyro.sample("x", dist.Normal(LOC[z], 1.0), obs=DATA)
+
+    trace = pyro.poutine.trace(model).get_trace()
+    loss = Estimator_ELBO().loss(pyro.poutine.replay(model, trace=trace), no_guide)
+    assert loss == pytest.approx(-trace.log_prob_sum().item())
