@@ -14,7 +14,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask, sum_rightmost
-from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
@@ -30,6 +30,11 @@ from pyro_gumbel.distributions.families import (
     wrap_score,
 )
 from pyro_gumbel.estimators import Call
+from pyro_gumbel.infer._costs import Frames, score_of, site_frames
+from pyro_gumbel.infer._run import plate_nesting
+from pyro_gumbel.infer._sampling import Layout, NestingNeeded
+from pyro_gumbel.infer._state import preserved_rng
+from pyro_gumbel.infer._summed import SummedTerms, SumMessenger
 
 __all__ = [
     "LONG_RUN",
@@ -59,7 +64,7 @@ class Term:
 
     name: str
     value: Tensor
-    plates: frozenset[CondIndepStackFrame]
+    plates: Frames
 
     @property
     def dims(self) -> dict[str, int]:
@@ -106,8 +111,20 @@ def run(
         guide, model = plate(guide), plate(model)
     with _Given(values):
         guide_trace = poutine.trace(guide).get_trace(*call.args, **call.kwargs)
-        replayed = poutine.replay(model, trace=guide_trace)
-        model_trace = poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
+
+        def run_model(layout: Layout, *, draws: bool = False) -> tuple[Trace, SumMessenger]:
+            sums = SumMessenger(guide_trace, layout, {}, draws=draws)
+            replayed = poutine.replay(sums(model), trace=guide_trace)
+            return poutine.trace(replayed).get_trace(*call.args, **call.kwargs), sums
+
+        layout = Layout(None if rows is None else -rows[1])
+        try:
+            model_trace, summed = run_model(layout)
+        except NestingNeeded:
+            with preserved_rng():
+                layout = Layout(plate_nesting(run_model(layout, draws=True)[0]))
+            model_trace, summed = run_model(layout)
+    sums = SummedTerms(model_trace, layout, summed.dims)
     found = Run([], {}, {}, {})
     for trace, sign in ((guide_trace, -1), (model_trace, 1)):
         trace.compute_log_prob()
@@ -118,12 +135,17 @@ def run(
                 found.subsamples[name] = site
                 continue
             value = site["log_prob"]
-            if not site["is_observed"]:
+            if trace is model_trace and sums.takes(
+                site, score_of(site), layout.plate_nesting or 0
+            ):
+                continue
+            if not site["is_observed"] and name not in summed.dims:
                 if name not in guide_trace:
                     raise ValueError(
                         f"The model's latent site {name!r} is missing from the guide, whose sites "
-                        f"are {list(guide_trace.stochastic_nodes)}. Sample it in the guide, or "
-                        "observe it in the model."
+                        f"are {list(guide_trace.stochastic_nodes)}. Sample it in the guide, "
+                        "observe it in the model, or, if it is discrete, sum over it: "
+                        "infer={'enumerate': 'parallel'}."
                     )
                 # torch has clamped the logits that it derives from probabilities.
                 fn = site["fn"]
@@ -133,14 +155,18 @@ def run(
                     found.sites[name] = site
                     found.log_probs[name] = sum_rightmost(mass, event_dims(fn))
             found.terms.append(Term(name, sign * value, plates_of(site)))
+    for term in sums.terms():
+        found.terms.append(Term(term.site, term.value, _own(term.frames)))
     return found
 
 
-def plates_of(site: Any) -> frozenset[CondIndepStackFrame]:
+def plates_of(site: Any) -> Frames:
     """The vectorised plates of a site, without that of the rows."""
-    return frozenset(
-        frame for frame in site["cond_indep_stack"] if frame.vectorized and frame.name != _ROWS
-    )
+    return _own(site_frames(site))
+
+
+def _own(frames: Frames) -> Frames:
+    return frozenset(frame for frame in frames if frame.name != _ROWS)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import TraceEnum_ELBO
+from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
+from pyro_gumbel.diagnostics import exact_gradient, guide_khat
 from pyro_gumbel.infer import Estimator_ELBO, recover
 
 SUM = {"enumerate": "parallel"}
@@ -246,3 +247,51 @@ def test_a_value_given_by_a_handler_of_the_model() -> None:
     trace = pyro.poutine.trace(model).get_trace()
     loss = Estimator_ELBO().loss(pyro.poutine.replay(model, trace=trace), no_guide)
     assert loss == pytest.approx(-trace.log_prob_sum().item())
+
+
+def switched() -> None:
+    shift = pyro.param("shift", torch.tensor(2.0))
+    y = pyro.sample("y", dist.OneHotCategorical(PRIOR))
+    with pyro.plate("data", 4):
+        z = pyro.sample("z", dist.Categorical((y.unsqueeze(-2) @ STEP).squeeze(-2)), infer=SUM)
+        w = pyro.sample("w", dist.Bernoulli(logits=LOC[z] - 2))
+        pyro.sample("x", dist.Normal(shift * w + LOC[z], 1.0), obs=DATA)
+
+
+def guide_of_switched() -> None:
+    y = pyro.sample("y", dist.OneHotCategorical(logits=pyro.param("logits_y", PRIOR.clone())))
+    logits = pyro.param("logits_w", torch.linspace(-0.5, 0.8, 4))
+    with pyro.plate("data", 4):
+        pyro.sample("w", dist.Bernoulli(logits=logits + (y * LOC).sum(-1)))
+
+
+def test_the_exact_gradient_of_a_model_with_a_sum() -> None:
+    pyro.clear_param_store()
+    exact = exact_gradient(switched, guide_of_switched)
+    assert exact.attrs["states"] == 6  # the plate's elements one by one
+    marked = config_enumerate(guide_of_switched, default="parallel")
+    loss, grads = loss_and_grads(TraceEnum_ELBO(max_plate_nesting=1), switched, marked)
+    assert exact.attrs["loss"] == pytest.approx(loss.item())
+    for name, grad in zip(sorted(pyro.get_param_store().keys()), grads, strict=True):
+        torch.testing.assert_close(torch.as_tensor(exact[name].values), grad)
+
+
+def test_khat_is_that_of_the_weights_with_the_sum() -> None:
+    def model() -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 4):
+            z = pyro.sample("z", dist.Categorical(PRIOR), infer=SUM)
+            pyro.sample("x", dist.Normal(loc + LOC[z], 1.0), obs=DATA)
+
+    def mixture() -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        parts = dist.Normal(loc + LOC, 1.0)
+        with pyro.plate("data", 4):
+            mixed = dist.MixtureSameFamily(dist.Categorical(PRIOR), parts)
+            pyro.sample("x", mixed, obs=DATA)
+
+    def guide() -> None:
+        pyro.sample("loc", dist.Normal(0.2, 0.4))
+
+    khats = [guide_khat(program, guide, num_samples=100) for program in (model, mixture)]
+    assert khats[0] == pytest.approx(khats[1], abs=1e-4)
