@@ -326,8 +326,7 @@ def _common_scale(factors: list[_Factor]) -> Any:
                 f"Site {factor.name!r} depends on summed sites and has a scale of shape "
                 f"{tuple(factor.scale.shape)}; expected one number."
             )
-        # Pyro multiplies scales anew at each site, so that equal ones are several tensors.
-        if factor.scale is not scale and float(factor.scale) != float(scale):
+        if factor.scale is not scale and not _equal(factor.scale, scale):
             raise ValueError(
                 f"Sites {factors[0].name!r} and {factor.name!r} depend on the same summed sites "
                 f"and have different scales, {scale!r} and {factor.scale!r}: the logarithm of a "
@@ -335,6 +334,13 @@ def _common_scale(factors: list[_Factor]) -> Any:
                 "plate, or both in poutine.scale), or sample the summed sites in the guide."
             )
     return scale
+
+
+def _equal(*scales: Any) -> bool:
+    """Compare numbers: Pyro multiplies scales anew at each site. Gradients could differ."""
+    if any(isinstance(scale, Tensor) and scale.requires_grad for scale in scales):
+        return False
+    return float(scales[0]) == float(scales[1])
 
 
 @contextmanager

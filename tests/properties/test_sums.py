@@ -100,7 +100,10 @@ def test_a_scale_that_is_a_tensor(subsample: Tensor | None) -> None:
     assert_as_pyro(model, no_guide, nesting=1)
 
 
-@pytest.mark.parametrize("scale", [torch.tensor(0.3), torch.linspace(0.1, 1.0, 4)])
+LEARNT = torch.tensor(1.0, requires_grad=True)  # equal to the other scale, but its gradient is not
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.3), torch.linspace(0.1, 1.0, 4), LEARNT])
 def test_scales_that_cannot_leave_the_logarithm(scale: Tensor) -> None:
     def model() -> None:
         with pyro.plate("data", 4):
@@ -109,7 +112,7 @@ def test_scales_that_cannot_leave_the_logarithm(scale: Tensor) -> None:
                 pyro.sample("x", dist.Normal(LOC[z], 1.0), obs=DATA)
 
     with pytest.raises(ValueError, match="different scales|scale of shape"):
-        Estimator_ELBO().loss(model, no_guide)
+        Estimator_ELBO().differentiable_loss(model, no_guide)
 
 
 SEEN = torch.tensor([True, True, False, False])
