@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +151,14 @@ class Dependence(TorchFunctionMode):
             (bare,) = tensors(tensor)
             return self._marks(bare)
 
+    def forget(self, tensor: Tensor, names: Collection[str]) -> None:
+        """Remove the marks of some values from a tensor."""
+        with torch._C.DisableTorchFunction():
+            memory, view = self._memories.get(_key(tensor)), WeakIdRef(tensor)
+            if memory is not None:
+                memory.marks = _without(memory.marks, names)
+            self._views[view] = _without(self._views.get(view, {}), names)
+
     @property
     def marks_of_numbers(self) -> Marks:
         """The values that were read into Python: every later result has their marks."""
@@ -287,6 +295,10 @@ def _is_continuous(tensor: Tensor) -> bool:
 def _cut(marks: Marks, mark: Mark) -> Marks:
     """Replace the smooth marks."""
     return {site: mark if old is Mark.SMOOTH else old for site, old in marks.items()}
+
+
+def _without(marks: Marks, names: Collection[str]) -> Marks:
+    return {site: mark for site, mark in marks.items() if site not in names}
 
 
 def _join(several: Iterable[Marks]) -> Marks:

@@ -163,6 +163,7 @@ class SummedTerms:
         dependence: Dependence | None = None,
     ) -> None:
         self._dependence = dependence
+        self._summed = summed.keys()
         self._layout = layout
         self._trace = trace
         self._sums: dict[str, str] = {}
@@ -217,6 +218,7 @@ class SummedTerms:
             score = masked_score(site, raw)
         if self._dependence:
             self._check_scope(site, score, self._dependence)
+            self._dependence.forget(score, self._summed)  # the sum does not depend on one value
         if not self.depends(site, score.shape):
             return False
         check_shape(site, score, nesting)
@@ -231,10 +233,9 @@ class SummedTerms:
 
     def _check_scope(self, site: Any, score: Tensor, dependence: Dependence) -> None:
         """Refuse a score with the value of an ended chain, or of a step before its history."""
-        visible = set(site["infer"]["_dim_to_symbol"].values())
-        read = dependence.marks_of_numbers
-        for symbol, name in self._sums.items():
-            if symbol not in visible and name in dependence.marks(score) and name not in read:
+        visible = {self._sums.get(s) for s in site["infer"]["_dim_to_symbol"].values()}
+        for name in dependence.marks(score).keys() & self._summed - visible:
+            if name not in dependence.marks_of_numbers:
                 raise ValueError(
                     f"Site {site['name']!r} uses the value of the summed site {name!r} outside of "
                     "its pyro.markov, or further on than its history reaches. The value's "
