@@ -298,10 +298,10 @@ def check_guide_site(msg: Message) -> None:
 def _check_mark(msg: Message, infer: dict[str, Any]) -> None:
     """Check a mark of Pyro's for enumeration, which stands for ``Enumerate()`` in the guide."""
     mark = infer.get("enumerate")
-    if mark not in (None, "parallel"):
+    if mark not in (None, "parallel", "sequential"):
         raise ValueError(
-            f"At site {msg['name']!r} of the guide, infer['enumerate'] is {mark!r}; only "
-            "'parallel' is supported. It stands for infer={'gradient': Enumerate()}."
+            f"At site {msg['name']!r} of the guide, infer['enumerate'] is {mark!r}; expected "
+            "'parallel' or 'sequential'. Both stand for infer={'gradient': Enumerate()}."
         )
     if mark and infer.get("num_samples") is not None:
         raise ValueError(

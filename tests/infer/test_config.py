@@ -382,9 +382,9 @@ ROWS = {
         r"infer=\{'gradient': Score\(MovingAverage\(\)\)\}",
     ),
     "infer: Pyro's enumerate": (
-        step(BIT, site(lambda: dist.Bernoulli(0.3), enumerate="sequential")),
+        step(BIT, site(lambda: dist.Bernoulli(0.3), enumerate="serial")),
         ValueError,
-        r"'z' of the guide, infer\['enumerate'\] is 'sequential'; only 'parallel' is supported",
+        r"'z' of the guide, infer\['enumerate'\] is 'serial'; expected 'parallel' or 'sequential'",
     ),
     "infer: enumeration by draws": (
         step(BIT, site(lambda: dist.Bernoulli(0.3), enumerate="parallel", num_samples=4)),
