@@ -266,6 +266,34 @@ def test_an_autoguide_of_the_other_sites(make: Any, bound: Any) -> None:
         torch.testing.assert_close(found[name], grad)
 
 
+def vectors(x: Tensor) -> None:
+    """A class and a vector for each datum."""
+    with pyro.plate("data", len(x)):
+        y = pyro.sample("y", dist.Bernoulli(0.3), infer=SUM)
+        z = pyro.sample("z", dist.Normal(torch.tensor([0.5, -1.0]), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1) + 2 * y, 1.0), obs=x)
+
+
+def guide_of_vectors(x: Tensor) -> None:
+    locs = pyro.param("locs", torch.linspace(-1, 1, 12).reshape(6, 2))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(locs[: len(x)], 1.0).to_event(1))
+
+
+@pytest.mark.parametrize("size", [1, 6])
+def test_the_dimensions_of_a_vector_are_not_those_of_a_sum(size: int) -> None:
+    results = []
+    for bound in (TraceEnum_ELBO, Estimator_ELBO):
+        pyro.set_rng_seed(8)
+        results.append(step(bound(max_plate_nesting=1), vectors, guide_of_vectors, X[:size]))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1]["locs"], results[1][1]["locs"])
+    found = recover(vectors, guide_of_vectors, X[:size], num_samples=2, marginals=True)
+    z, probs = found["z"].sum(-1, keepdim=True), torch.tensor([0.7, 0.3])
+    fit = dist.Normal(z + torch.tensor([0.0, 2.0]), 1.0).log_prob(X[:size, None])
+    torch.testing.assert_close(found["y"], (probs.log() + fit).softmax(-1))
+
+
 def test_the_importance_weighted_bound_of_sums_alone_is_the_evidence() -> None:
     x = torch.linspace(-1, 2, 5)
     loss = ImportanceWeighted_ELBO(3, vectorize_particles=True).loss(chain, nothing, x)
