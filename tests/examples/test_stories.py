@@ -12,6 +12,7 @@ import torch
 import compare_estimators
 import grammar
 import gumbel_max
+import hmm
 import mixture
 import policy_gradient
 import pyro_comparison
@@ -23,19 +24,24 @@ import vae
 
 STORIES = {
     gumbel_max: ("gumbel_max.png", "concrete.png"),
+    hmm: ("hmm.png",),
     mixture: ("mixture.png",),
     policy_gradient: ("policy_gradient.png",),
     sequence_gan: ("training.png",),
     topic_model: ("topic_model.png",),
     two_gradients: ("two_gradients.png",),
 }
-MORE = {topic_model: ["--gradients", "reinmax"], sequence_gan: ["--gradients", "reinmax,score:2"]}
+MORE = {
+    hmm: ["--gradients", "reinmax"],
+    sequence_gan: ["--gradients", "reinmax,score:2"],
+    topic_model: ["--gradients", "reinmax"],
+}
 
 
 def printed_by(story, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     story.main(["--smoke", "--seed", "3", "--out", str(folder), *MORE.get(story, [])])
     # Durations do not depend on the seed.
-    return re.sub(r"\d\.\d$", "", capsys.readouterr().out, flags=re.MULTILINE)
+    return re.sub(r"\s+\d+\.\d$", "", capsys.readouterr().out, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("story", STORIES, ids=lambda module: module.__name__)
@@ -45,19 +51,24 @@ def test_story_runs(story, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "nan" not in printed.replace("nan ", "")  # a word of the texts, too
     for name in STORIES[story]:
         assert (tmp_path / name).stat().st_size > 5000
-    if story in (gumbel_max, mixture, sequence_gan):
+    if story in (gumbel_max, hmm, mixture, sequence_gan):
         assert printed_by(story, tmp_path, capsys) == printed  # the seed decides
 
 
-@pytest.mark.parametrize("story", [sequence_gan, topic_model], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("story", MORE, ids=lambda module: module.__name__)
 def test_unknown_estimators_are_reported(story, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         story.main(["--smoke", "--gradients", "score:2,reinmx"])
     assert "Did you mean 'reinmax'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("story", [sequence_gan, topic_model], ids=lambda module: module.__name__)
-@pytest.mark.parametrize("second", ["pathwise", "enumerate"])
+@pytest.mark.parametrize(
+    ("story", "second"),
+    [
+        (hmm, "pathwise"),  # it enumerates a style
+        *itertools.product([sequence_gan, topic_model], ["pathwise", "enumerate"]),
+    ],
+)
 def test_unsupported_estimators_are_reported_before_the_first_run(
     story, second: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +104,8 @@ def test_unwritable_folders_are_reported(story, capsys: pytest.CaptureFixture[st
     [
         (gumbel_max, "--grid", 2),
         (gumbel_max, "--words", 2),
+        (hmm, "--states", 2),
+        (hmm, "--styles", 2),
         (mixture, "--size", 3),
         (policy_gradient, "--draws", 2),
         (policy_gradient, "--episodes", 4),
