@@ -16,6 +16,7 @@ import hmm
 import mixture
 import policy_gradient
 import pyro_comparison
+import semi_supervised
 import sequence_gan
 import style
 import topic_model
@@ -27,12 +28,14 @@ STORIES = {
     hmm: ("hmm.png",),
     mixture: ("mixture.png",),
     policy_gradient: ("policy_gradient.png",),
+    semi_supervised: ("semi_supervised.png",),
     sequence_gan: ("training.png",),
     topic_model: ("topic_model.png",),
     two_gradients: ("two_gradients.png",),
 }
 MORE = {
     hmm: ["--gradients", "reinmax"],
+    semi_supervised: ["--gradients", "enumerate"],
     sequence_gan: ["--gradients", "reinmax,score:2"],
     topic_model: ["--gradients", "reinmax"],
 }
@@ -51,7 +54,7 @@ def test_story_runs(story, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "nan" not in printed.replace("nan ", "")  # a word of the texts, too
     for name in STORIES[story]:
         assert (tmp_path / name).stat().st_size > 5000
-    if story in (gumbel_max, hmm, mixture, sequence_gan):
+    if story in (gumbel_max, hmm, mixture, semi_supervised, sequence_gan):
         assert printed_by(story, tmp_path, capsys) == printed  # the seed decides
 
 
@@ -65,7 +68,8 @@ def test_unknown_estimators_are_reported(story, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("story", "second"),
     [
-        (hmm, "pathwise"),  # it enumerates a style
+        (hmm, "pathwise"),  # it enumerates a few values
+        (semi_supervised, "pathwise"),
         *itertools.product([sequence_gan, topic_model], ["pathwise", "enumerate"]),
     ],
 )
@@ -106,6 +110,7 @@ def test_unwritable_folders_are_reported(story, capsys: pytest.CaptureFixture[st
         (gumbel_max, "--words", 2),
         (hmm, "--states", 2),
         (hmm, "--styles", 2),
+        (semi_supervised, "--batch-size", 2),
         (mixture, "--size", 3),
         (policy_gradient, "--draws", 2),
         (policy_gradient, "--episodes", 4),
