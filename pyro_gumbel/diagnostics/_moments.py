@@ -356,7 +356,7 @@ def _pass_over(dataset: xr.Dataset, names: list[str], sizes: list[int]) -> Summa
 
 
 def _stored(dataset: xr.Dataset, names: list[str]) -> Summary:
-    """Read the moments that projections were stored with."""
+    """Read the moments that are stored beside projected draws."""
     count = dataset.sizes["chain"] * dataset.sizes["draw"]
     of = dataset.attrs.get("moments_of", count)
     if of != count:

@@ -257,10 +257,10 @@ class States:
 def find_minibatches(
     call: Call, leaves: Sequence[Tensor], max_states: int
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Choose minibatches, at most ``max_states`` of a plate, whose average is that of all.
+    """Choose at most ``max_states`` minibatches of each plate, with the average bound of all.
 
-    If elements do not depend on the rest of their minibatch, the bound is a sum over elements, and
-    it suffices to take each element equally often. Else all minibatches are taken.
+    If elements do not depend on the rest of their minibatch, the bound is a sum over elements.
+    Minibatches that contain each element equally often then suffice. Otherwise all are taken.
 
     Returns:
         The minibatches of each subsampled plate, ``(number, batch)``; and the plates whose

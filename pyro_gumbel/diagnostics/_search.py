@@ -52,7 +52,7 @@ class Budget:
 
 @dataclass(eq=False)
 class Trial:
-    """An estimator for each site, and what was found out about them."""
+    """A candidate (an estimator for each site) and its measurements."""
 
     label: str
     config: dict[str, Estimator]
@@ -60,13 +60,13 @@ class Trial:
     cost: float = math.nan  # of a draw, in the budget's unit
     draws: xr.Dataset | None = None
     row: dict[str, Any] = field(default_factory=dict)  # of the comparison, empty until judged
-    failure: str = ""  # why there are no draws
-    skipped: bool = False  # for want of budget
+    failure: str = ""  # the reason if it has not been drawn
+    skipped: bool = False  # the budget was too short to try it
     warning: str = ""
-    misses_cost: bool = False  # the warning was that an estimator misses a part of the cost
+    misses_cost: bool = False  # the warning: an estimator ignores a part of the cost
     error: float = math.inf  # mean squared error after averaging
     error_mcse: float = math.inf
-    bounds: tuple[float, float] = (0.0, math.inf)  # of the error, two standard errors either way
+    bounds: tuple[float, float] = (0.0, math.inf)  # the error, minus and plus two standard errors
 
     @property
     def key(self) -> str:
@@ -139,7 +139,7 @@ class Search:
         self._compare_finalists()
 
     def _look(self) -> None:
-        """Find the cost of a draw of each candidate, and what cannot be run."""
+        """Measure the cost of a draw of each candidate. Note which candidates fail."""
         left, looked = self.budget.set_aside(0.5 * self.budget.left()), False
         for trial in self.trials.values():
             if looked and not left():

@@ -109,9 +109,9 @@ class Keeper:
 
 
 class _Watch(Undo):
-    """Takes a run back, and remembers what it read and wrote for later.
+    """Undoes the writes of a run, and records which tensors it read and wrote.
 
-    It sees the operations of its own thread alone.
+    It sees the operations of its own thread only.
     """
 
     def __init__(self, keep: Keeper) -> None:
@@ -132,10 +132,11 @@ class _Watch(Undo):
 
 @contextmanager
 def preserved() -> Iterator[Keeper]:
-    """Put back, on leaving: parameters and their gradients, buffers, random number generators.
+    """Restore parameters, their gradients, buffers and random number generators on exit.
 
-    Parameters that a program makes inside are taken out of Pyro's store again. What is in no store
-    the keeper has to see: call it with leaves, and run the programs first inside its ``watch()``.
+    Parameters that a program makes inside are removed from Pyro's store. The keeper restores other
+    tensors only if it has seen them: call it with leaves, and first run the programs inside its
+    ``watch()``.
     """
     store = pyro.get_param_store()
     # Private: set_state copies into the store, so it cannot remove parameters or keep their order.

@@ -310,7 +310,7 @@ def _run_rows(
 ) -> Run | None:
     """Run the programs on rows; ``None`` if a term is not laid out as rows and plates say.
 
-    Rows are repeated until their number is none of ``taken``, the sizes of plates.
+    Rows are repeated until their number differs from the sizes of plates, ``taken``.
     """
     nesting, number = states.nesting, max(map(len, digits.values()), default=1)
     rows = next(rows for rows in itertools.count(number) if rows not in taken)

@@ -41,8 +41,8 @@ def guide_khat(
     With exact, hard draws :math:`z \sim q` the log weights are
     :math:`\log p(x, z) - \log q(z)`. Below 0.5 the guide is close to the posterior, up to 0.7 it
     is of use for importance sampling, above 0.7 it is far from it. The joint weight of many
-    independent data points is judged far more severely than each of theirs: name their ``plate``
-    for a value for each of them.
+    independent data points has a much larger k-hat than the weight of each. Give their ``plate``
+    to get one value for each data point.
 
     Scales (``poutine.scale``, subsampling) multiply a loss and not a density, so they are left
     out; masks are kept. All draws have the minibatch of the first.
@@ -59,8 +59,8 @@ def guide_khat(
     Returns:
         The shape k-hat, or with ``plate`` a DataArray of that dimension. It is 0 where all weights
         are equal to within a percent (the guide is the posterior), ``inf`` where all are zero, and
-        ``nan`` where the largest ones are of fewer than ten sizes (a guide of few states: there is
-        no tail).
+        ``nan`` where the largest weights have fewer than ten different values (a guide with few
+        states has no tail).
 
     Raises:
         TypeError: If an argument is of another kind.

@@ -295,9 +295,9 @@ def _exact(
 
 
 def _conclude(search: Search) -> Recommendation:
-    """Choose, and say how sure that is."""
-    # An estimator that misses a part of the cost may have little error in the rest. Of the others,
-    # one that was measured little has to do with the error that it may have.
+    """Choose the best candidate, and describe how certain the choice is."""
+    # An estimator that ignores a part of the cost may have a small error in the rest. Few draws
+    # leave a large uncertainty, which counts as error.
     order = sorted(search.order(), key=lambda t: (t.misses_cost, t.error + t.error_mcse))
     # A moving average is at its best here, where parameters and so costs stay as they are.
     lasting = [trial for trial in order if not _has_history(trial)]

@@ -35,7 +35,7 @@ class Route(Enum):
 
 
 class Branches(Enum):
-    """What the coupled values of an estimator are, other than the first.
+    """The kind of an estimator's coupled values after the first.
 
     Attributes:
         SAMPLES: Draws of the guide. The ELBO is averaged over them.
@@ -50,7 +50,7 @@ class Branches(Enum):
 
 
 class BranchGraph:
-    """Whether branches are evaluated with a graph, by their kind unless it is set."""
+    """The default of ``differentiates_branches``: whether branches of this kind have a graph."""
 
     def __get__(self, estimator: Any, kind: Any) -> bool:
         """Return it for an estimator or a class of estimators."""

@@ -320,7 +320,7 @@ def _norms(found: Tensor | None, expected: Tensor | None) -> tuple[float, float]
 def _laid_out(
     tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Lay gradients out as their tensors, as optimisers expect, and each in its own memory."""
+    """Give each gradient memory of its own, laid out as its tensor, as optimisers expect."""
     taken: set[int] = set()
     found: list[Tensor | None] = []
     for tensor, gradient in zip(tensors, gradients, strict=True):

@@ -82,7 +82,7 @@ class Plans:
 
 
 def _anchors(program: Callable[..., Any]) -> list[Any]:
-    """Return the objects whose lifetime is the program's."""
+    """Return the objects that live as long as the program: itself, or a method's object."""
     owner, function = getattr(program, "__self__", None), getattr(program, "__func__", None)
     return [program] if owner is None or function is None else [owner, function]
 
@@ -255,10 +255,10 @@ class Execution:
         plan.next_check = 2 * plan.passes if dependence.reads_values else float("inf")
 
     def _follow(self, main: Run) -> tuple[Run, Dependence]:
-        """Follow the values of a pass through a run of its own, which leaves nothing behind.
+        """Follow the values of a pass through a separate run, which leaves nothing behind.
 
-        A pass that counts shows a lost gradient only at values that have one. A gradient given to
-        others there would stay in whatever the programs keep of them.
+        The pass itself shows a lost gradient only for values with a gradient. Others cannot get
+        one there, since programs may keep tensors that are computed from them.
         """
         values = {name: main.value(name) for name in main.estimators}
         # Those with a gradient are drawn anew, so that they depend on earlier ones.

@@ -168,7 +168,7 @@ class _Recorder(Undo):
         return result
 
     def finished_graph(self, output: Any) -> tuple[fx.Graph, list[Any]]:
-        """Return the graph that ends in ``output``, and what it takes after the inputs."""
+        """Return the graph that ends in ``output``, and the tensors to pass after the inputs."""
         self._graph.output(self._with_nodes(output))
         self._simplify(self._written | _memory_of(_tensors_in(output)))
         return self._graph, [self._values[n] for n in self._graph.nodes if n in self._values]
@@ -375,7 +375,7 @@ class _Reads(TorchFunctionMode):
 
 def _refuse(what: str, instead: str) -> None:
     raise NotRecordable(
-        f"the program {what}: a recorded step would repeat this step's outcome for ever. {instead}"
+        f"the program {what}: a recorded step would repeat this outcome every time. {instead}"
     )
 
 

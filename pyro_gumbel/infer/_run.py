@@ -114,7 +114,7 @@ class Run:
         return self.costs.totals().reshape(shape)
 
     def has(self, path: Path) -> bool:
-        """Return whether a path is one of its own: its owner drew the value that it takes."""
+        """Return whether the run has this path: its owner drew the value that the path takes."""
         return path.owner is None or path.value < self.sizes.get(path.owner, 0)
 
     def value(self, name: str) -> Tensor:
@@ -312,7 +312,7 @@ def _left_dimensions_explained(sampler: Sampler) -> Iterator[None]:
 
 
 def _particle_plate_is_in_the_way(error: Exception, layout: Layout) -> bool:
-    """Return whether a plate of the program's own asked for the particle plate's dimension."""
+    """Return whether a plate of the program requested the particle plate's dimension."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next

@@ -142,7 +142,7 @@ def _tensor_of(fn: Any) -> Tensor | None:
 
 @torch.no_grad()
 def adopt_stored(site: str, estimator: Estimator) -> None:
-    """Copy values from the store that were loaded later than the estimator's own.
+    """Copy values from the parameter store that were loaded after the estimator's own.
 
     The store keeps them until ``show_parameters`` replaces them by the estimator's parameters.
     Frozen parameters keep their values.

@@ -66,7 +66,7 @@ class LogWeights:
         return tensor.sum(dims, keepdim=True) if dims else tensor
 
     def by_run(self, tensor: Tensor) -> list[Tensor]:
-        """Take apart a tensor of ``(K,) + common plates``: a block of particles for each run."""
+        """Split a tensor of ``(K,) + common plates`` into one block of particles for each run."""
         return [tensor] if len(self.runs) == 1 else list(tensor.split(1))
 
     @property
