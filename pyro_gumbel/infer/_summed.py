@@ -67,7 +67,8 @@ class SumMessenger(EnumMessenger):
                 site["infer"] = dict(site["infer"])
 
     def __enter__(self) -> SumMessenger:
-        # The allocator belongs to the process: a loss inside of the programs may have used it.
+        # Private: Pyro's allocator of dimensions. If Pyro renames it, its import fails. It belongs
+        # to the process, and a loss inside of the programs may have used it.
         self._allocator = dict(vars(_ENUM_ALLOCATOR))
         if self._layout.plate_nesting is not None:
             _ENUM_ALLOCATOR.set_first_available_dim(-1 - self._layout.total_nesting)
@@ -112,7 +113,7 @@ class SumMessenger(EnumMessenger):
                 msg["value"] = self._dependence.follow(name, cast(Tensor, msg["value"]))
 
     def _pyro_post_sample(self, msg: Message) -> None:
-        if msg["name"] in self._param_dims:
+        if msg["name"] in self._param_dims:  # private: the sites that EnumMessenger has noted
             super()._pyro_post_sample(msg)
 
 
@@ -270,9 +271,8 @@ class SummedTerms:
     def marginals(self) -> dict[str, Tensor]:
         """Return the posterior probabilities of summed sites of several values, with gradient.
 
-        They have the plates' dimensions, then that of the values.
-
-        They are the derivatives of the evidence's logarithm in the log-probabilities.
+        They have the plates' dimensions, then that of the values. They are the derivatives of the
+        log evidence in the log-probabilities.
         """
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
