@@ -24,6 +24,7 @@ from pyro_gumbel.infer._operations import (
     detached,
     hide_from_compiler,
     is_library,
+    reads_shape_alone,
     storage_of,
     tensors,
 )
@@ -70,19 +71,15 @@ class Dependence(TorchFunctionMode):
     view has the marks of its base, and a write marks every view. Shapes and dtypes are not
     followed. A value that is read into Python (``item``, ``if``, ``numpy``) marks every later
     result with a jump; reads by the code of distributions, such as their validation, do not
-    count. Gradient mode must be on to find smooth paths.
-
-    No tensor is kept alive.
+    count. Gradient mode must be on to find smooth paths. No tensor is kept alive.
 
     Args:
-        restore: Whether the run is for following alone: tensors that existed before are restored
-            on exit, as by :class:`Undo`, and values without a gradient get one for the time. Else
-            the run counts and is left as it is; a value without a gradient then counts as
-            reaching everything through a jump.
+        restore: Whether the run is for following alone. Then tensors that existed before are
+            restored on exit, as by :class:`Undo`, and values without a gradient get one for the
+            time. Otherwise a value without a gradient counts as reaching all through a jump.
 
     Attributes:
-        reads_values: Whether the program read any number into Python. If so, its control flow may
-            differ for other data.
+        reads_values: Whether the program read a number, on which its control flow may depend.
 
     Example:
         >>> with Dependence() as dependence:
@@ -167,6 +164,9 @@ class Dependence(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if reads_shape_alone(func):
+            self._stretch += torch.is_grad_enabled()
+            return func(*args, **(kwargs or {}))
         operation = Operation(func, args, kwargs or {})
         if torch.is_grad_enabled() or (operation.name == "set_grad_enabled" and args[0]):
             self._stretch += 1

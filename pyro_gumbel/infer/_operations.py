@@ -23,6 +23,7 @@ __all__ = [
     "hide_from_compiler",
     "is_library",
     "leaves",
+    "reads_shape_alone",
     "storage_of",
     "tensors",
     "version",
@@ -207,6 +208,9 @@ _SHAPES = _named(
     "dense_dim data_ptr dim dim_order element_size get_device hash len ndimension nelement nnz "
     "numel size sparse_dim storage_offset stride"
 )
+_DESCRIPTIONS = _named(
+    ".device .dtype .is_cuda .is_leaf .is_sparse .layout .ndim .requires_grad .shape ._version"
+)
 _SHAPED_BY_FIRST = frozenset(["argwhere", "nonzero", "unique", "unique_consecutive"])
 _SHAPED_BY_SECOND = frozenset(["masked_select", "repeat_interleave"])
 _SELECTIONS = frozenset(["getitem", "narrow", "tensor_split"])
@@ -249,17 +253,19 @@ class Operation:
         self.name = _name(func)
         self.below_autograd = isinstance(func, OpOverload)
         self.inputs = tensors((args, kwargs))
-        self.sources = tensors(self._used())
+        used = self._used()
+        self.sources = self.inputs if used is None else tensors(used)
         self._versions = [] if self.below_autograd else [version(x) for x in self.inputs]
 
     def _used(self) -> Any:
+        """Return the arguments whose values are used; ``None`` for all."""
         if self.name in _VALIDITY:
             return ()
         if self.name in _OF_FIRST:
             return self.args[:1]
         if self.name.endswith("_like") or self.name.startswith("new_"):
             return self.args[1:], self.kwargs
-        return self.args, self.kwargs
+        return None
 
     def sources_of(self, result: Tensor) -> list[Tensor]:
         """List the inputs that one of the results may depend on."""
@@ -325,6 +331,12 @@ def _name(func: Any) -> str:
     if name in ("__get__", "__set__"):
         return "." + getattr(getattr(func, "__self__", None), "__name__", "")
     return name.split(".")[0].strip("_")
+
+
+@functools.lru_cache(maxsize=1024)
+def reads_shape_alone(func: Any) -> bool:
+    """Return whether a function returns a number or name that does not depend on values."""
+    return _name(func) in _SHAPES or _name(func) in _DESCRIPTIONS
 
 
 def version(tensor: Tensor) -> int:
