@@ -42,8 +42,8 @@ def local_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[None]:
-    """Connect the processes that torchrun started."""
-    if world_size() == 1:
+    """Connect the processes that torchrun started, unless they are connected."""
+    if world_size() == 1 or dist.is_initialized():
         yield
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
