@@ -126,8 +126,8 @@ def one_hot_draw(logits: Tensor, sample_shape: torch.Size) -> Tensor | None:
         sample_shape: Leading shape of the draw.
 
     Returns:
-        One-hot values ``sample_shape + batch_shape + (C,)``, or ``None`` if there are none or
-        too many for the kernels.
+        One-hot values ``sample_shape + batch_shape + (C,)``, or ``None`` if their number is
+        zero or too large for the kernels.
     """
     copies = sample_shape.numel()
     if not 0 < logits.numel() * copies <= _MOST:

@@ -254,7 +254,7 @@ def find_head(name: str, prior: Any) -> Head:
     """Return the head of site ``name``, whose distribution without ``to_event`` is ``prior``.
 
     Raises:
-        ValueError: If there is no head for the distribution.
+        ValueError: If the distribution's family has no head.
     """
     support = prior.support
     if support is constraints.one_hot:

@@ -69,7 +69,7 @@ def check_programs(model_trace: Trace, guide_trace: Trace, nesting: int | None) 
         model_trace: A run of the model on the guide's values.
         guide_trace: The run of the guide.
         nesting: Number of dimensions of the programs' plates; those further left are of particles
-            and of enumerated values. ``None``: there are none of these.
+            and of enumerated values. ``None`` if no values have such dimensions.
 
     Raises:
         ValueError: If a latent site is missing from the guide, an observed one is in it, shapes
