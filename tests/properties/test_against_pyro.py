@@ -22,3 +22,10 @@ def test_the_default_loss_is_pyros(name):
     quick = [objective for objective in comparison.objectives() if objective.name in QUICK]
     assert quick
     assert failures(comparison, quick) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(PROGRAMS))
+def test_every_loss_is_pyros(name):
+    comparison = Comparison(PROGRAMS[name])
+    assert failures(comparison, comparison.objectives()) == ""

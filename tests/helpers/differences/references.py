@@ -84,7 +84,8 @@ def _importance_step(setup: Setup, count: int, *, vectorized: bool) -> Step:
         weight = sum(sign * _keep(site["log_prob"], dims) for site, sign in sites) / scale
         score = torch.zeros_like(weight)
         for site, sign in sites:
-            if sign < 0 and not site["fn"].has_rsample:
+            drawn = sign < 0 and not site["is_observed"]
+            if drawn and not site["fn"].has_rsample:
                 score = score + _keep(site["fn"].log_prob(site["value"]), dims)
         return weight, score, scale
 

@@ -18,6 +18,7 @@ from helpers.user_programs.program import (
     program,
     table,
 )
+from pyro_gumbel.distributions import OneHot
 
 FEW_OR_MANY = table(0.05, 5.0)
 
@@ -300,5 +301,67 @@ def flow_beside_bit(n):
             bit("b", param("b", -0.3))
             base = dist.Normal(param("z", 0.3, -0.2), torch.ones(2)).to_event(1)
             pyro.sample("z", dist.TransformedDistribution(base, [spline, affine]))
+
+    return model, guide
+
+
+@program(reference="enum")
+def simplex_parameters(n):
+    """Probabilities as parameters under constraints, some of them small."""
+    start = table(0.05, 0.35, 0.6)
+
+    def model():
+        w = pyro.param("prior", table(0.3, 0.5, 0.2), constraint=constraints.simplex)
+        with copies(n):
+            z = pyro.sample("z", dist.Categorical(w))
+            b = pyro.sample("b", dist.Bernoulli(table(0.1, 0.5, 0.9)[z]))
+            normal("x", table(-1.0, 0.4, 1.5)[z] + b, 0.8, obs=torch.full((n,), 0.9))
+
+    def guide():
+        q = pyro.param("q", start, constraint=constraints.simplex)
+        p = pyro.param("p", table(0.3, 0.6, 0.8), constraint=constraints.unit_interval)
+        with copies(n):
+            z = pyro.sample("z", dist.Categorical(q))
+            pyro.sample("b", dist.Bernoulli(p[z]))
+
+    return model, guide
+
+
+@program(reference="enum", copies=400)
+def multivariate_latents(n):
+    """A vector with a full covariance and a correlation matrix, below a bit."""
+
+    def model():
+        with copies(n):
+            b = bit("b", 0.2)
+            z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), torch.eye(2)))
+            c = pyro.sample("c", dist.LKJCholesky(2, 1.5))
+            normal("x", z.sum(-1) + b + c[..., 1, 0], 0.7, obs=torch.full((n,), 1.2))
+
+    def guide():
+        tril = table([0.8, 0.0], [0.3, 0.7]) * param("tril", 1.0)
+        with copies(n):
+            b = bit("b", param("b", -0.3))
+            loc = param("z", 0.3, -0.2) + 0.2 * b.unsqueeze(-1)
+            pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=tril))
+            pyro.sample("c", dist.LKJCholesky(2, positive("c", 2.0)))
+
+    return model, guide
+
+
+@program(reference="enum")
+def families_of_this_package(n):
+    """One-hot vectors and bits of this package's families, in the guide and in the model."""
+
+    def model():
+        with copies(n):
+            z = pyro.sample("z", OneHot(logits=table(0.3, -0.2, 0.1)))
+            b = bit("b", (z * table(1.0, -1.0, 0.2)).sum(-1))
+            normal("x", (z * table(-1.0, 0.4, 1.5)).sum(-1) + b, 0.8, obs=torch.full((n,), 0.9))
+
+    def guide():
+        with copies(n):
+            z = pyro.sample("z", OneHot(logits=param("z", 0.2, -0.4, 0.5)))
+            bit("b", param("b", 0.3) + (z * param("w", 0.5, 0.0, -0.5)).sum(-1))
 
     return model, guide

@@ -40,29 +40,31 @@ def discrete_auto_encoder(n):
     return model, guide
 
 
-@program(reference="trace")
+@program(reference="enum")
 def mixed_auto_encoder(n):
     """A class and a style: the continuous code depends on the discrete one."""
     torch.manual_seed(6)
     encoder = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 3))
-    style = nn.Linear(6, 4)
-    decoder = nn.Linear(5, 3)
+    style, tilt = nn.Linear(3, 4), nn.Linear(3, 4)
+    decoder, shift = nn.Linear(3, 3), nn.Linear(2, 3)
     x = DATA.repeat(n // 3, 1)
 
     def model():
         pyro.module("decoder", decoder)
+        pyro.module("shift", shift)
         with copies(len(x)):
             z = one_hot("z", table(0.2, 0.0, -0.3))
             s = pyro.sample("s", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            loc = decoder(torch.cat([z, s], -1))
+            loc = decoder(z) + shift(s)
             pyro.sample("x", dist.Normal(loc, 0.8).to_event(1), obs=x)
 
     def guide():
         pyro.module("encoder", encoder)
         pyro.module("style", style)
+        pyro.module("tilt", tilt)
         with copies(len(x)):
             z = one_hot("z", encoder(x))
-            out = style(torch.cat([x.expand(*z.shape[:-1], 3), z], -1))
+            out = style(x) + tilt(z)
             pyro.sample("s", dist.Normal(out[..., :2], (out[..., 2:] / 4).exp()).to_event(1))
 
     return model, guide

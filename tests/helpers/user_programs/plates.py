@@ -7,6 +7,7 @@ import torch
 from pyro import poutine
 
 from helpers.user_programs.program import (
+    NOT_RECORDED,
     bit,
     category,
     copies,
@@ -161,5 +162,74 @@ def markov_chain(n):
             for t in pyro.markov(range(3)):
                 push = 0.3 * z.unsqueeze(-1) * table(1.0, 0.0, -1.0)
                 z = category(f"z_{t}", param(f"z_{t}", 0.2, -0.1, 0.4) + push)
+
+    return model, guide
+
+
+@program(reference="enum", refused=NOT_RECORDED)
+def plate_as_a_loop(n):
+    """``for i in pyro.plate``: a site for each element."""
+    data = table(0.3, 1.4, -0.2)
+
+    def model():
+        with copies(n):
+            a = bit("a", 0.2)
+            for i in pyro.plate("items", 3):
+                z = bit(f"z_{i}", a - 0.4)
+                normal(f"x_{i}", 2 * z - a, 0.9, obs=data[i].expand(n))
+
+    def guide():
+        with copies(n):
+            a = bit("a", param("a", -0.3))
+            for i in pyro.plate("items", 3):
+                bit(f"z_{i}", param("z", 0.3, -0.2, 0.5)[i] + 0.4 * a)
+
+    return model, guide
+
+
+@program(
+    reference="enum",
+    importance=False,
+    refused=NOT_RECORDED,
+    only=("looped", "vectorized", "analytic_kl*", "default_score", "captured*"),
+)
+def subsampled_loop(n):
+    """A loop over a minibatch: names differ from step to step, and each site is scaled."""
+    data = table(0.3, 1.4, -0.2, 0.8)
+
+    def model():
+        items = pyro.plate("items", 4, subsample_size=2)
+        with copies(n):
+            for i in items:
+                z = bit(f"z_{int(i)}", -0.4)
+                normal(f"x_{int(i)}", 2 * z, 0.9, obs=data[i].expand(n))
+
+    def guide():
+        items = pyro.plate("items", 4, subsample_size=2)
+        logits = param("z", 0.3, -0.2, 0.5, 0.1)
+        with copies(n):
+            for i in items:
+                bit(f"z_{int(i)}", logits[i])
+
+    return model, guide
+
+
+@program(reference="enum")
+def plates_with_gaps(n):
+    """Plates at the first and the third dimension, one of them of size one."""
+
+    def model():
+        with copies(n, dim=-4), pyro.plate("one", 1, dim=-1):
+            a = bit("a", 0.2)
+            with pyro.plate("far", 3, dim=-3):
+                z = one_hot("z", a.unsqueeze(-1) * table(0.5, 0.0, -0.5))
+                loc = (z * table(-1.0, 0.3, 1.2)).sum(-1)
+                normal("x", loc, 0.8, obs=torch.full((n, 3, 1, 1), 0.7))
+
+    def guide():
+        with copies(n, dim=-4), pyro.plate("one", 1, dim=-1):
+            a = bit("a", param("a", -0.3))
+            with pyro.plate("far", 3, dim=-3):
+                one_hot("z", param("z", 0.2, -0.1, 0.3) + a.unsqueeze(-1) * table(0.3, 0.0, -0.3))
 
     return model, guide

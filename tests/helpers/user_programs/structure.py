@@ -323,3 +323,70 @@ def auxiliary_site_of_the_guide(n):
             bit("u", 1.5 * z - 2.0, infer={"is_auxiliary": True})
 
     return model, guide
+
+
+@program(reference="trace", importance=False)
+def prior_as_guide(n):
+    """One function is model and guide; data come by ``condition``."""
+
+    def joint():
+        with copies(n):
+            z = one_hot("z", param("z", 0.3, -0.2, 0.4))
+            b = bit("b", (z * param("b", 0.5, -0.5, 0.1)).sum(-1))
+            normal("x", (z * table(-1.0, 0.4, 1.5)).sum(-1) + b, 0.8)
+
+    model = poutine.condition(joint, data={"x": torch.full((n,), 0.9)})
+    return model, poutine.block(joint, hide=["x"])
+
+
+OF_LABEL = table(-0.5, 0.0, 0.5)
+
+
+def _loss_of_observed_in_the_guide(w_, y_, z_):
+    label, bits = table(0.2, 0.1, -0.4).log_softmax(-1), table(0.0, 1.0)
+    log_q = dist.Bernoulli(logits=z_.unsqueeze(-1)).log_prob(bits)
+    log_z = dist.Bernoulli(logits=w_.unsqueeze(-1)).log_prob(bits)
+    log_x = dist.Normal(bits + OF_LABEL.unsqueeze(-1), 0.8).log_prob(table(0.9))
+    divergence = (log_q.exp() * (log_q - log_z - log_x)).sum(-1)
+    return (y_.log_softmax(-1) - label + divergence).mean()
+
+
+@program(reference=_loss_of_observed_in_the_guide, copies=999)
+def observed_in_the_guide(n):
+    """A label that is known in the guide, too; its density there is part of the loss.
+
+    Pyro's losses take the known label for a draw.
+    """
+    label = torch.eye(3)[torch.arange(n) % 3]
+
+    def model():
+        with copies(n):
+            y = one_hot("y", table(0.2, 0.1, -0.4), obs=label)
+            z = bit("z", (y * param("w", 0.5, -0.3, 0.2)).sum(-1))
+            normal("x", z + (y * OF_LABEL).sum(-1), 0.8, obs=torch.full((n,), 0.9))
+
+    def guide():
+        with copies(n):
+            y = one_hot("y", param("y", 0.3, 0.1, -0.2), obs=label)
+            bit("z", (y * param("z", 0.4, -0.2, 0.6)).sum(-1))
+
+    return model, guide
+
+
+@program(reference="enum")
+def annealed_divergence(n):
+    """Latents scaled in model and guide, data not."""
+
+    def model():
+        with copies(n):
+            with poutine.scale(scale=0.3):
+                z = one_hot("z", table(0.3, -0.2, 0.1))
+                m = normal("m", 0.0, 1.0)
+            normal("x", (z * table(-1.0, 0.4, 1.5)).sum(-1) + m, 0.8, obs=torch.full((n,), 0.9))
+
+    def guide():
+        with copies(n), poutine.scale(scale=0.3):
+            z = one_hot("z", param("z", 0.2, -0.4, 0.5))
+            normal("m", param("m", 0.3) + (z * param("w", 0.2, -0.2, 0.1)).sum(-1), 0.6)
+
+    return model, guide
