@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from pyro_gumbel.infer._sampling import (
     SharedSubsample,
 )
 from pyro_gumbel.infer._site_view import Passes
-from pyro_gumbel.infer._state import preserved_rng
+from pyro_gumbel.infer._state import generator_states, preserved_rng, set_generator_states
 
 __all__ = ["Execution", "Options", "Plan", "Plans", "preflight", "structure_of"]
 
@@ -38,6 +38,7 @@ class Plan:
 
     Attributes:
         plate_nesting: The number of dimensions of the programs' plates, if known.
+        has_run: Whether a pass has run to its end with this layout.
         branches: The branches that are rows of the main path's pass. They are those of the last
             run: a missing or superfluous branch costs an evaluation and leaves the result right.
         passes: The number of passes with a gradient so far.
@@ -47,6 +48,7 @@ class Plan:
     """
 
     plate_nesting: int | None
+    has_run: bool = False
     branches: tuple[Path, ...] = ()
     passes: int = 0
     checked: set[tuple[str, type[Estimator]]] = field(default_factory=set)
@@ -146,8 +148,12 @@ class Execution:
         groups = 1 if self.options.vectorized else self.options.num_particles
         while True:
             layout = self._layout(exact)
+            attempt = nullcontext() if self.plan.has_run else _attempt()
             try:
-                return Passes([self._run_group(layout, exact) for _ in range(groups)])
+                with attempt:
+                    passes = Passes([self._run_group(layout, exact) for _ in range(groups)])
+                self.plan.has_run = True
+                return passes
             except NestingNeeded:
                 self.find_layout()
             except DeeperPlates as deeper:
@@ -268,6 +274,22 @@ class Execution:
             self.call, self.options.choose, main.layout, values=values, dependence=dependence
         )
         return run, dependence
+
+
+@contextmanager
+def _attempt() -> Iterator[None]:
+    """Restore generators and tensors if a pass ends because its layout was wrong."""
+    states = generator_states()
+    with Undo() as undo:
+        try:
+            yield
+        except (NestingNeeded, DeeperPlates):
+            set_generator_states(states)
+            raise
+        except Exception:
+            undo.keep()
+            raise
+        undo.keep()
 
 
 def preflight(

@@ -102,6 +102,10 @@ class Undo(TorchDispatchMode):
         for tensor in self._without_gradient.values():
             if tensor.requires_grad:
                 tensor.detach_()
+        self.keep()
+
+    def keep(self) -> None:
+        """Keep the contents as they are now."""
         self._made.clear()
         self._copies.clear()
         self._without_gradient.clear()

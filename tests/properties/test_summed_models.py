@@ -508,3 +508,26 @@ def test_pyros_own_losses_are_unchanged() -> None:
     inside = TraceEnum_ELBO(max_plate_nesting=0).loss(chain, guide, x)
     assert inside == pytest.approx(expected)
     assert Trace_ELBO().loss(unmarked, unmarked, x) == pytest.approx(0.0)
+
+
+def test_finding_the_nesting_moves_neither_generators_nor_statistics() -> None:
+    norm = torch.nn.BatchNorm1d(2)
+
+    def model() -> None:
+        m = pyro.sample("m", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.3, 0.7])), infer=SUM)
+            pyro.sample("x", dist.Normal(m[z], 1.0), obs=torch.tensor([0.2, -0.5, 1.0]))
+
+    def guide() -> None:
+        loc = norm(pyro.param("loc", torch.tensor([[0.1, 0.2], [0.5, -0.3]]))).mean(0)
+        pyro.sample("m", dist.Normal(loc, 1.0).to_event(1))
+
+    losses = []
+    for options in ({}, {"max_plate_nesting": 1}):
+        pyro.clear_param_store()
+        norm.reset_running_stats()
+        pyro.set_rng_seed(0)
+        losses.append(Estimator_ELBO(**options).loss_and_grads(model, guide))
+        assert norm.num_batches_tracked == 1
+    assert losses[0] == losses[1]
