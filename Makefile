@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+DOCS_STAMP := $(VENV)/.docs-ready
 
 # Tests and examples run many small operations, which are slower on more threads.
 export OMP_NUM_THREADS ?= 1
@@ -23,7 +24,7 @@ TRITON ?= .triton
 PYTEST_ARGS ?= -n 2
 DEMO_OUT ?= out/demo
 
-.PHONY: help demo test test-slow test-arviz test-triton lint format benchmark clean
+.PHONY: help demo test test-slow test-arviz test-triton lint format benchmark docs spelling clean
 
 help:
 	@echo 'make demo         train and compare estimators on digits (minutes)'
@@ -34,6 +35,8 @@ help:
 	@echo 'make lint         run ruff and mypy'
 	@echo 'make format       format the sources'
 	@echo 'make benchmark    time the package against plain PyTorch and Pyro'
+	@echo 'make docs         build the manual in out/docs; its tutorials run (minutes)'
+	@echo 'make spelling     run codespell'
 	@echo 'make clean        remove environments, outputs and caches'
 
 demo: $(STAMP)
@@ -80,8 +83,17 @@ benchmark: $(STAMP)
 	  echo "== $$script"; $(BIN)/python "$$script" $(BENCHMARK_FLAGS) || exit 1; \
 	done
 
+# Warnings are errors, among them links to a page or name that does not exist.
+docs: $(DOCS_STAMP)
+	rm -rf docs/api
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -d out/docs-state docs out/docs
+	@echo 'the manual is out/docs/index.html'
+
+spelling: $(DOCS_STAMP)
+	$(BIN)/python -m codespell_lib
+
 clean:
-	rm -rf $(VENV) $(ARVIZ_VENV) $(TRITON) out build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf docs/api $(VENV) $(ARVIZ_VENV) $(TRITON) out build dist .mypy_cache .pytest_cache .ruff_cache
 
 # Without an NVIDIA GPU, Python 3.11 gets a fixed version of torch, so that pip can find its CPU
 # build. With a GPU pip installs the default build, which includes CUDA.
@@ -97,4 +109,9 @@ $(STAMP): pyproject.toml
 	    $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; \
 	  then torch='torch==2.13.0'; fi; fi; \
 	$(BIN)/python -m pip install --quiet "$$torch" --editable '.[dev]'
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	@echo 'installing what the manual needs, once'
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
