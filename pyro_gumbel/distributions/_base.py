@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -52,15 +52,6 @@ def may_branch(condition: Tensor) -> bool:
     return at_hand(condition) or (plain_eager() and getattr(mode, "records_branches", False))
 
 
-def may_cache() -> bool:
-    """Return whether a derived tensor may be cached for later calls.
-
-    It may not in a ``torch.func`` transform, a compiled program or inference mode, since later
-    calls may be outside of it.
-    """
-    return plain_eager() and not torch.is_inference_mode_enabled()
-
-
 def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
     """Broadcast shapes, with a fast path for equal and empty shapes."""
     widest = max(shapes, key=len)
@@ -83,8 +74,23 @@ def as_floating(value: Any) -> Tensor:
     return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
 
 
+def check_values(name: str, value: Tensor, valid: Tensor, expected: str, hint: str = "") -> None:
+    """Raise ``ValueError`` with the argument's name and what it got, unless all are ``valid``."""
+    if valid.all():
+        return
+    if value.isnan().any():
+        got = "found NaN"
+    else:
+        got = f"got values from {value.min().item():g} to {value.max().item():g}"
+    shape = tuple(value.shape)
+    raise ValueError(f"{name} must {expected}; {got} in a tensor of shape {shape}.{hint}")
+
+
 class BaseDistribution(TorchDistribution):
-    """A distribution that stores its parameters as given and broadcasts them when used."""
+    """A distribution that stores its parameters as given and broadcasts them when used.
+
+    Derived tensors are computed once, in the shape of the parameters without batch expansion.
+    """
 
     def _init_shapes(
         self, batch_shape: Sequence[int], event_shape: Sequence[int], validate_args: bool | None
@@ -97,6 +103,22 @@ class BaseDistribution(TorchDistribution):
             # Checks are cheap here, so that only a global switch turns them off.
             validate_args = Distribution._validate_args
         self._validate_args = validate_args
+        self._derived: dict[str, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Omit derived tensors from pickles and deep copies."""
+        return {**self.__dict__, "_derived": {}}
+
+    def _derive(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Return a tensor computed from the parameters, with their gradient, and keep it."""
+        derived = self._derived.get(name)
+        if derived is None:
+            with torch.enable_grad():  # the first use may be a sample() without gradient
+                derived = compute()
+            # Later uses may be outside of a transform, a compiled program or inference mode.
+            if plain_eager() and not torch.is_inference_mode_enabled():
+                self._derived[name] = derived
+        return derived
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Self:
         """Broadcast to ``batch_shape`` without copying or recomputing a tensor."""
@@ -158,20 +180,20 @@ class BaseDistribution(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        raise self._not_closed_form("mean")
+        return self._closed_form("mean")
 
     @property
     def mode(self) -> Tensor:
-        raise self._not_closed_form("mode")
+        return self._closed_form("mode")
 
     @property
     def variance(self) -> Tensor:
-        raise self._not_closed_form("variance")
+        return self._closed_form("variance")
 
     def entropy(self) -> Tensor:
-        raise self._not_closed_form("entropy")
+        return self._closed_form("entropy")
 
-    def _not_closed_form(self, name: str) -> NotImplementedError:
-        return NotImplementedError(
+    def _closed_form(self, name: str) -> Tensor:
+        raise NotImplementedError(
             f"{type(self).__name__}.{name} has no closed form; estimate it from draws of rsample."
         )

@@ -8,7 +8,7 @@ functions here read the parameter that the user gave, in float32 or better.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from torch.nn.functional import logsigmoid
 from pyro_gumbel.distributions._base import (
     BaseDistribution,
     as_floating,
+    check_values,
     checkable,
     may_branch,
-    may_cache,
     plain_eager,
 )
 from pyro_gumbel.distributions._numerics import (
@@ -34,145 +34,114 @@ from pyro_gumbel.distributions._numerics import (
 )
 
 
-class CategoricalParameters:
-    """Probabilities or logits as given, and derived tensors, which are computed once.
-
-    Derived tensors have the shape of the parameter (without batch expansion) and are float32 or
-    better. Half-precision parameters therefore define the same distribution as their float32
-    copies.
-    """
-
-    def __init__(self, probs: Any, logits: Any) -> None:
-        """Store the given parameter; raise ``ValueError`` unless exactly one is given."""
-        check_one_given(probs, logits)
-        self.name = "probs" if logits is None else "logits"
-        self.given = as_floating(probs if logits is None else logits)
-        if self.given.dim() == 0 or self.given.shape[-1] == 0:
-            raise ValueError(
-                f"{self.name} must have a last dimension of categories; got shape "
-                f"{tuple(self.given.shape)}. Write torch.zeros(num_categories), for example."
-            )
-        self.dtype = self.given.dtype
-        self._derived: dict[str, Tensor] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Omit derived tensors from pickles and deep copies."""
-        return {**self.__dict__, "_derived": {}}
-
-    @property
-    def scores(self) -> Tensor:
-        """Log-probabilities up to a constant in each row, with a maximum near zero."""
-        return self._derive("scores", self._compute_scores)
-
-    @property
-    def log_probs(self) -> Tensor:
-        """Normalised log-probabilities; exactly ``-inf`` at zero probabilities."""
-        return self._derive("log_probs", lambda: log_softmax(self.scores))
-
-    def _derive(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        derived = self._derived.get(name)
-        if derived is None:
-            with torch.enable_grad():  # the first call may be a sample() without gradient
-                derived = compute()
-            if may_cache():
-                self._derived[name] = derived
-        return derived
-
-    def _compute_scores(self) -> Tensor:
-        given = widen(self.given)
-        if self.name == "probs":
-            return exact_log(given)
-        # Softmax and gradient do not depend on the offset, but rounding errors do.
-        return given - given.detach().amax(-1, keepdim=True)
-
-    def check(self) -> None:
-        """Raise ``ValueError`` if the values do not define a distribution."""
-        given = self.given.detach()
-        if not checkable(given):
-            return
-        if self.name == "logits":
-            top = given.amax(-1)  # not finite with NaN, +inf or a row of -inf
-            if not torch.isfinite(top).all():
-                raise ValueError(
-                    f"logits must be numbers below +inf, not all -inf in a row; {_culprit(given)}."
-                )
-            return
-        total = given.to(noise_dtype(self.dtype)).sum(-1)
-        if not ((given.amin(-1) >= 0) & (total > 0) & torch.isfinite(total)).all():
-            raise ValueError(
-                "probs must be non-negative and finite, with a positive sum in every row; "
-                f"{_culprit(given)}."
-            )
-
-
-def _culprit(given: Tensor) -> str:
-    if given.isnan().any():
-        return f"found NaN in a tensor of shape {tuple(given.shape)}"
-    low, high = given.min().item(), given.max().item()
-    return f"got values from {low:g} to {high:g} in a tensor of shape {tuple(given.shape)}"
-
-
-def check_one_given(probs: Any, logits: Any) -> None:
-    """Raise ``ValueError`` unless exactly one of the two is given."""
+def sole_parameter(probs: Any, logits: Any) -> tuple[str, Any]:
+    """Return name and value of the one that is given; raise ``ValueError`` unless it is one."""
     if (probs is None) == (logits is None):
         given = "neither" if probs is None else "both"
         raise ValueError(
             f"Exactly one of probs and logits must be given; got {given}. Write probs=... or "
             "logits=... ."
         )
+    return ("probs", probs) if logits is None else ("logits", logits)
 
 
-class CategoricalDistribution(BaseDistribution):
-    """A distribution over vectors of ``C`` categories, given by ``probs`` or ``logits``."""
+class DiscreteDistribution(BaseDistribution):
+    """A distribution given by ``probs`` or ``logits``, read in float32 or better.
 
-    _parameters: CategoricalParameters
+    Half-precision parameters therefore define the same distribution as their float32 copies.
+    """
 
-    def _init_categorical(self, probs: Any, logits: Any, validate_args: bool | None) -> None:
-        self._parameters = CategoricalParameters(probs, logits)
-        shape = self._parameters.given.shape
-        self._init_shapes(shape[:-1], shape[-1:], validate_args)
-        if self._validate_args:
-            self._parameters.check()
+    _event_dims = 0  # of the parameter
+
+    def _init_parameter(self, probs: Any, logits: Any, validate_args: bool | None) -> None:
+        self._name, given = sole_parameter(probs, logits)
+        self._given = as_floating(given)
+        self._check_shape()
+        batch_dims = self._given.dim() - self._event_dims
+        shape = self._given.shape
+        self._init_shapes(shape[:batch_dims], shape[batch_dims:], validate_args)
+        if self._validate_args and checkable(self._given):
+            self._check_parameter(self._given.detach())
+
+    def _check_shape(self) -> None:
+        """Raise ``ValueError`` if the parameter's shape is wrong."""
+
+    def _check_parameter(self, given: Tensor) -> None:
+        """Raise ``ValueError`` if the values do not define a distribution."""
+        raise NotImplementedError
 
     @property
-    def probs(self) -> Tensor:
-        """Normalised probabilities, ``batch_shape + (C,)``."""
-        return self._broadcast(self._parameters.log_probs.exp())
-
-    @property
-    def logits(self) -> Tensor:
-        """Normalised log-probabilities, ``batch_shape + (C,)``."""
-        return self._broadcast(self._parameters.log_probs)
+    def dtype(self) -> torch.dtype:
+        return self._given.dtype
 
     @property
     def param_shape(self) -> torch.Size:
         """Shape of ``probs`` and of ``logits``."""
         return self.batch_shape + self.event_shape
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._name}: {tuple(self.param_shape)})"
+
+
+class CategoricalDistribution(DiscreteDistribution):
+    """A distribution over vectors of ``C`` categories, given by ``probs`` or ``logits``."""
+
+    _event_dims = 1
+
+    def _check_shape(self) -> None:
+        shape = self._given.shape
+        if not shape or shape[-1] == 0:
+            raise ValueError(
+                f"{self._name} must have a last dimension of categories; got shape "
+                f"{tuple(shape)}. Write torch.zeros(num_categories), for example."
+            )
+
+    def _check_parameter(self, given: Tensor) -> None:
+        if self._name == "logits":
+            top = given.amax(-1)  # not finite with NaN, +inf or a row of -inf
+            expected = "be numbers below +inf, not all -inf in a row"
+            check_values("logits", given, torch.isfinite(top), expected)
+        else:
+            total = given.to(noise_dtype(self.dtype)).sum(-1)
+            valid = (given.amin(-1) >= 0) & (total > 0) & torch.isfinite(total)
+            expected = "be non-negative and finite, with a positive sum in every row"
+            check_values("probs", given, valid, expected)
+
     @property
-    def dtype(self) -> torch.dtype:
-        return self._parameters.dtype
+    def _scores(self) -> Tensor:
+        """Log-probabilities up to a constant in each row, with a maximum near zero."""
+        return self._derive("scores", self._compute_scores)
+
+    def _compute_scores(self) -> Tensor:
+        given = widen(self._given)
+        if self._name == "probs":
+            return exact_log(given)
+        # Softmax and gradient do not depend on the offset, but rounding errors do.
+        return given - given.detach().amax(-1, keepdim=True)
+
+    @property
+    def _log_probs(self) -> Tensor:
+        """Normalised log-probabilities; exactly ``-inf`` at zero probabilities."""
+        return self._derive("log_probs", lambda: log_softmax(self._scores))
+
+    @property
+    def probs(self) -> Tensor:
+        """Normalised probabilities, ``batch_shape + (C,)``."""
+        return self._broadcast(self._log_probs.exp())
+
+    @property
+    def logits(self) -> Tensor:
+        """Normalised log-probabilities, ``batch_shape + (C,)``."""
+        return self._broadcast(self._log_probs)
 
     def _broadcast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype).expand(self.batch_shape + self.event_shape)
+        return tensor.to(self.dtype).expand(self.param_shape)
 
     def _perturbed(self, sample_shape: Any) -> Tensor:
         """Draw logits plus Gumbel noise, float32 or better; their argmax is an exact draw."""
-        scores = self._parameters.scores
+        scores = self._scores
         shape = self._extended_shape(sample_shape)
         return scores - log_exponential_noise(shape, scores.dtype, scores.device)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._parameters.name}: {tuple(self.param_shape)})"
-
-
-def infer_one_hot_shapes(
-    probs: Sequence[int] | None, logits: Sequence[int] | None
-) -> tuple[torch.Size, torch.Size]:
-    """Infer ``batch_shape`` and ``event_shape`` from the shape of the parameter."""
-    check_one_given(probs, logits)
-    shape = torch.Size(probs if logits is None else logits)  # type: ignore[arg-type]
-    return shape[:-1], shape[-1:]
 
 
 def value_dtype(fn: Any) -> torch.dtype:
@@ -189,7 +158,7 @@ def log_probs(fn: Any) -> Tensor:
     They are exactly ``-inf`` at zero probabilities.
     """
     if isinstance(fn, CategoricalDistribution):
-        return fn._parameters.log_probs.expand(fn.batch_shape + fn.event_shape)
+        return fn._log_probs.expand(fn.param_shape)
     return _read(getattr(fn, "_categorical", fn), _log, _normalise, is_binary=False)
 
 

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_gumbel._validate import is_number
-from pyro_gumbel.distributions._base import (
-    BaseDistribution,
-    broadcast_shapes,
-    checkable,
-    may_cache,
-)
-from pyro_gumbel.distributions._numerics import straight_through, widen
+from pyro_gumbel.distributions._base import broadcast_shapes, checkable
+from pyro_gumbel.distributions._categorical import DiscreteDistribution, sole_parameter
+from pyro_gumbel.distributions._numerics import noise_dtype, straight_through, widen
 
 
-class TemperedDistribution(BaseDistribution):
+class TemperedDistribution(DiscreteDistribution):
     """A distribution with a temperature, a number or a tensor that broadcasts to the batch."""
 
-    _temperature: float | Tensor
-    _wide_temperature: float | Tensor | None = None
     has_rsample = True
 
-    def _init_temperature(self, temperature: Any, device: torch.device) -> None:
-        """Check the temperature and broadcast the batch shape with it."""
+    def _init_tempered(
+        self, temperature: Any, probs: Any, logits: Any, validate_args: bool | None
+    ) -> None:
+        self._init_parameter(probs, logits, validate_args)
         self._temperature = resolve_temperature(
             temperature,
             self.batch_shape,
-            event_dim=len(self.event_shape),
+            event_dim=self._event_dims,
             validate=self._validate_args,
         )
-        self._device = device
         if isinstance(self._temperature, Tensor):
             self._batch_shape = broadcast_shapes(self.batch_shape, self._temperature.shape)
 
@@ -42,42 +38,52 @@ class TemperedDistribution(BaseDistribution):
         """Temperature, a scalar or a tensor that broadcasts against ``batch_shape``."""
         if isinstance(self._temperature, Tensor):
             return self._temperature
-        return torch.tensor(self._temperature, dtype=self.dtype, device=self._device)
+        return torch.tensor(self._temperature, dtype=self.dtype, device=self._given.device)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Omit the derived tensor from pickles and deep copies."""
-        return {**self.__dict__, "_wide_temperature": None}
+    @property
+    def _wide_temperature(self) -> float | Tensor:
+        """The temperature in the precision of the computation.
 
-    def _working_temperature(self, dtype: torch.dtype) -> float | Tensor:
-        """Return the temperature in the precision of the computation.
-
-        All calls share one tensor, so that a half-precision temperature accumulates its gradient
-        in float32.
+        It is one tensor, so that a half-precision temperature accumulates its gradient in float32.
         """
-        if self._wide_temperature is not None:
-            return self._wide_temperature
-        wide = self._temperature
-        if isinstance(wide, Tensor) and wide.dtype != dtype:
-            with torch.enable_grad():
-                wide = widen(wide).to(dtype)
-        if may_cache():
-            self._wide_temperature = wide
-        return wide
+        given, dtype = self._temperature, noise_dtype(self.dtype)
+        if not isinstance(given, Tensor) or given.dtype == dtype:
+            return given
+        return self._derive("temperature", lambda: widen(given).to(dtype))
 
-    def _temperature_of_scores(self, dtype: torch.dtype) -> float | Tensor:
-        """Return the temperature, shaped to broadcast against scores of each category."""
-        temperature = self._working_temperature(dtype)
-        if isinstance(temperature, Tensor) and self.event_shape:
+    @property
+    def _temperature_of_scores(self) -> float | Tensor:
+        """The temperature, shaped to broadcast against scores of each category."""
+        temperature = self._wide_temperature
+        if isinstance(temperature, Tensor) and self._event_dims:
             return temperature.unsqueeze(-1)
         return temperature
 
-    def _log_temperature(self, dtype: torch.dtype) -> float | Tensor:
-        temperature = self._working_temperature(dtype)
+    @property
+    def _log_temperature(self) -> float | Tensor:
+        temperature = self._wide_temperature
         return temperature.log() if isinstance(temperature, Tensor) else math.log(temperature)
 
-    def _brief_temperature(self) -> str:
-        given = self._temperature
-        return f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"{given:g}"
+    def __repr__(self) -> str:
+        given, shape = self._temperature, tuple(self.param_shape)
+        brief = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"{given:g}"
+        return f"{type(self).__name__}(temperature: {brief}, {self._name}: {shape})"
+
+    @classmethod
+    def infer_shapes(
+        cls,
+        temperature: Sequence[int] = (),
+        probs: Sequence[int] | None = None,
+        logits: Sequence[int] | None = None,
+        **_: Any,
+    ) -> tuple[torch.Size, torch.Size]:
+        shape = torch.Size(sole_parameter(probs, logits)[1])
+        batch_dims = len(shape) - cls._event_dims
+        batch_shape, event_shape = shape[:batch_dims], shape[batch_dims:]
+        aligned = align_temperature(
+            torch.Size(temperature), batch_shape, event_dim=cls._event_dims
+        )
+        return broadcast_shapes(batch_shape, aligned), event_shape
 
 
 class Relaxation(TemperedDistribution):
@@ -86,7 +92,17 @@ class Relaxation(TemperedDistribution):
     A subclass defines perturbed scores, and how they become a relaxed and a discrete value.
     """
 
-    straight_through = False
+    def __init__(
+        self,
+        temperature: Any,
+        probs: Any = None,
+        logits: Any = None,
+        *,
+        straight_through: bool = False,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.straight_through = straight_through
+        self._init_tempered(temperature, probs, logits, validate_args)
 
     def _perturbed(self, sample_shape: Any) -> Tensor:
         """Draw scores plus noise, float32 or better."""
@@ -96,6 +112,10 @@ class Relaxation(TemperedDistribution):
         raise NotImplementedError
 
     def _harden(self, perturbed: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _discrete(self, name: str) -> Tensor:
+        """Return a statistic of the discrete distribution."""
         raise NotImplementedError
 
     def _hard_support(self, expand: bool) -> Tensor:
@@ -138,9 +158,8 @@ class Relaxation(TemperedDistribution):
             )
         return self._hard_support(expand)
 
-    def _require_hard(self, name: str) -> None:
-        if not self.straight_through:
-            raise self._not_closed_form(name)
+    def _closed_form(self, name: str) -> Tensor:
+        return self._discrete(name) if self.straight_through else super()._closed_form(name)
 
 
 def resolve_temperature(

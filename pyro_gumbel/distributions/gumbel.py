@@ -14,6 +14,7 @@ from pyro_gumbel.distributions._base import (
     BaseDistribution,
     as_floating,
     broadcast_shapes,
+    check_values,
     checkable,
 )
 from pyro_gumbel.distributions._numerics import gumbel_noise, noise_dtype
@@ -21,33 +22,6 @@ from pyro_gumbel.distributions._numerics import gumbel_noise, noise_dtype
 __all__ = ["Gumbel"]
 
 EULER_GAMMA = 0.57721566490153286060651209008240243
-
-
-def location_scale(**given: Any) -> dict[str, Tensor]:
-    """Convert to floating-point tensors of one dtype; numbers get the dtype of the tensors."""
-    tensors = [as_floating(value) for value in given.values() if isinstance(value, Tensor)]
-    dtypes = [tensor.dtype for tensor in tensors] or [torch.get_default_dtype()]
-    dtype = functools.reduce(torch.promote_types, dtypes)
-    device = tensors[0].device if tensors else None
-    converted = {}
-    for name, value in given.items():
-        try:
-            converted[name] = torch.as_tensor(value, dtype=dtype, device=device)
-        except TypeError:
-            raise TypeError(
-                f"{name} must be a number or a tensor; got {value!r}. Write 1.0 or "
-                "torch.tensor(1.0)."
-            ) from None
-    return converted
-
-
-def check_parameter(name: str, value: Tensor, valid: Tensor, expected: str) -> None:
-    """Raise ``ValueError`` with the parameter's name unless all values are ``valid``."""
-    if not valid.all():
-        raise ValueError(
-            f"{name} must be {expected}; got values from {value.min().item():g} to "
-            f"{value.max().item():g} in a tensor of shape {tuple(value.shape)}."
-        )
 
 
 class Gumbel(BaseDistribution):
@@ -86,16 +60,39 @@ class Gumbel(BaseDistribution):
     support = constraints.real
     has_rsample = True
 
+    _loc: Tensor
+    _scale: Tensor
+
     def __init__(self, loc: Any, scale: Any = 1.0, *, validate_args: bool | None = None) -> None:
-        self._loc, self._scale = location_scale(loc=loc, scale=scale).values()
-        batch_shape = broadcast_shapes(self._loc.shape, self._scale.shape)
-        self._init_shapes(batch_shape, (), validate_args)
+        self._init_parameters(validate_args, loc=loc, scale=scale)
+
+    def _init_parameters(self, validate_args: bool | None, **given: Any) -> None:
+        """Store floating-point tensors of one dtype; numbers get the dtype of the tensors."""
+        tensors = [as_floating(value) for value in given.values() if isinstance(value, Tensor)]
+        dtypes = [tensor.dtype for tensor in tensors] or [torch.get_default_dtype()]
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        device = tensors[0].device if tensors else None
+        shapes = []
+        for name, value in given.items():
+            try:
+                parameter = torch.as_tensor(value, dtype=dtype, device=device)
+            except TypeError:
+                raise TypeError(
+                    f"{name} must be a number or a tensor; got {value!r}. Write 1.0 or "
+                    "torch.tensor(1.0)."
+                ) from None
+            setattr(self, f"_{name}", parameter)
+            shapes.append(parameter.shape)
+        self._init_shapes(broadcast_shapes(*shapes), (), validate_args)
         if self._validate_args and checkable(self._loc, self._scale):
-            check_parameter("loc", self._loc, ~self._loc.isnan(), "a number")
-            check_parameter("scale", self._scale, self._scale > 0, "positive")
+            check_values("loc", self._loc, ~self._loc.isnan(), "be a number")
+            check_values("scale", self._scale, self._scale > 0, "be positive")
 
     def __repr__(self) -> str:
-        return f"Gumbel(loc: {_brief(self._loc)}, scale: {_brief(self._scale)})"
+        parameters = (
+            f"{name}: {_brief(getattr(self, f'_{name}'))}" for name in self.arg_constraints
+        )
+        return f"{type(self).__name__}({', '.join(parameters)})"
 
     @property
     def loc(self) -> Tensor:
@@ -140,8 +137,15 @@ class Gumbel(BaseDistribution):
     def icdf(self, value: Tensor) -> Tensor:
         """Return the quantile of a probability in [0, 1]; infinite at 0 and 1."""
         loc, scale = self._wide()
-        wide = _check_probability(self, value).to(torch.promote_types(loc.dtype, value.dtype))
-        return self._score(loc - scale * (-wide.log()).log(), value)
+        return self._score(loc - scale * self._log_exponential(value), value)
+
+    def _log_exponential(self, probability: Tensor) -> Tensor:
+        """Return the logarithm of the Exp(1) variable with this probability of a larger one."""
+        if self._validate_args and checkable(probability):
+            valid = (probability >= 0) & (probability <= 1)
+            check_values("value of icdf", probability, valid, "be a probability in [0, 1]")
+        dtype = torch.promote_types(noise_dtype(self.dtype), probability.dtype)
+        return (-probability.to(dtype).log()).log()
 
     @property
     def mean(self) -> Tensor:
@@ -168,13 +172,6 @@ class Gumbel(BaseDistribution):
         """Return ``log scale + 1 + gamma``, in nats."""
         _, scale = self._wide()
         return self._statistic(scale.log() + (1 + EULER_GAMMA))
-
-
-def _check_probability(distribution: BaseDistribution, value: Tensor) -> Tensor:
-    if distribution._validate_args and checkable(value):
-        valid = (value >= 0) & (value <= 1)
-        check_parameter("value of icdf", value, valid, "a probability in [0, 1]")
-    return value
 
 
 def _brief(tensor: Tensor) -> str:

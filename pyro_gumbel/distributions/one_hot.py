@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_gumbel.distributions._base import plain_eager
-from pyro_gumbel.distributions._categorical import CategoricalDistribution, infer_one_hot_shapes
+from pyro_gumbel.distributions._categorical import CategoricalDistribution, sole_parameter
 from pyro_gumbel.distributions._constraints import relaxed_simplex
 from pyro_gumbel.distributions._numerics import (
     entropy,
@@ -215,14 +215,14 @@ class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
     def __init__(
         self, probs: Any = None, logits: Any = None, *, validate_args: bool | None = None
     ) -> None:
-        self._init_categorical(probs, logits, validate_args)
+        self._init_parameter(probs, logits, validate_args)
 
     @classmethod
     def of(cls, other: CategoricalDistribution) -> OneHot:
         """Return the one-hot distribution with the parameters of ``other``, without a copy."""
         new = cls.__new__(cls)
-        new._parameters = other._parameters
         new._init_shapes(other.batch_shape, other.event_shape, other._validate_args)
+        new._name, new._given, new._derived = other._name, other._given, other._derived
         return new
 
     @property
@@ -232,18 +232,18 @@ class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
     @property
     def _categorical(self) -> torch.distributions.Categorical:  # type: ignore[override]
         """The distribution of the index, which torch's code for one-hot vectors uses."""
-        given = {self._parameters.name: getattr(self, self._parameters.name)}
+        given = {self._name: getattr(self, self._name)}
         return torch.distributions.Categorical(**given, validate_args=False)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draw one-hot values, ``sample_shape + batch_shape + (C,)``."""
-        scores = self._parameters.scores.expand(self.batch_shape + self.event_shape)
+        scores = self._scores.expand(self.param_shape)
         return draw_one_hot(scores, sample_shape).to(self.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        return self._score(multilinear_log_prob(value, self._parameters.log_probs), value)
+        return self._score(multilinear_log_prob(value, self._log_probs), value)
 
     @property
     def mean(self) -> Tensor:
@@ -253,16 +253,16 @@ class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
     @property
     def variance(self) -> Tensor:
         """``p (1 - p)`` of every coordinate."""
-        probs = self._parameters.log_probs.exp()
+        probs = self._log_probs.exp()
         return self._broadcast(probs * (1 - probs))
 
     @property
     def mode(self) -> Tensor:
         """One-hot vector of the most probable category."""
-        return self._broadcast(one_hot_argmax(self._parameters.scores, self.dtype))
+        return self._broadcast(one_hot_argmax(self._scores, self.dtype))
 
     def entropy(self) -> Tensor:
-        return self._statistic(entropy(self._parameters.log_probs))
+        return self._statistic(entropy(self._log_probs))
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Return all one-hot values, ``(C,) + batch_shape + (C,)``.
@@ -270,7 +270,7 @@ class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
         Without ``expand``, batch dimensions are ones.
         """
         num_categories = self.event_shape[0]
-        device = self._parameters.given.device
+        device = self._given.device
         values = torch.eye(num_categories, dtype=self.dtype, device=device)
         values = values.view(num_categories, *(1 for _ in self.batch_shape), num_categories)
         if expand:
@@ -281,4 +281,5 @@ class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
     def infer_shapes(
         probs: Sequence[int] | None = None, logits: Sequence[int] | None = None
     ) -> tuple[torch.Size, torch.Size]:
-        return infer_one_hot_shapes(probs, logits)
+        shape = torch.Size(sole_parameter(probs, logits)[1])
+        return shape[:-1], shape[-1:]

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_gumbel.distributions._base import broadcast_shapes
-from pyro_gumbel.distributions._categorical import CategoricalDistribution, infer_one_hot_shapes
+from pyro_gumbel.distributions._categorical import CategoricalDistribution
 from pyro_gumbel.distributions._constraints import log_simplex, relaxed_simplex
 from pyro_gumbel.distributions._numerics import log_coordinate, log_softmax, softmax
-from pyro_gumbel.distributions._relaxation import (
-    Relaxation,
-    TemperedDistribution,
-    align_temperature,
-)
+from pyro_gumbel.distributions._relaxation import Relaxation, TemperedDistribution
 from pyro_gumbel.distributions.one_hot import OneHot, one_hot_argmax
 
 __all__ = ["ExpRelaxedOneHot", "RelaxedOneHot"]
@@ -32,12 +26,6 @@ class TemperedCategorical(CategoricalDistribution, TemperedDistribution):
         "probs": constraints.simplex,
         "logits": constraints.real_vector,
     }
-
-    def _init_tempered(
-        self, temperature: Any, probs: Any, logits: Any, validate_args: bool | None
-    ) -> None:
-        self._init_categorical(probs, logits, validate_args)
-        self._init_temperature(temperature, self._parameters.given.device)
 
     def _log_density(self, log_value: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return the log-density of log-coordinates :math:`u`.
@@ -55,34 +43,15 @@ class TemperedCategorical(CategoricalDistribution, TemperedDistribution):
         Returns:
             The log-density, and ``log_value`` with zeros at impossible categories.
         """
-        scores = self._parameters.scores
+        scores = self._scores
         impossible = scores == -math.inf
         num_possible = (~impossible).sum(-1).to(scores.dtype)
         log_value = log_value.masked_fill(impossible, 0.0)
-        temperature = self._temperature_of_scores(scores.dtype)
+        temperature = self._temperature_of_scores
         log_shares = log_softmax(scores - log_value * temperature).masked_fill(impossible, 0.0)
-        constant = num_possible.lgamma() + (num_possible - 1) * self._log_temperature(scores.dtype)
+        constant = num_possible.lgamma() + (num_possible - 1) * self._log_temperature
         outside = (present & impossible).any(-1)
         return (constant + log_shares.sum(-1)).masked_fill(outside, -math.inf), log_value
-
-    def __repr__(self) -> str:
-        temperature, name = self._brief_temperature(), self._parameters.name
-        return (
-            f"{type(self).__name__}(temperature: {temperature}, {name}: {tuple(self.param_shape)})"
-        )
-
-    @staticmethod
-    def infer_shapes(
-        temperature: Sequence[int] = (),
-        probs: Sequence[int] | None = None,
-        logits: Sequence[int] | None = None,
-        **_: Any,
-    ) -> tuple[torch.Size, torch.Size]:
-        batch_shape, event_shape = infer_one_hot_shapes(probs, logits)
-        if len(temperature) > 0:
-            aligned = align_temperature(torch.Size(temperature), batch_shape)
-            batch_shape = broadcast_shapes(batch_shape, aligned)
-        return batch_shape, event_shape
 
 
 class RelaxedOneHot(TemperedCategorical, Relaxation):
@@ -137,25 +106,13 @@ class RelaxedOneHot(TemperedCategorical, Relaxation):
         tensor([0.3333, 0.3333, 0.3333, 0.3333, 0.3333])
     """
 
-    def __init__(
-        self,
-        temperature: Any,
-        probs: Any = None,
-        logits: Any = None,
-        *,
-        straight_through: bool = False,
-        validate_args: bool | None = None,
-    ) -> None:
-        self.straight_through = straight_through
-        self._init_tempered(temperature, probs, logits, validate_args)
-
     @constraints.dependent_property(event_dim=1)
     def support(self) -> constraints.Constraint:
         """One-hot vectors if ``straight_through``, else the simplex."""
         return constraints.one_hot if self.straight_through else relaxed_simplex
 
     def _relax(self, scores: Tensor) -> Tensor:
-        return softmax(scores / self._temperature_of_scores(scores.dtype)).to(self.dtype)
+        return softmax(scores / self._temperature_of_scores).to(self.dtype)
 
     def _harden(self, scores: Tensor) -> Tensor:
         return one_hot_argmax(scores, self.dtype)
@@ -174,24 +131,9 @@ class RelaxedOneHot(TemperedCategorical, Relaxation):
         """The discrete distribution with the same parameters."""
         return OneHot.of(self)
 
-    def _discrete(self, name: str) -> OneHot:
-        self._require_hard(name)
-        return self.one_hot
-
-    @property
-    def mean(self) -> Tensor:
-        return self._discrete("mean").mean
-
-    @property
-    def variance(self) -> Tensor:
-        return self._discrete("variance").variance
-
-    @property
-    def mode(self) -> Tensor:
-        return self._discrete("mode").mode
-
-    def entropy(self) -> Tensor:
-        return self._discrete("entropy").entropy()
+    def _discrete(self, name: str) -> Tensor:
+        statistic = getattr(self.one_hot, name)
+        return statistic() if callable(statistic) else statistic
 
     def _hard_support(self, expand: bool) -> Tensor:
         return self.one_hot.enumerate_support(expand)
@@ -240,7 +182,7 @@ class ExpRelaxedOneHot(TemperedCategorical):
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw ``sample_shape + batch_shape + (C,)``, differentiable in the parameters."""
         scores = self._perturbed(sample_shape)
-        log_value = log_softmax(scores / self._temperature_of_scores(scores.dtype))
+        log_value = log_softmax(scores / self._temperature_of_scores)
         if self.dtype == torch.float16:
             bounded = log_value.clamp(min=torch.finfo(self.dtype).min)
             log_value = torch.where(log_value == -math.inf, log_value, bounded)
@@ -249,6 +191,6 @@ class ExpRelaxedOneHot(TemperedCategorical):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        wide = value.to(torch.promote_types(value.dtype, self._parameters.scores.dtype))
+        wide = value.to(torch.promote_types(value.dtype, self._scores.dtype))
         density, _ = self._log_density(wide, value > -math.inf)
         return self._score(density, value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
-from pyro_gumbel.distributions._base import as_floating, broadcast_shapes, checkable, may_cache
-from pyro_gumbel.distributions._categorical import bit_log_masses, check_one_given
+from pyro_gumbel.distributions._base import check_values
+from pyro_gumbel.distributions._categorical import bit_log_masses
 from pyro_gumbel.distributions._numerics import (
     entropy,
     exact_logit,
@@ -20,7 +20,7 @@ from pyro_gumbel.distributions._numerics import (
     logistic_noise,
     widen,
 )
-from pyro_gumbel.distributions._relaxation import Relaxation, align_temperature
+from pyro_gumbel.distributions._relaxation import Relaxation
 from pyro_gumbel.distributions.one_hot import multilinear_log_prob
 
 __all__ = ["RelaxedBernoulli"]
@@ -74,41 +74,13 @@ class RelaxedBernoulli(Relaxation):
         "probs": constraints.unit_interval,
         "logits": constraints.real,
     }
-    _cached_log_odds: Tensor | None = None
 
-    def __init__(
-        self,
-        temperature: Any,
-        probs: Any = None,
-        logits: Any = None,
-        *,
-        straight_through: bool = False,
-        validate_args: bool | None = None,
-    ) -> None:
-        check_one_given(probs, logits)
-        self.straight_through = straight_through
-        self._name = "probs" if logits is None else "logits"
-        self._given = as_floating(probs if logits is None else logits)
-        self._init_shapes(self._given.shape, (), validate_args)
-        if self._validate_args:
-            self._check_parameter()
-        self._init_temperature(temperature, self._given.device)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_cached_log_odds": None}
-
-    def _check_parameter(self) -> None:
-        given = self._given.detach()
-        if not checkable(given):
-            return
-        if self._name == "logits" and given.isnan().any():
-            raise ValueError(f"logits must be numbers; found NaN in shape {tuple(given.shape)}.")
-        if self._name == "probs" and not ((given >= 0) & (given <= 1)).all():
-            raise ValueError(
-                f"probs must lie in [0, 1]; got values from {given.min().item():g} to "
-                f"{given.max().item():g} in a tensor of shape {tuple(given.shape)}. Write "
-                "logits=... for log-odds."
-            )
+    def _check_parameter(self, given: Tensor) -> None:
+        if self._name == "logits":
+            check_values("logits", given, ~given.isnan(), "be numbers")
+        else:
+            hint = " Write logits=... for log-odds."
+            check_values("probs", given, (given >= 0) & (given <= 1), "lie in [0, 1]", hint)
 
     @constraints.dependent_property(event_dim=0)
     def support(self) -> constraints.Constraint:
@@ -119,21 +91,13 @@ class RelaxedBernoulli(Relaxation):
     def _accepted(self) -> constraints.Constraint:
         return constraints.unit_interval  # the log-mass is defined between the bits too
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._given.dtype
-
     def _log_odds(self) -> Tensor:
         """Return log-odds in float32 or better; infinite for probabilities of 0 and 1."""
-        if self._cached_log_odds is not None:
-            return self._cached_log_odds
-        with torch.enable_grad():
-            log_odds = widen(self._given)
-            if self._name == "probs":
-                log_odds = exact_logit(log_odds)
-        if may_cache():
-            self._cached_log_odds = log_odds
-        return log_odds
+        return self._derive("log_odds", self._compute_log_odds)
+
+    def _compute_log_odds(self) -> Tensor:
+        given = widen(self._given)
+        return exact_logit(given) if self._name == "probs" else given
 
     @property
     def probs(self) -> Tensor:
@@ -153,7 +117,7 @@ class RelaxedBernoulli(Relaxation):
         return log_odds + logistic_noise(shape, log_odds.dtype, log_odds.device)
 
     def _relax(self, perturbed: Tensor) -> Tensor:
-        return (perturbed / self._working_temperature(perturbed.dtype)).sigmoid().to(self.dtype)
+        return (perturbed / self._wide_temperature).sigmoid().to(self.dtype)
 
     def _harden(self, perturbed: Tensor) -> Tensor:
         return (perturbed.detach() > 0).to(self.dtype)
@@ -174,53 +138,25 @@ class RelaxedBernoulli(Relaxation):
         log_y, log_not_y = log_coordinate_pair(value)
         log_odds = self._log_odds()
         constant = log_odds.isinf()
-        log_temperature = self._log_temperature(log_odds.dtype)
-        temperature = self._working_temperature(log_odds.dtype)
-        noise = log_odds.masked_fill(constant, 0.0) - temperature * (log_y - log_not_y)
+        scaled = self._wide_temperature * (log_y - log_not_y)
+        noise = log_odds.masked_fill(constant, 0.0) - scaled
         # The logistic log-density in a symmetric form without cancellation.
         logistic = logsigmoid(noise) + logsigmoid(-noise)
-        score = log_temperature + logistic - log_y - log_not_y
+        score = self._log_temperature + logistic - log_y - log_not_y
         misses = value != (log_odds > 0)
         return torch.where(constant, torch.where(misses, -math.inf, 0.0).to(score), score)
 
-    @property
-    def mean(self) -> Tensor:
-        self._require_hard("mean")
-        return self.probs
-
-    @property
-    def variance(self) -> Tensor:
-        self._require_hard("variance")
-        return self._statistic(bit_log_masses(self).sum(-1).exp())
-
-    @property
-    def mode(self) -> Tensor:
-        self._require_hard("mode")
-        return self._statistic(self._log_odds() >= 0)
-
-    def entropy(self) -> Tensor:
-        self._require_hard("entropy")
-        return self._statistic(entropy(bit_log_masses(self)))
+    def _discrete(self, name: str) -> Tensor:
+        log_masses = bit_log_masses(self)
+        compute: dict[str, Callable[[], Tensor]] = {
+            "mean": lambda: self.probs,
+            "mode": lambda: self._log_odds() >= 0,
+            "variance": lambda: log_masses.sum(-1).exp(),
+            "entropy": lambda: entropy(log_masses),
+        }
+        return self._statistic(compute[name]())
 
     def _hard_support(self, expand: bool) -> Tensor:
         values = torch.arange(2, dtype=self.dtype, device=self._given.device)
         values = values.view(2, *(1 for _ in self.batch_shape))
         return values.expand(2, *self.batch_shape) if expand else values
-
-    def __repr__(self) -> str:
-        return (
-            f"RelaxedBernoulli(temperature: {self._brief_temperature()}, "
-            f"{self._name}: {tuple(self.batch_shape)})"
-        )
-
-    @staticmethod
-    def infer_shapes(
-        temperature: Sequence[int] = (),
-        probs: Sequence[int] | None = None,
-        logits: Sequence[int] | None = None,
-        **_: Any,
-    ) -> tuple[torch.Size, torch.Size]:
-        check_one_given(probs, logits)
-        shape = torch.Size(probs if logits is None else logits)  # type: ignore[arg-type]
-        aligned = align_temperature(torch.Size(temperature), shape, event_dim=0)
-        return broadcast_shapes(shape, aligned), torch.Size()

@@ -8,17 +8,10 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_gumbel.distributions._base import broadcast_shapes, checkable
+from pyro_gumbel.distributions._base import check_values, checkable
 from pyro_gumbel.distributions._constraints import less_than_eq
 from pyro_gumbel.distributions._numerics import log_exponential_noise, noise_dtype
-from pyro_gumbel.distributions.gumbel import (
-    EULER_GAMMA,
-    Gumbel,
-    _brief,
-    _check_probability,
-    check_parameter,
-    location_scale,
-)
+from pyro_gumbel.distributions.gumbel import EULER_GAMMA, Gumbel
 
 __all__ = ["TruncatedGumbel"]
 
@@ -62,23 +55,15 @@ class TruncatedGumbel(Gumbel):
         "scale": constraints.positive,
     }
 
+    _upper: Tensor
+
     def __init__(
         self, loc: Any, upper: Any, scale: Any = 1.0, *, validate_args: bool | None = None
     ) -> None:
-        self._loc, self._upper, self._scale = location_scale(
-            loc=loc, upper=upper, scale=scale
-        ).values()
-        shapes = (self._loc.shape, self._upper.shape, self._scale.shape)
-        self._init_shapes(broadcast_shapes(*shapes), (), validate_args)
-        if self._validate_args and checkable(self._loc, self._upper, self._scale):
-            check_parameter("loc", self._loc, ~self._loc.isnan(), "a number")
+        self._init_parameters(validate_args, loc=loc, upper=upper, scale=scale)
+        if self._validate_args and checkable(self._upper):
             above = self._upper > -torch.inf  # false for NaN too
-            check_parameter("upper", self._upper, above, "a number above -inf")
-            check_parameter("scale", self._scale, self._scale > 0, "positive")
-
-    def __repr__(self) -> str:
-        loc, upper, scale = map(_brief, (self._loc, self._upper, self._scale))
-        return f"TruncatedGumbel(loc: {loc}, upper: {upper}, scale: {scale})"
+            check_values("upper", self._upper, above, "be a number above -inf")
 
     @property
     def upper(self) -> Tensor:
@@ -117,9 +102,7 @@ class TruncatedGumbel(Gumbel):
 
     def icdf(self, value: Tensor) -> Tensor:
         """Return the quantile of a probability in [0, 1]; ``upper`` at 1."""
-        dtype = torch.promote_types(noise_dtype(self.dtype), value.dtype)
-        wide = _check_probability(self, value).to(dtype)
-        return self._score(self._from_log_exponential((-wide.log()).log()), value)
+        return self._score(self._from_log_exponential(self._log_exponential(value)), value)
 
     def _to_exponential(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``z`` and ``exp(-z) - exp(-b)``, which is Exp(1) for a sample."""
@@ -168,11 +151,11 @@ class TruncatedGumbel(Gumbel):
 
     @property
     def variance(self) -> Tensor:
-        raise self._not_closed_form("variance")
+        return self._closed_form("variance")
 
     @property
     def stddev(self) -> Tensor:
-        raise self._not_closed_form("stddev")
+        return self._closed_form("stddev")
 
     def entropy(self) -> Tensor:
         """Return ``log scale + 1 - log a - exp(a) E1(a)`` with ``a = exp(-b)``, in nats."""

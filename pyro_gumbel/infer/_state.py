@@ -14,7 +14,6 @@ from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_gumbel.distributions._categorical import CategoricalParameters
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.estimators._module import STORE_PREFIX, is_newer, note_own, note_stored
 
@@ -133,7 +132,7 @@ def _tensor_of(fn: Any) -> Tensor | None:
     for value in getattr(fn, "__dict__", {}).values():
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
-        if isinstance(value, (Distribution, CategoricalParameters)):
+        if isinstance(value, Distribution):
             found = _tensor_of(value)
             if found is not None:
                 return found
