@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from pyro_gumbel.distributions._categorical import bit_log_masses, log_probs
 from pyro_gumbel.distributions._law import law_of, nearest_library
 from pyro_gumbel.distributions._numerics import noise_dtype
 from pyro_gumbel.distributions.families import unwrap
-from pyro_gumbel.distributions.gumbel import EULER_GAMMA, Gumbel
+from pyro_gumbel.distributions.gumbel import Gumbel
 from pyro_gumbel.distributions.one_hot import OneHot
 from pyro_gumbel.distributions.relaxed import RelaxedOneHot
 from pyro_gumbel.distributions.relaxed_bernoulli import RelaxedBernoulli
@@ -119,22 +120,26 @@ def _serves(fn: Distribution, kind: type) -> bool:
     return isinstance(fn, kind) and own
 
 
-def _check_discrete(*distributions: Distribution) -> None:
+def _check(*distributions: Distribution) -> None:
+    """Raise ``NotImplementedError`` if a distribution has no closed form."""
     for distribution in distributions:
+        name = type(distribution).__name__
         if law_of(distribution) is None:
             raise NotImplementedError(
-                f"{type(distribution).__name__} overrides the distribution of its parent class, "
-                "so the parent's closed-form KL divergence is not valid. Register one by "
+                f"{name} overrides the distribution of its parent class, so the parent's "
+                "closed-form KL divergence is not valid. Register one by "
                 "torch.distributions.register_kl, or estimate it from log_prob."
             )
-        if getattr(distribution, "straight_through", True):
-            continue
-        name = type(distribution).__name__
-        raise NotImplementedError(
-            f"The KL divergence of the relaxed density {name} has no closed form; use "
-            f"{name}(..., straight_through=True) or OneHot for the discrete distribution, or "
-            "estimate it from log_prob."
-        )
+        if isinstance(distribution, TruncatedGumbel):
+            raise NotImplementedError(
+                f"The KL divergence of {name} has no closed form; estimate it from log_prob."
+            )
+        if not getattr(distribution, "straight_through", True):
+            raise NotImplementedError(
+                f"The KL divergence of the relaxed density {name} has no closed form; use "
+                f"{name}(..., straight_through=True) or OneHot for the discrete distribution, or "
+                "estimate it from log_prob."
+            )
 
 
 def _finish(p: Distribution, q: Distribution, divergence: Tensor) -> Tensor:
@@ -149,7 +154,7 @@ def _dtype(distribution: Distribution) -> torch.dtype:
 
 
 def _kl_one_hot(p: Distribution, q: Distribution) -> Tensor:
-    _check_discrete(p, q)
+    _check(p, q)
     if p.event_shape != q.event_shape:
         raise ValueError(
             f"KL divergence between {p!r} and {q!r}: the numbers of categories differ, "
@@ -159,45 +164,25 @@ def _kl_one_hot(p: Distribution, q: Distribution) -> Tensor:
 
 
 def _kl_bernoulli(p: Distribution, q: Distribution) -> Tensor:
-    _check_discrete(p, q)
+    _check(p, q)
     return _finish(p, q, kl_from_log_probs(bit_log_masses(p), bit_log_masses(q)))
 
 
 def _kl_gumbel(p: Any, q: Any) -> Tensor:
+    _check(p, q)
     dtype = noise_dtype(torch.promote_types(_dtype(p), _dtype(q)))
-    p_loc, p_scale, q_loc, q_scale = (
-        tensor.to(dtype) for tensor in (p.loc, p.scale, q.loc, q.scale)
-    )
-    ratio = p_scale / q_scale
-    shift = (p_loc - q_loc) / q_scale
-    divergence = (
-        EULER_GAMMA * (ratio - 1) - ratio.log() + shift + ((ratio + 1).lgamma() - shift).exp() - 1
-    )
-    return _finish(p, q, divergence)
+    p_loc, p_scale, q_loc, q_scale = (x.to(dtype) for x in (p.loc, p.scale, q.loc, q.scale))
+    shifted = TorchGumbel(p_loc - q_loc, p_scale, validate_args=False)
+    centred = TorchGumbel(torch.zeros_like(q_loc), q_scale, validate_args=False)
+    return _finish(p, q, kl_divergence(shifted, centred))
 
 
-def _kl_truncated(p: Distribution, q: Distribution) -> Tensor:
-    raise NotImplementedError(
-        "The KL divergence of TruncatedGumbel has no closed form; estimate it from log_prob."
-    )
-
-
-def _register() -> None:
-    one_hot = (OneHot, RelaxedOneHot, OneHotCategorical)
-    bernoulli = (RelaxedBernoulli, Bernoulli)
-    gumbel = (Gumbel, TorchGumbel)
-    for family, function in (
-        (one_hot, _kl_one_hot),
-        (bernoulli, _kl_bernoulli),
-        (gumbel, _kl_gumbel),
-    ):
-        for p in family:
-            for q in family:
-                if not p.__module__.startswith("torch.") or not q.__module__.startswith("torch."):
-                    register_kl(p, q)(function)
-    for other in gumbel + (TruncatedGumbel,):
-        register_kl(TruncatedGumbel, other)(_kl_truncated)
-        register_kl(other, TruncatedGumbel)(_kl_truncated)
-
-
-_register()
+_FAMILIES = {
+    _kl_one_hot: (OneHot, RelaxedOneHot, OneHotCategorical),
+    _kl_bernoulli: (RelaxedBernoulli, Bernoulli),
+    _kl_gumbel: (Gumbel, TorchGumbel),  # and TruncatedGumbel, a Gumbel, which it refuses
+}
+for _function, _family in _FAMILIES.items():
+    for _p, _q in itertools.product(_family, repeat=2):
+        if (_p, _q) not in _KL_REGISTRY:
+            register_kl(_p, _q)(_function)
