@@ -1,7 +1,7 @@
 """Gradient estimators of sample sites, with their baselines and schedules."""
 
 from pyro_gumbel.estimators.antithetic import ARMS, DisARM, DisARMTree
-from pyro_gumbel.estimators.base import Branches, Call, Estimator, Route, Site, SiteReader
+from pyro_gumbel.estimators.base import Branches, Call, Estimator, Route, Site
 from pyro_gumbel.estimators.baselines import Baseline, LeaveOneOut, MovingAverage, NeuralBaseline
 from pyro_gumbel.estimators.control_variates import DoubleControlVariate, MuProp, Rodeo
 from pyro_gumbel.estimators.enumeration import Enumerate, LocalExpectation
@@ -50,7 +50,6 @@ __all__ = [
     "Schedule",
     "Score",
     "Site",
-    "SiteReader",
     "StraightThrough",
     "SumAndSample",
     "UnorderedSet",

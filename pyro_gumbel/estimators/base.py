@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
@@ -25,7 +25,7 @@ from pyro_gumbel.estimators.schedules import Schedule
 
 Families = tuple[Callable[[Any], bool], ...]
 
-__all__ = ["Branches", "Call", "Estimator", "Route", "Site", "SiteReader"]
+__all__ = ["Branches", "Call", "Estimator", "Route", "Site"]
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,7 @@ class Call:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-class SiteReader(Protocol):
-    """The source of the tensors of a :class:`Site`."""
-
-    def values(self) -> Tensor: ...
-    def cost(self, *, live: bool) -> Tensor: ...
-    def totals(self) -> Tensor: ...
-    def later_scores(self) -> Tensor: ...
-    def log_prob(self) -> Tensor: ...
-    def score_function(self) -> Tensor: ...
-    def logits(self) -> Tensor: ...
-    def value_gradients(self) -> Tensor: ...
-    def logits_gradients(self, output: Tensor, *, create_graph: bool) -> Tensor: ...
-
-
-class Site:
+class Site(ABC):
     """A site after the programs have run, as an estimator sees it.
 
     ``K`` is the number of coupled values that the estimator draws, and ``R`` the number of
@@ -71,6 +57,22 @@ class Site:
         event_dims: Number of its batch dimensions that ``to_event`` joined.
         call: The programs and their arguments.
         training: Whether this pass may change the state of estimators and baselines.
+        values: The coupled values, ``(K, R) + batch_shape + event_shape``.
+        cost: The detached cost of each value, ``(K, R) + batch_shape``. It is the sum of the
+            ``log p - log q`` terms that the site can influence according to its plates, scaled and
+            masked as in the ELBO.
+        live_cost: The cost of each value with its gradient.
+        totals: The whole ELBO of each value's path, with gradient, ``(K, R)``.
+        later_scores: Terms that, added to ``totals``, give its mean an unbiased gradient,
+            ``(K,)``. They sum the detached cost times ``log q`` over particles, and over later
+            sites of the guide whose values have no gradient. The distributions of these sites
+            depend on this site's value, too. Only the gradient of the terms is meaningful.
+        log_prob: ``log q`` of the first value, unscaled and unmasked, ``(R,) + batch_shape``.
+        score_function: The log-density of the first value's accepted noise, ``(R,) +
+            batch_shape``, for distributions with their own ``score_parts`` (Pyro's ``Rejector``).
+        logits: Logits of a one-hot, categorical or Bernoulli site, with gradient, ``(R,) +
+            batch_shape + joined + (C,)``, where ``joined`` are the dimensions that ``to_event``
+            joined. A Bernoulli variable has two categories; the first is the value 1.
 
     Example:
         The score function without a baseline. The ELBO calls :meth:`~Estimator.surrogate` of a
@@ -95,80 +97,30 @@ class Site:
         z (1, 2, 4) (1, 2, 4)
     """
 
-    def __init__(
-        self,
-        name: str,
-        fn: Distribution,
-        event_dims: int,
-        call: Call,
-        reader: SiteReader,
-        *,
-        training: bool = True,
-    ) -> None:
-        self.name = name
-        self.fn = fn
-        self.event_dims = event_dims
-        self.call = call
-        self.training = training
-        self._reader = reader
+    name: str
+    fn: Distribution
+    event_dims: int
+    call: Call
+    training: bool
+    values: Tensor
+    cost: Tensor
+    live_cost: Tensor
+    totals: Tensor
+    later_scores: Tensor
+    log_prob: Tensor
+    score_function: Tensor
+    logits: Tensor
 
-    @cached_property
-    def values(self) -> Tensor:
-        """The coupled values, ``(K, R) + batch_shape + event_shape``."""
-        return self._reader.values()
+    @abstractmethod
+    def value_gradients(self) -> Tensor:
+        """Return the gradient of each path's ELBO in its value, shaped like ``values``."""
 
-    @cached_property
-    def cost(self) -> Tensor:
-        """The detached cost of each value, ``(K, R) + batch_shape``.
+    @abstractmethod
+    def logits_gradients(self, output: Tensor, *, create_graph: bool = False) -> Tensor:
+        """Return the gradient of a scalar in the logits of the values, shaped like ``fn.logits``.
 
-        The cost is the sum of the ``log p - log q`` terms that the site can influence according to
-        its plates, scaled and masked as in the ELBO.
+        This needs an estimator with ``draws_from_logits = True``.
         """
-        return self._reader.cost(live=False)
-
-    @cached_property
-    def live_cost(self) -> Tensor:
-        """The cost of each value with its gradient, ``(K, R) + batch_shape``."""
-        return self._reader.cost(live=True)
-
-    @cached_property
-    def totals(self) -> Tensor:
-        """The whole ELBO of each value's path, with gradient, ``(K, R)``."""
-        return self._reader.totals()
-
-    @cached_property
-    def later_scores(self) -> Tensor:
-        """Terms that, added to :attr:`totals`, give its mean an unbiased gradient, ``(K,)``.
-
-        They sum the detached cost times ``log q`` over particles, and over later sites of the
-        guide whose values have no gradient. The distributions of these sites depend on this site's
-        value, too. Only the gradient of the terms is meaningful.
-        """
-        return self._reader.later_scores()
-
-    @cached_property
-    def log_prob(self) -> Tensor:
-        """``log q`` of the first value, unscaled and unmasked, ``(R,) + batch_shape``."""
-        return self._reader.log_prob()
-
-    @cached_property
-    def score_function(self) -> Tensor:
-        """The log-density of the first value's accepted noise, ``(R,) + batch_shape``.
-
-        This is defined for distributions with their own ``score_parts``, such as Pyro's
-        ``Rejector``.
-        """
-        return self._reader.score_function()
-
-    @cached_property
-    def logits(self) -> Tensor:
-        """Logits of a one-hot, categorical or Bernoulli site, with gradient.
-
-        The shape is ``(R,) + batch_shape + joined + (C,)``, where ``joined`` are the dimensions
-        that ``to_event`` joined. A Bernoulli variable has two categories; the first is the value
-        1.
-        """
-        return self._reader.logits()
 
     def per_variable(self, cost: Tensor) -> Tensor:
         """Align a cost with the variables of an event: append a one for each joined dimension."""
@@ -177,17 +129,6 @@ class Site:
     def per_event(self, cost: Tensor) -> Tensor:
         """Align a cost with the values: append a one for each dimension of the event."""
         return cost.reshape(cost.shape + (1,) * (self.event_dims + self.fn.event_dim))
-
-    def value_gradients(self) -> Tensor:
-        """Return the gradient of each path's ELBO in its value, shaped like ``values``."""
-        return self._reader.value_gradients()
-
-    def logits_gradients(self, output: Tensor, *, create_graph: bool = False) -> Tensor:
-        """Return the gradient of a scalar in the logits of the values, shaped like ``fn.logits``.
-
-        This needs an estimator with ``draws_from_logits = True``.
-        """
-        return self._reader.logits_gradients(output, create_graph=create_graph)
 
 
 class Estimator(StatefulModule):

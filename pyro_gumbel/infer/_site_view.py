@@ -1,8 +1,12 @@
 """All passes of one step, read site by site: particles first, whether they were rows or runs."""
 
+# mypy: disable-error-code="override"
+# The tensors of a site are computed at their first use.
+
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -111,9 +115,7 @@ class Passes:
 
     def site(self, name: str, call: Call) -> Site:
         """Put together what the estimator of ``name`` sees."""
-        fn = self.having(name)[0][0].guide[name]["fn"]
-        reader = _Reader(self, name, fn)
-        return Site(name, unwrap(fn), event_dims(fn), call, reader, training=self.training)
+        return _SiteView(self, name, call)
 
 
 def _belongs(path: Path, name: str) -> bool:
@@ -121,37 +123,48 @@ def _belongs(path: Path, name: str) -> bool:
     return path.owner in (None, name)
 
 
-class _Reader:
+class _SiteView(Site):
     """Reads one site's tensors off the paths."""
 
-    def __init__(self, passes: Passes, name: str, fn: Any) -> None:
-        self.passes = passes
+    def __init__(self, passes: Passes, name: str, call: Call) -> None:
+        fn = passes.having(name)[0][0].guide[name]["fn"]
         self.name = name
-        self.event_dim = fn.event_dim
-        self.joined = event_dims(fn)
-        self.logits_event_dim = unwrap(fn).event_dim
+        self.fn = unwrap(fn)
+        self.event_dims = event_dims(fn)
+        self.call = call
+        self.training = passes.training
+        self._passes = passes
+        self._event_dim = fn.event_dim
 
+    @cached_property
     def values(self) -> Tensor:
-        return self._gather(lambda run: run.value(self.name), self.event_dim)
+        return self._gather(lambda run: run.value(self.name), self._event_dim)
 
-    def cost(self, *, live: bool) -> Tensor:
-        return self._gather(lambda run: run.cost(self.name, live=live))
+    @cached_property
+    def cost(self) -> Tensor:
+        return self._gather(lambda run: run.cost(self.name, live=False))
 
+    @cached_property
+    def live_cost(self) -> Tensor:
+        return self._gather(lambda run: run.cost(self.name, live=True))
+
+    @cached_property
     def totals(self) -> Tensor:
         groups = []
-        for group in self.passes.having(self.name):
+        for group in self._passes.having(self.name):
             own = [run.totals[index] for run, index, _ in self._own_paths(group)]
             groups.append(torch.stack(own))
         return torch.cat(groups, 1)
 
+    @cached_property
     def later_scores(self) -> Tensor:
-        own = [path for group in self.passes.having(self.name) for path in self._own_paths(group)]
+        own = [path for group in self._passes.having(self.name) for path in self._own_paths(group)]
         size = 1 + max(value for _, _, value in own)
         total = [torch.zeros_like(own[0][0].totals[0, 0]) for _ in range(size)]
-        names = list(self.passes.estimators)
+        names = list(self._passes.estimators)
         for name in names[names.index(self.name) + 1 :]:
-            estimator = self.passes.estimators[name]
-            fn = unwrap(self.passes.having(name)[0][0].guide[name]["fn"])
+            estimator = self._passes.estimators[name]
+            fn = unwrap(self._passes.having(name)[0][0].guide[name]["fn"])
             moves = estimator.route is Route.PATHWISE and not has_score_parts(fn)
             if moves or estimator.route is Route.ENUMERATE:
                 continue
@@ -169,33 +182,36 @@ class _Reader:
             if _belongs(path, self.name) and run.has(path)
         ]
 
+    @cached_property
     def log_prob(self) -> Tensor:
         return self._gather(lambda run: run.log_prob(self.name))[0]
 
+    @cached_property
     def score_function(self) -> Tensor:
         return self._gather(lambda run: run.draw_score(self.name))[0]
 
+    @cached_property
     def logits(self) -> Tensor:
-        return self._gather(lambda run: one_hot_logits(self._fn(run)), self.joined + 1)[0]
+        return self._gather(lambda run: one_hot_logits(self._fn(run)), self.event_dims + 1)[0]
 
     def value_gradients(self) -> Tensor:
         # Run by run: looped, a later site's branches are handed the main path's very tensor.
         return self._gather(
-            lambda run: _gradients(run.totals.sum(), [run.value(self.name)])[0], self.event_dim
+            lambda run: _gradients(run.totals.sum(), [run.value(self.name)])[0], self._event_dim
         )
 
-    def logits_gradients(self, output: Tensor, *, create_graph: bool) -> Tensor:
-        estimator = self.passes.estimators[self.name]
+    def logits_gradients(self, output: Tensor, *, create_graph: bool = False) -> Tensor:
+        estimator = self._passes.estimators[self.name]
         if not estimator.draws_from_logits:
             raise TypeError(
                 f"At site {self.name!r}, {type(estimator).__name__} calls logits_gradients, so "
                 "its class needs draws_from_logits = True."
             )
         # Coupled values are drawn on the main path, so its logits alone were used.
-        mains = [group[0] for group in self.passes.having(self.name)]
+        mains = [group[0] for group in self._passes.having(self.name)]
         logits = [run.logits[self.name] for run in mains]
         gradients = _gradients(output, logits, create_graph=create_graph)
-        events = self.joined + self.logits_event_dim
+        events = self.event_dims + self.fn.event_dim
         blocks = [
             run.layout.split(gradient, events)[run.layout.paths.index(MAIN)]
             for run, gradient in zip(mains, gradients, strict=True)
@@ -206,7 +222,7 @@ class _Reader:
         return unwrap(run.guide[self.name]["fn"])
 
     def _gather(self, read: Callable[[Run], Tensor], event_dim: int = 0) -> Tensor:
-        return self.passes.gather(self.name, read, event_dim)
+        return self._passes.gather(self.name, read, event_dim)
 
 
 def _score(name: str, paths: list[tuple[Run, int]]) -> Tensor:
