@@ -12,7 +12,6 @@ __all__ = [
     "check_dims",
     "check_estimators",
     "check_names",
-    "check_num_samples",
     "check_number",
     "check_programs",
     "integer",
@@ -39,53 +38,28 @@ def without_dimensions(value: Any) -> Any:
     return value.item() if single else value
 
 
-def integer(name: str, value: Any, least: int) -> int:
-    """Convert an integer of any library to Python's own.
+def integer(name: str, value: Any, least: int, kind: type[Exception] = TypeError) -> int:
+    """Convert an integer of any library to Python's own; raise ``kind`` for another value.
 
     Raises:
-        TypeError: If it is not an integer.
         ValueError: If it is below ``least``.
     """
     if is_integer(value) and value >= least:
         return int(value)
-    error = ValueError if is_integer(value) else TypeError
+    error = ValueError if is_integer(value) else kind
     raise error(f"{name} must be an integer of at least {least}; got {value!r}.")
 
 
 def positive(name: str, value: Any) -> float:
-    """Convert a positive number to a float.
-
-    Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is not above zero.
-    """
+    """Convert a number above zero to a float, else raise ``TypeError`` or ``ValueError``."""
     if is_number(value) and value > 0:
         return float(value)
     error = ValueError if is_number(value) else TypeError
     raise error(f"{name} must be positive, a number such as 2.0; got {value!r}.")
 
 
-def check_num_samples(
-    owner: str, num_samples: Any, least: int, *, argument: str = "num_samples"
-) -> int:
-    """Convert a number of samples, or of steps, to Python's own.
-
-    Raises:
-        ValueError: If it is not an integer, or too small.
-    """
-    if not is_integer(num_samples) or num_samples < least:
-        raise ValueError(
-            f"{owner}: {argument} must be an integer of at least {least}; got {num_samples!r}."
-        )
-    return int(num_samples)
-
-
 def check_number(owner: str, argument: str, value: Any, *, example: float) -> float:
-    """Convert a number of any library to Python's own.
-
-    Raises:
-        TypeError: If it is not a number.
-    """
+    """Convert a number of any library to Python's own, else raise ``TypeError``."""
     value = without_dimensions(value)
     if not is_number(value):
         raise TypeError(
@@ -95,11 +69,7 @@ def check_number(owner: str, argument: str, value: Any, *, example: float) -> fl
 
 
 def check_programs(model: Any, guide: Any) -> None:
-    """Refuse what cannot be called, such as the result of a program.
-
-    Raises:
-        TypeError: If one of them is not callable.
-    """
+    """Raise ``TypeError`` for what cannot be called, such as the result of a program."""
     for name, program in (("model", model), ("guide", guide)):
         if not callable(program):
             raise TypeError(
@@ -109,12 +79,7 @@ def check_programs(model: Any, guide: Any) -> None:
 
 
 def check_estimators(estimators: Any) -> None:
-    """Refuse anything but a dict of estimators by label.
-
-    Raises:
-        TypeError: If it is not a dict, or a label is not a string.
-        ValueError: If it is empty.
-    """
+    """Raise ``TypeError`` or ``ValueError`` for anything but estimators by label."""
     if not isinstance(estimators, Mapping):
         raise TypeError(
             "estimators must be a dict of labels, such as estimators={'reinmax': ReinMax()}; got "
@@ -131,11 +96,7 @@ def check_estimators(estimators: Any) -> None:
 
 
 def check_coords(coords: Any) -> None:
-    """Refuse anything but a dict of coordinates.
-
-    Raises:
-        TypeError: If it is not a dict.
-    """
+    """Raise ``TypeError`` for anything but a dict of coordinates."""
     if coords is not None and not isinstance(coords, Mapping):
         raise TypeError(
             f"coords must be a dict, such as coords={{'category': ['x', 'y']}}; got {coords!r}."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
@@ -14,7 +13,7 @@ __all__ = [
     "Route",
     "convert_class",
     "convert_flags",
-    "objection",
+    "read_flag",
 ]
 
 
@@ -75,11 +74,25 @@ def convert_class(kind: Any) -> None:
     flags = {name: own[name] for name in FLAGS if isinstance(own.get(name), bool)}
     convert_flags(kind, kind, flags, stacklevel=5)
     if "objection" in own:
-        kind.why_unsupported = _renamed(own["objection"])
+        kind.why_unsupported = own["objection"]
         _warn(kind, "the method objection", "Rename it to why_unsupported", stacklevel=4)
+    elif "why_unsupported" in own:
+        kind.objection = own["why_unsupported"]  # which a subclass of version 0.1 calls
     if "draw_shared" in own:
         instead = "It is not called any more: override shares_noise and draw_from_noise"
         _warn(kind, "the method draw_shared", instead, stacklevel=4)
+
+
+def read_flag(estimator: Any, flag: str) -> bool:
+    """Return the value of a flag of version 0.1, by the attribute that replaces it."""
+    name, if_true, _ = _REPLACED.get(flag, ("differentiates_branches", True, False))
+    instead = name if if_true is True else f"{name} is {if_true}"
+    warnings.warn(
+        f"{type(estimator).__name__}.{flag} is of version 0.1 of pyro_gumbel. Read {instead}.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return getattr(estimator, name) is if_true
 
 
 def convert_flags(target: Any, kind: type, flags: dict[str, bool], *, stacklevel: int) -> None:
@@ -109,18 +122,3 @@ def convert_flags(target: Any, kind: type, flags: dict[str, bool], *, stacklevel
 def _warn(kind: type, old: str, instead: str, *, stacklevel: int) -> None:
     message = f"{kind.__name__} has {old}, of version 0.1 of pyro_gumbel. {instead}."
     warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
-
-
-def _renamed(method: Callable[..., str | None]) -> Callable[..., str | None]:
-    def why_unsupported(self: Any, fn: Any, event_dims: int) -> str | None:
-        return method(self, fn, event_dims)
-
-    why_unsupported.__doc__ = objection.__doc__
-    return why_unsupported
-
-
-def objection(estimator: Any, fn: Any, event_dims: int) -> str | None:
-    """Return why a site is unsupported, by the method's name of version 0.1."""
-    methods = (vars(kind).get("why_unsupported") for kind in type(estimator).__mro__)
-    current = (m for m in methods if m is not None and m.__doc__ is not objection.__doc__)
-    return next(current)(estimator, fn, event_dims)

@@ -7,7 +7,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pyro_gumbel._validate import check_num_samples
+from pyro_gumbel._validate import integer
 from pyro_gumbel.distributions._numerics import uniform_noise
 from pyro_gumbel.distributions.families import (
     bit_probs,
@@ -92,7 +92,9 @@ class ARMS(Estimator):
 
     def __init__(self, num_samples: int = 4) -> None:
         super().__init__()
-        self.num_samples = self.num_values = check_num_samples("ARMS", num_samples, least=2)
+        self.num_samples = self.num_values = integer(
+            "ARMS: num_samples", num_samples, 2, ValueError
+        )
 
     def draw(self, fn: Distribution) -> Tensor:
         probs = bit_probs(fn)

@@ -18,7 +18,7 @@ from pyro_gumbel.estimators._flags import (
     Route,
     convert_class,
     convert_flags,
-    objection,
+    read_flag,
 )
 from pyro_gumbel.estimators._module import StatefulModule
 from pyro_gumbel.estimators.schedules import Schedule
@@ -198,6 +198,14 @@ class Estimator(StatefulModule):
         else:
             super().__setattr__(name, value)
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # a submodule may have the name of a flag
+        except AttributeError:
+            if name in FLAGS:
+                return read_flag(self, name)
+            raise
+
     def supports(self, fn: Distribution) -> bool:
         """Return whether it supports ``fn``, a distribution without ``to_event`` and ``mask``.
 
@@ -209,6 +217,8 @@ class Estimator(StatefulModule):
     def why_unsupported(self, fn: Distribution, event_dims: int) -> str | None:
         """Return why a site of a supported family is unsupported, or ``None``."""
         return None
+
+    objection = why_unsupported  # the name of version 0.1
 
     def draw(self, fn: Distribution) -> Tensor:
         """Draw a value of shape ``fn.batch_shape + fn.event_shape``, without gradient."""
@@ -247,5 +257,3 @@ class Estimator(StatefulModule):
     def schedules(self) -> list[Schedule]:
         """Return the schedules to advance after a step."""
         return [module for module in self.modules() if isinstance(module, Schedule)]
-
-    objection = objection

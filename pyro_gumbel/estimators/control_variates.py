@@ -8,7 +8,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor, nn
 
-from pyro_gumbel._validate import check_num_samples
+from pyro_gumbel._validate import integer
 from pyro_gumbel.distributions._numerics import noise_dtype
 from pyro_gumbel.distributions.families import (
     is_bit,
@@ -76,8 +76,8 @@ class _LeaveOneOut(DifferentiatingEstimator):
 
     def __init__(self, num_samples: int, learn: bool) -> None:
         super().__init__()
-        name = type(self).__name__
-        self.num_samples = self.num_values = check_num_samples(name, num_samples, least=2)
+        name = f"{type(self).__name__}: num_samples"
+        self.num_samples = self.num_values = integer(name, num_samples, 2, ValueError)
         self.learn = learn
 
     def draw(self, fn: Distribution) -> Tensor:
@@ -179,7 +179,7 @@ class Rodeo(_LeaveOneOut):
 
     def __init__(self, num_samples: int = 2, *, learn: bool = True, hidden: int = 100) -> None:
         super().__init__(num_samples, learn)
-        self.hidden = check_num_samples("Rodeo", hidden, least=1, argument="hidden")
+        self.hidden = integer("Rodeo: hidden", hidden, 1, ValueError)
         self.scales = nn.Parameter(torch.zeros(2))
         self.network = nn.Sequential(
             nn.Linear(2, self.hidden), nn.LeakyReLU(0.3), nn.Linear(self.hidden, 2)

@@ -6,7 +6,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
-from pyro_gumbel._validate import check_num_samples
+from pyro_gumbel._validate import integer
 from pyro_gumbel.distributions.families import (
     from_index,
     has_logits,
@@ -96,9 +96,7 @@ class LocalExpectation(Estimator):
     def __init__(self, *, chunk_size: int | None = 64) -> None:
         super().__init__()
         if chunk_size is not None:
-            chunk_size = check_num_samples(
-                "LocalExpectation", chunk_size, least=1, argument="chunk_size"
-            )
+            chunk_size = integer("LocalExpectation: chunk_size", chunk_size, 1, ValueError)
         self.chunk_size = chunk_size
 
     def block_size(self, fn: Distribution, event_dims: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_gumbel._validate import check_num_samples
+from pyro_gumbel._validate import integer
 from pyro_gumbel.distributions._base import plain_eager
 from pyro_gumbel.distributions._numerics import gumbel_noise
 from pyro_gumbel.distributions.families import is_one_hot
@@ -140,7 +140,7 @@ class _Rao(OneHotEstimator):
                 f"one. Write {name}(temperature.detach()), or use GumbelStraightThrough or "
                 "ReinMax, which can learn their temperature."
             )
-        self.num_samples = check_num_samples(name, num_samples, least=1)
+        self.num_samples = integer(f"{name}: num_samples", num_samples, 1, ValueError)
 
     def _average(self, logits: Tensor, log_probs: Tensor, hard: Tensor) -> Tensor:
         """Return ``hard`` with the mean Jacobian, stored as draws or matrices (the smaller)."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_gumbel._validate import check_num_samples, check_number, is_number, without_dimensions
+from pyro_gumbel._validate import check_number, integer, is_number, without_dimensions
 from pyro_gumbel.estimators._module import StatefulModule
 
 __all__ = ["Exponential", "Linear", "Schedule"]
@@ -141,7 +141,7 @@ class Linear(Schedule):
         self.end = _check_positive("Linear", "end", end)
         if isinstance(steps, float) and steps.is_integer():  # such as 1e4
             steps = int(steps)
-        self.steps = check_num_samples("Linear", steps, least=1, argument="steps")
+        self.steps = integer("Linear: steps", steps, 1, ValueError)
 
     @property
     def value(self) -> float:
@@ -160,28 +160,28 @@ def _check_positive(owner: str, name: str, value: float) -> float:
 def check_temperature(
     owner: str, name: str, value: Any, *, kinds: Sequence[str] = ("number", "tensor", "schedule")
 ) -> Any:
-    """Return a temperature, a number as a float.
+    """Return a temperature of one of the ``kinds``, a number as a float.
 
     Raises:
-        TypeError: If it is not of one of the ``kinds``.
+        TypeError: If it is of another kind.
         ValueError: If it is not positive.
     """
-    if "tensor" not in kinds:
-        value = without_dimensions(value)
-    if isinstance(value, (Schedule, Tensor)):
-        kind = "schedule" if isinstance(value, Schedule) else "tensor"
-    else:
-        kind = "number" if is_number(value) else ""
-    if kind not in kinds:
-        *others, last = (f"a {kind}" for kind in kinds)
-        expected = f"{', '.join(others)} or {last}" if others else last
-        example = f"{name}=0.5"
-        if "schedule" in kinds:
-            example += f" or {name}=Exponential(1.0, 0.5, 1e-4)"
-        raise TypeError(f"{owner}: {name} must be {expected}, such as {example}; got {value!r}.")
-    if kind == "schedule":
+    if isinstance(value, Schedule) and "schedule" in kinds:
         return value
-    positive = bool((value > 0).all()) if kind == "tensor" else 0 < value < math.inf
-    if not positive:
+    if isinstance(value, Tensor) and "tensor" in kinds:
+        is_positive = bool((value > 0).all())
+    else:
+        value = without_dimensions(value)
+        if not is_number(value):
+            expected = " or ".join(", ".join(f"a {kind}" for kind in kinds).rsplit(", ", 1))
+            example = f"{name}=0.5"
+            if "schedule" in kinds:
+                example += f" or {name}=Exponential(1.0, 0.5, 1e-4)"
+            raise TypeError(
+                f"{owner}: {name} must be {expected}, such as {example}; got {value!r}."
+            )
+        value = float(value)
+        is_positive = 0 < value < math.inf
+    if not is_positive:
         raise ValueError(f"{owner}: {name} must be positive; got {value!r}.")
-    return value if kind == "tensor" else float(value)
+    return value

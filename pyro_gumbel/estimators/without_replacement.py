@@ -8,7 +8,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor
 
-from pyro_gumbel._validate import check_num_samples
+from pyro_gumbel._validate import integer
 from pyro_gumbel.distributions._numerics import gumbel_noise
 from pyro_gumbel.distributions.families import (
     from_index,
@@ -96,7 +96,7 @@ class SumAndSample(_WithoutReplacement):
 
     def __init__(self, num_sum: int = 2) -> None:
         super().__init__()
-        self.num_sum = check_num_samples("SumAndSample", num_sum, least=1, argument="num_sum")
+        self.num_sum = integer("SumAndSample: num_sum", num_sum, 1, ValueError)
         self.num_values = self.num_sum + 1
 
     def surrogate(self, site: Site) -> Tensor:
@@ -136,14 +136,13 @@ class UnorderedSet(_WithoutReplacement):
 
     def __init__(self, num_samples: int = 3) -> None:
         super().__init__()
-        num_samples = check_num_samples("UnorderedSet", num_samples, least=2)
+        num_samples = integer("UnorderedSet: num_samples", num_samples, 2, ValueError)
         if num_samples > _LARGEST_SET:
             raise ValueError(
                 f"UnorderedSet: num_samples must be at most {_LARGEST_SET}, since the weights "
                 f"need 2^num_samples sums; got {num_samples!r}."
             )
-        self.num_samples = num_samples
-        self.num_values = num_samples
+        self.num_samples = self.num_values = num_samples
 
     def surrogate(self, site: Site) -> Tensor:
         log_probs, cost = self._drawn(site)

@@ -359,6 +359,33 @@ def test_an_old_flag_can_be_set_on_an_estimator():
     assert Score().route is Old.route is Route.SCORE
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_an_old_flag_can_be_read_from_an_estimator(case):
+    _, own, _, flags, instead = CASES[case]
+    for flag, value in flags.items():
+        with pytest.warns(DeprecationWarning, match=rf"\.{flag} is {OLD}.* Read ") as got:
+            assert getattr(own, flag) is value
+        assert got[0].filename == __file__
+        assert any(f" {name}" in str(got[0].message) for name in [*instead, "differentiates_"])
+    with pytest.raises(AttributeError, match="has no attribute 'no_flag'"):
+        own.no_flag  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "instead"),
+    [
+        ("branches_are_draws", True, "branches is Branches.SAMPLES"),
+        ("moves_plates", False, "branches is Branches.COUNTERFACTUAL"),
+        ("pathwise", False, "route is Route.PATHWISE"),
+        ("needs_linked_value", False, "needs_smooth_cost"),
+        ("branches_have_graph", True, "differentiates_branches"),
+    ],
+)
+def test_flags_of_the_score_function(flag, value, instead):
+    with pytest.warns(DeprecationWarning, match=rf"Score\.{flag} is {OLD}.* Read {instead}\."):
+        assert getattr(Score(), flag) is value
+
+
 def test_other_attributes_may_have_the_name_of_an_old_flag():
     class Mixture(Estimator):
         def __init__(self):
