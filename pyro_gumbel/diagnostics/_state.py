@@ -29,7 +29,6 @@ from torch.distributions import constraints, transform_to
 
 from pyro_gumbel._validate import is_integer
 from pyro_gumbel.estimators import Call, Estimator
-from pyro_gumbel.estimators.registry import NamedEstimators
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 from pyro_gumbel.infer._checks import PARTICLE_PLATE
 from pyro_gumbel.infer._operations import Undo
@@ -318,9 +317,7 @@ class Replica:
     def save(self) -> Callable[[], None]:
         """Remember the estimators' state; return what puts it back."""
         held = [own for _, own in self._copies.values()]
-        for value in nested(vars(self.elbo)):
-            made = value.made() if isinstance(value, NamedEstimators) else {"": value}
-            held += [estimator for estimator in made.values() if isinstance(estimator, Estimator)]
+        held += [value for value in nested(vars(self.elbo)) if isinstance(value, Estimator)]
         states = [(estimator, copy.deepcopy(estimator.state_dict())) for estimator in held]
 
         def restore() -> None:

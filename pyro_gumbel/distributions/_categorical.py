@@ -27,9 +27,9 @@ from pyro_gumbel.distributions._base import (
 from pyro_gumbel.distributions._numerics import (
     exact_log,
     exact_logit,
-    log_exponential_noise,
     log_softmax,
     noise_dtype,
+    perturb,
     widen,
 )
 
@@ -139,9 +139,7 @@ class CategoricalDistribution(DiscreteDistribution):
 
     def _perturbed(self, sample_shape: Any) -> Tensor:
         """Draw logits plus Gumbel noise, float32 or better; their argmax is an exact draw."""
-        scores = self._scores
-        shape = self._extended_shape(sample_shape)
-        return scores - log_exponential_noise(shape, scores.dtype, scores.device)
+        return perturb(self._scores, self._extended_shape(sample_shape))
 
 
 def value_dtype(fn: Any) -> torch.dtype:

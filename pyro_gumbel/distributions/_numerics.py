@@ -146,6 +146,12 @@ def gumbel_noise(
     return log_exponential_noise(shape, dtype, device).neg_()
 
 
+def perturb(scores: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """Add standard Gumbel noise to scores in float32 or better, in ``shape`` if it is given."""
+    shape = scores.shape if shape is None else shape
+    return scores - log_exponential_noise(shape, scores.dtype, scores.device)
+
+
 def logistic_noise(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None = None
 ) -> Tensor:

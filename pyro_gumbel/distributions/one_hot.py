@@ -17,8 +17,8 @@ from pyro_gumbel.distributions._categorical import CategoricalDistribution, sole
 from pyro_gumbel.distributions._constraints import relaxed_simplex
 from pyro_gumbel.distributions._numerics import (
     entropy,
-    log_exponential_noise,
     noise_dtype,
+    perturb,
     with_signature,
 )
 
@@ -65,8 +65,7 @@ def draw_one_hot(logits: Tensor, sample_shape: Sequence[int] = ()) -> Tensor:
         index = draw_index(phi.exp_(), torch.Size(sample_shape))
         shape = index.shape[:-1] + logits.shape[-1:]
         return torch.zeros(shape, dtype=logits.dtype).scatter_(-1, index, 1)
-    log_noise = log_exponential_noise((*sample_shape, *phi.shape), phi.dtype, phi.device)
-    return one_hot_argmax(phi - log_noise, logits.dtype)
+    return one_hot_argmax(perturb(phi, (*sample_shape, *phi.shape)), logits.dtype)
 
 
 def _fused_draw(logits: Tensor, sample_shape: torch.Size) -> Tensor | None:

@@ -74,9 +74,6 @@ class ARMS(Estimator):
     Args:
         num_samples: Number ``K`` of draws, at least 2.
 
-    Raises:
-        ValueError: If ``num_samples`` is below 2.
-
     References:
         ARMS: Antithetic-REINFORCE-Multi-Sample Gradient for Binary Variables (Dimitriev, Zhou,
         2021), https://arxiv.org/abs/2105.14141

@@ -85,15 +85,11 @@ class Site(ABC):
         ...     def surrogate(self, site):
         ...         print(site.name, tuple(site.values.shape), tuple(site.cost.shape))
         ...         return site.cost[0] * site.log_prob
-        >>> from pyro_gumbel.infer import Estimator_ELBO
-        >>> def model():
+        >>> from pyro_gumbel.infer import Estimator_ELBO, config_gradient
+        >>> def program():
         ...     with pyro.plate("data", 4):
-        ...         pyro.sample("z", dist.Bernoulli(0.3))
-        >>> def guide():
-        ...     logit = pyro.param("logit", torch.tensor(0.0))
-        ...     with pyro.plate("data", 4):
-        ...         pyro.sample("z", dist.Bernoulli(logits=logit), infer={"gradient": Plain()})
-        >>> loss = Estimator_ELBO(num_particles=2).loss_and_grads(model, guide)
+        ...         pyro.sample("z", dist.Bernoulli(pyro.param("p", torch.tensor(0.3))))
+        >>> loss = Estimator_ELBO(2).loss_and_grads(program, config_gradient(program, Plain()))
         z (1, 2, 4) (1, 2, 4)
     """
 
@@ -152,6 +148,9 @@ class Estimator(StatefulModule):
 
     Keep hyper-parameters as attributes under the constructor's names, so that ``repr`` can rebuild
     the object. Several sites may share an estimator, so keep state by site name.
+
+    Constructors raise ``TypeError`` for an argument of another type than documented and
+    ``ValueError`` for one out of range; a loss raises ``ValueError`` at an unsupported site.
 
     Example:
         A complete estimator for Bernoulli sites, with pairs of antithetic draws.

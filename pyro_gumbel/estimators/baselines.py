@@ -20,7 +20,8 @@ __all__ = ["Baseline", "LeaveOneOut", "MovingAverage", "NeuralBaseline"]
 class Baseline(StatefulModule):
     """A term subtracted from a particle's cost, independent of the particle's own draw.
 
-    A baseline changes its state only if ``site.training`` is true.
+    A baseline changes its state only if ``site.training`` is true. Arguments raise errors as those
+    of an :class:`~pyro_gumbel.estimators.Estimator` do.
 
     Example:
         A custom baseline: the lowest cost of the other particles, for each element of a plate.
@@ -89,10 +90,6 @@ class MovingAverage(Baseline):
     Args:
         decay: Weight of the past, from 0 (only the last step) to below 1.
 
-    Raises:
-        TypeError: If ``decay`` is not a number.
-        ValueError: If ``decay`` is outside [0, 1).
-
     References:
         Simple statistical gradient-following algorithms for connectionist reinforcement learning
         (Williams, 1992)
@@ -144,8 +141,7 @@ class NeuralBaseline(Baseline):
         input: The name of an argument of the guide or the model, or a callable of their arguments.
 
     Raises:
-        TypeError: If ``module`` is not a module, or ``input`` neither a name nor a callable.
-        ValueError: If no argument has that name, or the prediction does not broadcast.
+        ValueError: At a site, if no argument has that name, or the prediction does not broadcast.
 
     References:
         Neural Variational Inference and Learning in Belief Networks (Mnih, Gregor, 2014),

@@ -81,7 +81,8 @@ class _LeaveOneOut(DifferentiatingEstimator):
         self.learn = learn
 
     def draw(self, fn: Distribution) -> Tensor:
-        return independent_draws(fn, self.num_samples).requires_grad_()
+        draws = [sample_detached(fn) for _ in range(self.num_samples)]
+        return torch.stack(draws).requires_grad_()
 
 
 class DoubleControlVariate(_LeaveOneOut):
@@ -100,9 +101,6 @@ class DoubleControlVariate(_LeaveOneOut):
         num_samples: Number ``K`` of independent draws, at least 2.
         learn: Train :math:`\alpha` to reduce the variance, by the user's optimiser. It starts at
             zero, which is plain leave-one-out.
-
-    Raises:
-        ValueError: If ``num_samples`` is below 2.
 
     References:
         Double Control Variates for Gradient Estimation in Discrete Latent Variable Models
@@ -160,10 +158,7 @@ class Rodeo(_LeaveOneOut):
         num_samples: Number ``K`` of independent draws, at least 2.
         learn: Train :math:`\alpha, \beta` and the network to reduce the variance, by the user's
             optimiser. :math:`\alpha, \beta` start at zero, which is plain leave-one-out.
-        hidden: Width of the network.
-
-    Raises:
-        ValueError: If ``num_samples`` is below 2 or ``hidden`` below 1.
+        hidden: Width of the network, at least 1.
 
     References:
         Gradient Estimation with Discrete Stein Operators (Shi, Zhou, Hwang, Titsias, Mackey,
@@ -232,16 +227,8 @@ class Rodeo(_LeaveOneOut):
         return self.network(inputs.to(self.scales.dtype)).to(linear.dtype)
 
 
-def independent_draws(fn: Distribution, count: int) -> Tensor:
-    """Draw ``count`` values without gradient, stacked along a new first dimension."""
-    return torch.stack([sample_detached(fn) for _ in range(count)])
-
-
 def lower(loss: Tensor, parameters: list[Tensor]) -> Tensor:
-    """Return a zero term of a surrogate whose maximisation minimises ``loss``.
-
-    It only has a gradient in ``parameters``, although the loss may depend on other parameters.
-    """
+    """Return a zero term of a surrogate that only trains ``parameters``, to lower ``loss``."""
     gradients = torch.autograd.grad(
         loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
     )

@@ -71,12 +71,11 @@ class LocalExpectation(Estimator):
     one without gradient.
 
     Args:
-        chunk_size: Number of these evaluations at once, with vectorised particles; ``None`` for
-            all.
+        chunk_size: Number of these evaluations at once, with vectorised particles, at least 1;
+            ``None`` for all.
 
     Raises:
-        ValueError: If ``chunk_size`` is not an integer or is below 1; at a site, if a site outside
-            its plates depends on it.
+        ValueError: At a site, if a site outside its plates depends on it.
 
     References:
         Local Expectation Gradients for Black Box Variational Inference (Titsias, Lazaro-Gredilla,

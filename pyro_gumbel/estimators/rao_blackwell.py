@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_gumbel._validate import integer
 from pyro_gumbel.distributions._base import plain_eager
-from pyro_gumbel.distributions._numerics import gumbel_noise
+from pyro_gumbel.distributions._numerics import log_exponential_noise
 from pyro_gumbel.distributions.families import is_one_hot
 from pyro_gumbel.distributions.one_hot import draw_one_hot
 from pyro_gumbel.estimators.schedules import Schedule
@@ -33,9 +33,8 @@ def conditional_scores(
     :math:`-\log E_i`, and every other is :math:`-\log(E_j / p_j + E_i)`. ``log_probs`` are
     normalised. The scores, ``sample_shape + batch_shape + (C,)``, are differentiable in them.
     """
-    noise = (
-        -gumbel_noise((*sample_shape, *log_probs.shape), log_probs.dtype, log_probs.device)
-    ).exp()
+    shape = (*sample_shape, *log_probs.shape)
+    noise = log_exponential_noise(shape, log_probs.dtype, log_probs.device).exp()
     top = (noise * hard).sum(-1, keepdim=True)
     # A category of probability zero never arrives; the clamp keeps gradients finite.
     waits = noise * (-log_probs).clamp(max=80.0).exp()
@@ -167,11 +166,7 @@ class GumbelRao(_Rao):
 
     Args:
         temperature: Positive number, tensor without gradient, or schedule.
-        num_samples: Number ``K`` of conditional draws.
-
-    Raises:
-        ValueError: If the temperature is not positive or requires a gradient, or ``num_samples``
-            is below 1.
+        num_samples: Number ``K`` of conditional draws, at least 1.
 
     References:
         Rao-Blackwellizing the Straight-Through Gumbel-Softmax Gradient Estimator (Paulus,
@@ -199,15 +194,7 @@ class ReinMaxRao(_Rao):
     :class:`ReinMax` and a larger bias. The bias is smallest at a temperature of about 0.6; at
     other temperatures gradients shrink, for linear costs by half as the temperature tends to 0.
     *Requires*: a cost differentiable at one-hot values. *Cost*: one evaluation, and
-    ``num_samples`` softmaxes at the site.
-
-    Args:
-        temperature: Positive number, tensor without gradient, or schedule.
-        num_samples: Number ``K`` of conditional draws.
-
-    Raises:
-        ValueError: If the temperature is not positive or requires a gradient, or ``num_samples``
-            is below 1.
+    ``num_samples`` softmaxes at the site. Arguments are those of :class:`GumbelRao`.
 
     References:
         Wang, Bui (2026), https://arxiv.org/abs/2603.08257

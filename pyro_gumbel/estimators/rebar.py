@@ -9,7 +9,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin as Distribution
 from torch import Tensor, nn
 
-from pyro_gumbel.distributions._numerics import gumbel_noise
+from pyro_gumbel.distributions._numerics import perturb
 from pyro_gumbel.distributions.families import is_bit, one_hot_logits, value_dtype
 from pyro_gumbel.distributions.one_hot import one_hot_argmax
 from pyro_gumbel.estimators.base import Branches, Site
@@ -40,9 +40,8 @@ class Rebar(DifferentiatingEstimator):
             the user's optimiser.
 
     Raises:
-        TypeError: If the temperature is not a number.
-        ValueError: If the temperature is not positive; at a site, if the model uses relaxed values
-            without a gradient, such as by an index.
+        ValueError: At a site, if the model uses relaxed values without a gradient, such as by an
+            index.
 
     References:
         REBAR: Low-variance, unbiased gradient estimates for discrete latent variable models
@@ -69,7 +68,7 @@ class Rebar(DifferentiatingEstimator):
 
     def draw(self, fn: Distribution) -> Tensor:
         log_probs = one_hot_logits(fn).log_softmax(-1)
-        scores = log_probs + gumbel_noise(log_probs.shape, log_probs.dtype, log_probs.device)
+        scores = perturb(log_probs)
         hard = one_hot_argmax(scores, scores.dtype)
         given = conditional_scores(log_probs, hard)
         temperature = self.log_temperature.exp().to(log_probs.dtype)
@@ -118,9 +117,7 @@ class Relax(Rebar):
             optimiser.
 
     Raises:
-        TypeError: If ``critic`` is not a module, or the temperature is not a number.
-        ValueError: If the temperature is not positive; at a site, if the critic's output has a
-            wrong shape.
+        ValueError: At a site, if the critic's output has a wrong shape, or as for :class:`Rebar`.
 
     References:
         Backpropagation through the Void (Grathwohl, Choi, Wu, Roeder, Duvenaud, 2018),

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 from pyro_gumbel import estimators
 from pyro_gumbel.estimators.base import Estimator
@@ -53,75 +53,52 @@ CLASSES: dict[str, type[Estimator]] = {
 }
 
 
-class NamedEstimators:
-    """One estimator per name, made at the first use of the name.
+class NamedEstimators(dict[str, Estimator]):
+    """One estimator per name, its class with default arguments, made at the first use of the name.
 
-    A name is its class with default hyper-parameters. The state belongs to the owner of this
-    object: for a name in a config this is the configured guide, for a name in
-    ``infer={"gradient": ...}`` or ``default=`` it is the ELBO. The attributes are the estimators
-    made so far, by name.
+    The state belongs to the owner of this object: for a name in a config this is the configured
+    guide, for a name in ``infer={"gradient": ...}`` or ``default=`` it is the ELBO.
     """
 
-    def named(self, name: str) -> Estimator:
-        """Return the estimator of a name.
-
-        Raises:
-            ValueError: If the name is unknown.
-        """
-        if name not in vars(self):
-            if name not in CLASSES:
-                raise ValueError(
-                    f"Unknown estimator name {name!r}; the names are {estimator_names()}."
-                )
-            setattr(self, name, CLASSES[name]())
-        return cast(Estimator, getattr(self, name))
-
-    def made(self) -> dict[str, Estimator]:
-        """Return the estimators made so far, by name."""
-        return dict(vars(self))
+    def __missing__(self, name: str) -> Estimator:
+        if name not in CLASSES:
+            raise ValueError(
+                f"Unknown estimator name {name!r}; the names are {estimator_names()}."
+            )
+        self[name] = CLASSES[name]()
+        return self[name]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of each estimator made so far, by name."""
-        return {name: estimator.state_dict() for name, estimator in self.made().items()}
+        return {name: estimator.state_dict() for name, estimator in self.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: If a name in the state is unknown.
-        """
+        """Restore what :meth:`state_dict` returned; raise ``ValueError`` for an unknown name."""
         for name, part in state.items():
-            self.named(name).load_state_dict(part)
+            self[name].load_state_dict(part)
 
 
 class DefaultEstimators(NamedEstimators):
-    """The estimators of an ELBO by name, including ``"auto"`` and ``"score"``.
-
-    ``"auto"`` is :class:`~pyro_gumbel.estimators.Pathwise` at reparameterised sites, else
-    ``"score"``. The baseline of ``"score"`` is :class:`~pyro_gumbel.estimators.LeaveOneOut` with
-    two particles or more, else :class:`~pyro_gumbel.estimators.MovingAverage`.
-    """
+    """The estimators of an ELBO by name, including ``"auto"`` and ``"score"``."""
 
     def __init__(self) -> None:
-        self.pathwise = Pathwise()
-        self.leave_one_out = Score(LeaveOneOut())
-        self.moving_average = Score(MovingAverage())
-
-    def score(self, num_particles: int) -> Estimator:
-        """Return the score function with its baseline for this number of particles."""
-        return self.leave_one_out if num_particles > 1 else self.moving_average
-
-    def __call__(self, fn: Any, num_particles: int) -> Estimator:
-        """Return the estimator ``"auto"`` for distribution ``fn``."""
-        return self.pathwise if fn.has_rsample else self.score(num_particles)
+        super().__init__(
+            pathwise=Pathwise(),
+            leave_one_out=Score(LeaveOneOut()),
+            moving_average=Score(MovingAverage()),
+        )
 
     def resolve(self, choice: Choice, fn: Any, num_particles: int) -> Estimator:
-        """Return the estimator of a choice at a site with distribution ``fn``."""
+        """Return the estimator of a choice at a site with distribution ``fn``.
+
+        ``"auto"`` is :class:`~pyro_gumbel.estimators.Pathwise` at reparameterised sites, else
+        ``"score"``. The baseline of ``"score"`` depends on the number of particles.
+        """
         if choice is None or choice == "auto":
-            return self(fn, num_particles)
+            choice = "pathwise" if fn.has_rsample else "score"
         if choice == "score":
-            return self.score(num_particles)
-        return self.named(choice) if isinstance(choice, str) else choice
+            choice = "leave_one_out" if num_particles > 1 else "moving_average"
+        return self[choice] if isinstance(choice, str) else choice
 
 
 def estimator_names() -> list[str]:

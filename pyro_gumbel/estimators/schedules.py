@@ -20,7 +20,8 @@ class Schedule(StatefulModule):
 
     Each call of :class:`~pyro_gumbel.infer.Estimator_ELBO` that computes a gradient advances the
     schedules of its estimators by one step. Evaluating a loss does not advance them. The count is
-    part of ``state_dict``.
+    part of ``state_dict``. Arguments raise errors as those of an
+    :class:`~pyro_gumbel.estimators.Estimator` do.
 
     Example:
         A custom schedule defines ``value`` as a function of ``step_count``.
@@ -78,11 +79,7 @@ class Exponential(Schedule):
     Args:
         start: Value before the first step, positive.
         end: Bound, positive: the minimum if ``rate > 0``, the maximum if ``rate < 0``.
-        rate: Decay per optimisation step; with 0 the value stays at ``start``.
-
-    Raises:
-        TypeError: If an argument is not a number.
-        ValueError: If ``start`` or ``end`` is not positive, or ``rate`` leads away from ``end``.
+        rate: Decay per optimisation step, towards ``end``; with 0 the value stays at ``start``.
 
     References:
         Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017),
@@ -122,11 +119,6 @@ class Linear(Schedule):
         start: Value before the first step, positive.
         end: Value from step ``steps`` on, positive.
         steps: Number of optimisation steps between the two, at least 1.
-
-    Raises:
-        TypeError: If ``start`` or ``end`` is not a number.
-        ValueError: If ``start`` or ``end`` is not positive, or ``steps`` is not an integer of at
-            least 1.
 
     Example:
         >>> temperature = Linear(1.0, 0.5, 10)

@@ -24,9 +24,6 @@ class Score(Estimator):
         baseline: :class:`LeaveOneOut`, :class:`MovingAverage`, :class:`NeuralBaseline`, or
             ``None``.
 
-    Raises:
-        TypeError: If ``baseline`` is not a baseline object.
-
     References:
         Simple statistical gradient-following algorithms for connectionist reinforcement learning
         (Williams, 1992); Black Box Variational Inference (Ranganath, Gerrish, Blei, 2014),

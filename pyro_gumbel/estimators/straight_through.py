@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_gumbel._validate import check_number
 from pyro_gumbel.distributions._base import broadcasts_to
-from pyro_gumbel.distributions._numerics import gumbel_noise, softmax, straight_through
+from pyro_gumbel.distributions._numerics import perturb, softmax, straight_through
 from pyro_gumbel.distributions.families import (
     is_bit,
     is_one_hot,
@@ -121,9 +121,6 @@ class StraightThrough(OneHotEstimator):
     Args:
         temperature: Positive number, tensor (broadcast against the batch) or schedule.
 
-    Raises:
-        TypeError, ValueError: If the temperature is of another kind, or not positive.
-
     References:
         Estimating or Propagating Gradients Through Stochastic Neurons (Bengio, Leonard, Courville,
         2013), https://arxiv.org/abs/1308.3432
@@ -148,7 +145,7 @@ class GumbelSoftmax(OneHotEstimator):
     with gradient, and one without for the loss.
 
     Args:
-        temperature: Positive number, tensor or schedule, else ``ValueError`` or ``TypeError``.
+        temperature: Positive number, tensor or schedule.
 
     References:
         Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017),
@@ -166,8 +163,7 @@ class GumbelSoftmax(OneHotEstimator):
         super().__init__(temperature)
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:
-        scores = logits + gumbel_noise(logits.shape, logits.dtype, logits.device)
-        return softmax(self._tempered(scores, self.temperature))
+        return softmax(self._tempered(perturb(logits), self.temperature))
 
     def log_prob(self, fn: Distribution, value: Tensor) -> Tensor:
         # In the relaxed objective the score of log q does not have mean zero, so it is kept.
@@ -187,9 +183,6 @@ class GumbelStraightThrough(OneHotEstimator):
         temperature: Positive number, tensor or schedule.
         backward_temperature: Temperature of the backward pass, ``temperature`` by default. The
             hard draw does not depend on the temperature, so only this one affects the gradient.
-
-    Raises:
-        TypeError, ValueError: If a temperature is of another kind, or not positive.
 
     References:
         Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017),
@@ -215,15 +208,13 @@ class GumbelStraightThrough(OneHotEstimator):
         self.backward_temperature = backward_temperature
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:
-        scores = logits + gumbel_noise(logits.shape, logits.dtype, logits.device)
-        temperature = (
-            self.temperature if self.backward_temperature is None else self.backward_temperature
-        )
+        scores = perturb(logits)
+        chosen = self.backward_temperature
+        temperature = self.temperature if chosen is None else chosen
         largest, index = scores.detach().max(-1, keepdim=True)
         tempered, peaks = (self._tempered(s, temperature) for s in (scores, largest))
-        return straight_through(
-            one_at(index, scores.shape[-1], scores.dtype), softmax(tempered, peaks)
-        )
+        hard = one_at(index, scores.shape[-1], scores.dtype)
+        return straight_through(hard, softmax(tempered, peaks))
 
 
 class GappedStraightThrough(OneHotEstimator):
@@ -238,10 +229,6 @@ class GappedStraightThrough(OneHotEstimator):
     Args:
         temperature: Positive number, tensor or schedule.
         gap: Minimum distance of the drawn logit from the others after the shift, not negative.
-
-    Raises:
-        TypeError: If the temperature is of another kind, or the gap is not a number.
-        ValueError: If the temperature is not positive, or the gap is negative.
 
     References:
         Training Discrete Deep Generative Models via Gapped Straight-Through Estimator (Fan, Chi,
@@ -281,9 +268,6 @@ class ReinMax(OneHotEstimator):
     Args:
         temperature: Positive number, tensor or schedule. Values above one reduce the variance and
             increase the bias.
-
-    Raises:
-        TypeError, ValueError: If the temperature is of another kind, or not positive.
 
     References:
         Bridging Discrete and Backpropagation: Straight-Through and Beyond (Liu, Dong, Liu, Yu,

@@ -9,7 +9,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor
 
 from pyro_gumbel._validate import integer
-from pyro_gumbel.distributions._numerics import gumbel_noise
+from pyro_gumbel.distributions._numerics import perturb
 from pyro_gumbel.distributions.families import (
     from_index,
     is_categorical,
@@ -46,10 +46,8 @@ class _WithoutReplacement(Estimator):
 
     @torch.no_grad()
     def draw(self, fn: Distribution) -> Tensor:
-        logits = one_hot_logits(fn)
-        scores = logits + gumbel_noise(logits.shape, logits.dtype, logits.device)
-        index = scores.topk(self.num_values, -1).indices.movedim(-1, 0)
-        return from_index(fn, index)
+        index = perturb(one_hot_logits(fn)).topk(self.num_values, -1).indices
+        return from_index(fn, index.movedim(-1, 0))
 
     def _drawn(self, site: Site) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and costs of the drawn categories, ``(K, R) + batch_shape``.
@@ -81,8 +79,8 @@ class SumAndSample(_WithoutReplacement):
         num_sum: Number of values to sum, at least 1.
 
     Raises:
-        ValueError: If ``num_sum`` is below 1; at a site, if it has too few categories or a site
-            outside its plates depends on it.
+        ValueError: At a site, if it has too few categories or a site outside its plates depends
+            on it.
 
     References:
         Rao-Blackwellized Stochastic Gradients for Discrete Distributions (Liu et al., 2019),
@@ -122,8 +120,7 @@ class UnorderedSet(_WithoutReplacement):
         num_samples: Size ``k`` of the set, from 2 to 10.
 
     Raises:
-        ValueError: If ``num_samples`` is out of range; at a site, if it has too few categories or
-            a site outside its plates depends on it.
+        ValueError: As for :class:`SumAndSample`.
 
     References:
         Estimating Gradients for Discrete Random Variables by Sampling without Replacement (Kool,

@@ -228,7 +228,7 @@ class GradientMessenger(Messenger):
     def _name(self, choice: Choice) -> Choice:
         """Return the estimator of a name; return other choices unchanged."""
         if isinstance(choice, str) and choice in CLASSES:
-            return self._named.named(choice)
+            return self._named[choice]
         return choice
 
     def _choices(self) -> list[Choice]:
@@ -254,7 +254,7 @@ class GradientMessenger(Messenger):
     def estimators(self) -> list[Estimator]:
         """Return the config's estimators, and those made from its names so far."""
         named = [choice for choice in self._choices() if isinstance(choice, Estimator)]
-        return named + list(self._named.made().values())
+        return named + list(self._named.values())
 
 
 def _check_config(config: Config) -> Config:

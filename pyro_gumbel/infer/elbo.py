@@ -111,8 +111,10 @@ class ParticleELBO(ELBO):
         estimators = messenger.estimators() if messenger is not None else []
         default = self.default
         if isinstance(default, str) and default in CLASSES:
-            default = self._auto.named(default)
-        estimators.append(default if isinstance(default, Estimator) else self._auto.moving_average)
+            default = self._auto[default]
+        estimators.append(
+            default if isinstance(default, Estimator) else self._auto["moving_average"]
+        )
         return estimators
 
     def state_dict(self) -> dict[str, Any]:

@@ -348,7 +348,7 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
     def _check(self, paths: Passes) -> None:
         for name, estimator in paths.estimators.items():
             if isinstance(estimator, Score):
-                own = (self._auto.leave_one_out, self._auto.moving_average)
+                own = (self._auto["leave_one_out"], self._auto["moving_average"])
                 if estimator.baseline is not None and estimator not in own:
                     raise ValueError(
                         f"At site {name!r}, ImportanceWeighted_ELBO uses its own baseline (VIMCO) "

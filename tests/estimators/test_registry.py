@@ -60,27 +60,27 @@ def test_every_public_estimator_has_a_name():
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_name_stands_for_its_class_with_default_arguments(name):
-    made = NamedEstimators().named(name)
+    made = NamedEstimators()[name]
     assert type(made) is CLASSES[name]
     assert repr(made) == repr(CLASSES[name]())
 
 
 def test_a_name_stands_for_one_object_of_its_holder():
     first, second = NamedEstimators(), NamedEstimators()
-    assert first.named("rebar") is first.named("rebar")
-    assert first.named("rebar") is not second.named("rebar")
-    assert list(first.made()) == ["rebar"]
+    assert first["rebar"] is first["rebar"]
+    assert first["rebar"] is not second["rebar"]
+    assert list(first) == ["rebar"]
     with pytest.raises(ValueError, match=r"Unknown estimator name 'rebarr'; the names are \["):
-        first.named("rebarr")
+        first["rebarr"]
 
 
 def test_auto_and_score_follow_distribution_and_particles():
     auto = DefaultEstimators()
     normal, bit = dist.Normal(0.0, 1.0), dist.Bernoulli(0.3)
-    assert auto.resolve("auto", normal, 1) is auto.resolve(None, normal, 4) is auto.pathwise
+    assert auto.resolve("auto", normal, 1) is auto.resolve(None, normal, 4) is auto["pathwise"]
     assert isinstance(auto.resolve("auto", bit, 1).baseline, MovingAverage)
     assert isinstance(auto.resolve("auto", bit, 2).baseline, LeaveOneOut)
-    assert auto.resolve("score", normal, 1) is auto.moving_average
+    assert auto.resolve("score", normal, 1) is auto["moving_average"]
     assert auto.resolve("reinmax", bit, 1) is auto.resolve("reinmax", bit, 2)
     given = ReinMax()
     assert auto.resolve(given, bit, 1) is given
@@ -118,10 +118,10 @@ def test_a_name_in_a_config_is_the_guides_and_a_default_the_elbos():
 @pytest.mark.parametrize("holder", [NamedEstimators, DefaultEstimators])
 def test_the_state_of_names_is_restored(holder):
     one, other = holder(), holder()
-    one.named("rebar").scale.data.fill_(3.0)
-    one.named("reinmax")
+    one["rebar"].scale.data.fill_(3.0)
+    one["reinmax"]
     other.load_state_dict(one.state_dict())
-    assert other.named("rebar").scale.item() == 3.0
-    assert set(other.made()) == set(one.made())
+    assert other["rebar"].scale.item() == 3.0
+    assert set(other) == set(one)
     with pytest.raises(ValueError, match="Unknown estimator name 'nonsense'"):
         other.load_state_dict({"nonsense": {}})

@@ -198,7 +198,7 @@ def test_auto_is_pathwise_where_a_site_can_and_else_score():
     for particles in (1, 2):
         elbo = Estimator_ELBO(particles)
         for fn in (dist.Normal(0.0, 1.0), dist.Bernoulli(0.3)):
-            chosen[particles, type(fn).__name__] = repr(elbo._auto(fn, particles))
+            chosen[particles, type(fn).__name__] = repr(elbo._auto.resolve(None, fn, particles))
     assert chosen == {
         (1, "Normal"): "Pathwise(sticking_the_landing=False)",
         (1, "Bernoulli"): "Score(MovingAverage(0.9))",
