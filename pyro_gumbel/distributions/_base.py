@@ -74,6 +74,17 @@ def as_floating(value: Any) -> Tensor:
     return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
 
 
+def tensor_of(fn: Any) -> Tensor | None:
+    """Return a floating-point tensor among a distribution's parameters, if it has one."""
+    for value in getattr(fn, "__dict__", {}).values():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+        found = tensor_of(value) if isinstance(value, Distribution) else None
+        if found is not None:
+            return found
+    return None
+
+
 def check_values(name: str, value: Tensor, valid: Tensor, expected: str, hint: str = "") -> None:
     """Raise ``ValueError`` with the argument's name and what it got, unless all are ``valid``."""
     if valid.all():

@@ -38,7 +38,7 @@ class TemperedDistribution(DiscreteDistribution):
         """Temperature, a scalar or a tensor that broadcasts against ``batch_shape``."""
         if isinstance(self._temperature, Tensor):
             return self._temperature
-        return torch.tensor(self._temperature, dtype=self.dtype, device=self._given.device)
+        return self._given.new_full((), self._temperature, dtype=self.dtype)
 
     @property
     def _wide_temperature(self) -> float | Tensor:

@@ -75,7 +75,10 @@ class Gumbel(BaseDistribution):
         shapes = []
         for name, value in given.items():
             try:
-                parameter = torch.as_tensor(value, dtype=dtype, device=device)
+                if isinstance(value, (int, float)):  # filled there: a GPU would wait for a copy
+                    parameter = torch.full((), value, dtype=dtype, device=device)
+                else:
+                    parameter = torch.as_tensor(value, dtype=dtype, device=device)
             except TypeError:
                 raise TypeError(
                     f"{name} must be a number or a tensor; got {value!r}. Write 1.0 or "

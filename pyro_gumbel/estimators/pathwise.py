@@ -9,6 +9,7 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import TransformedDistribution, constraints
 
+from pyro_gumbel.distributions._base import tensor_of
 from pyro_gumbel.distributions.families import (
     from_noise,
     has_law_of,
@@ -108,7 +109,13 @@ def _bounds(fn: Distribution) -> list[Tensor]:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     bounds = (getattr(support, name, None) for name in ("lower_bound", "upper_bound"))
-    return [torch.as_tensor(bound) for bound in bounds if bound is not None]
+    like = tensor_of(fn)
+    device = None if like is None else like.device
+    return [
+        bound if isinstance(bound, Tensor) else torch.full((), bound, device=device)
+        for bound in bounds
+        if bound is not None
+    ]
 
 
 def _transformed(fn: TransformedDistribution, bound: Tensor) -> Tensor:

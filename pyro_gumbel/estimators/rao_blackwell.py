@@ -146,7 +146,7 @@ class _Rao(OneHotEstimator):
         temperature = current_temperature(self.temperature, log_probs, type(self).__name__)
         if self.num_samples < log_probs.shape[-1]:
             draws = conditional_softmaxes(log_probs, hard, temperature, self.num_samples)
-            scale = torch.as_tensor(1 / temperature, dtype=logits.dtype, device=logits.device)
+            scale = (logits.new_ones(()) / temperature).to(logits.dtype)
             return with_jacobian(logits, hard, sampled_product, draws, scale)
         jacobian = mean_softmax_jacobian(log_probs, hard, temperature, self.num_samples)
         return with_jacobian(logits, hard, matrix_product, jacobian)

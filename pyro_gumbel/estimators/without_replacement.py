@@ -168,7 +168,7 @@ def leave_out_ratios(probs: Tensor) -> tuple[Tensor, Tensor]:
         for drawn in map(frozenset, itertools.combinations(range(k), size)):
             left = sorted(everything - drawn)
             # 1 - p(U), as a sum of the remaining probabilities, without cancellation.
-            remaining = probs[left].sum(0) + rest
+            remaining = torch.stack([probs[s] for s in left]).sum(0) + rest
             chance[drawn] = sum(
                 (probs[s] / remaining * chance[drawn | {s}] for s in left), torch.zeros_like(rest)
             )

@@ -110,7 +110,9 @@ class Passes:
             own = [i for i, path in enumerate(paths) if _belongs(path, name) and run.has(path)]
             if own:
                 split = run.layout.split(read(run), event_dim)
-                blocks.append(split if len(own) == len(paths) else split[own])
+                if len(own) < len(paths):
+                    split = torch.stack([split[i] for i in own])  # a GPU would wait for a list
+                blocks.append(split)
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def site(self, name: str, call: Call) -> Site:

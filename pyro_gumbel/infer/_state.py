@@ -12,8 +12,8 @@ import pyro
 import torch
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
+from pyro_gumbel.distributions._base import tensor_of
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.estimators._module import STORE_PREFIX, is_newer, note_own, note_stored
 
@@ -110,7 +110,7 @@ def meet_site(site: str, estimator: Estimator, fn: Any) -> None:
     if next(estimator.parameters(), None) is None:
         return
     if not estimator.has_met_site:
-        like = _tensor_of(fn)
+        like = tensor_of(fn)
         if like is not None:
             move_like(estimator, like)
         estimator.has_met_site = True
@@ -125,18 +125,6 @@ def move_like(estimator: Estimator, like: Tensor) -> None:
     estimator._apply(
         lambda tensor: tensor.to(like.device, wide if tensor.dtype == usual else tensor.dtype)
     )
-
-
-def _tensor_of(fn: Any) -> Tensor | None:
-    """Return a floating-point tensor among a distribution's parameters."""
-    for value in getattr(fn, "__dict__", {}).values():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-        if isinstance(value, Distribution):
-            found = _tensor_of(value)
-            if found is not None:
-                return found
-    return None
 
 
 @torch.no_grad()
