@@ -91,6 +91,20 @@ def test_any_group_is_summarised(name: str) -> None:
     assert frame.index.names == ["chain", "draw", "net.weight_dim_0"]
 
 
+def test_a_posterior_of_one_chain(tmp_path: Path) -> None:
+    """Recovered sites: one chain, whole numbers, next to the gradients."""
+    import arviz as az
+
+    z = np.random.default_rng(0).integers(0, 3, size=(1, 50, 2))
+    posterior = xr.Dataset({"z": (("chain", "draw", "z_dim_0"), z)})
+    data = shim.tree({"gradients": draws(), "posterior": posterior})
+    assert list(az.summary(data, kind="stats").index) == ["z[0]", "z[1]"]
+    data.to_netcdf(str(tmp_path / "posterior.nc"))
+    read = shim.group(az.from_netcdf(str(tmp_path / "posterior.nc")), "posterior")
+    np.testing.assert_array_equal(read["z"], z)
+    assert read.sizes["draw"] == 50
+
+
 @pytest.mark.skipif(shim.ARVIZ_1, reason="a DataTree has no to_dataframe")
 @pytest.mark.filterwarnings("ignore:The inplace keyword")  # pandas 3.1 deprecates it
 def test_any_group_becomes_a_frame() -> None:

@@ -19,6 +19,7 @@ from pyro_gumbel.diagnostics._moments import (
     parameters_of,
     reference_blocks,
 )
+from pyro_gumbel.infer._recover import Recovered
 
 __all__ = ["to_arviz"]
 
@@ -48,7 +49,7 @@ def to_arviz(
         reference: What :func:`exact_gradient` returns, or draws whose mean is to be kept.
         posterior: Samples of latent variables: a Dataset of dims ``chain, draw, ...``, or a dict
             of arrays or tensors of that shape, as ``MCMC.get_samples(group_by_chain=True)``
-            returns it.
+            returns it, or what :func:`~pyro_gumbel.infer.recover` returns, which is one chain.
 
     Returns:
         ``arviz.InferenceData`` (ArviZ 0.x) or ``xarray.DataTree`` (1.x); ``to_netcdf`` writes
@@ -134,6 +135,8 @@ def _posterior(given: Any) -> xr.Dataset:
             "posterior must be a Dataset, or a dict of arrays, such as posterior={'z': samples}; "
             f"got {type(given).__name__}."
         )
+    if isinstance(given, Recovered):
+        given = {name: value.unsqueeze(0) for name, value in given.items()}
     if not isinstance(given, xr.Dataset):
         given = xr.Dataset({name: _samples(name, value, given) for name, value in given.items()})
     for name, array in given.data_vars.items():

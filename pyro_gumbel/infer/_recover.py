@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
-import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
-from pyro.infer.discrete import infer_discrete
+from pyro.distributions.util import scale_and_mask
+from pyro.ops import packed
+from pyro.ops.einsum.adjoint import require_backward
+from pyro.ops.rings import MapRing, SampleRing
 from pyro.poutine import Trace
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_gumbel._validate import check_programs, integer
-from pyro_gumbel.distributions.families import masks, unwrap
-from pyro_gumbel.infer._checks import latent_sites
-from pyro_gumbel.infer._costs import score_of
-from pyro_gumbel.infer._run import plate_nesting
-from pyro_gumbel.infer._sampling import Layout, SharedSubsample
-from pyro_gumbel.infer._state import preserved_rng, sole_step
-from pyro_gumbel.infer._summed import SummedTerms, SumMessenger
+from pyro_gumbel.distributions.families import unwrap
+from pyro_gumbel.estimators import Call, Estimator, Pathwise, Score
+from pyro_gumbel.infer._checks import PARTICLE_PLATE, latent_sites
+from pyro_gumbel.infer._costs import score_of, site_frames
+from pyro_gumbel.infer._execution import preflight
+from pyro_gumbel.infer._run import DeeperPlates, run_programs
+from pyro_gumbel.infer._sampling import Layout, Memory, Sampler, SharedSubsample
+from pyro_gumbel.infer._state import sole_step
+from pyro_gumbel.infer._summed import SummedTerms, is_summed
 
-__all__ = ["recover"]
+__all__ = ["Recovered", "recover"]
+
+
+class Recovered(dict[str, Tensor]):
+    """Joint draws by the name of the site: one chain."""
 
 
 def recover(
@@ -33,12 +42,18 @@ def recover(
     num_samples: int = 1,
     decode: bool = False,
     marginals: bool = False,
+    parallel: bool = False,
     **kwargs: Any,
 ) -> dict[str, Tensor]:
     """Recover the sites that :class:`~pyro_gumbel.infer.Estimator_ELBO` sums over.
 
-    Each draw runs the guide once. Given the guide's values, the model's summed sites then have an
-    exact posterior: along a chain, draws come from forward filtering and backward sampling.
+    Given the guide's values, the summed sites have an exact posterior: along a chain, draws come
+    from forward filtering and backward sampling. *Unbiased*: draws are independent, and exact
+    given the guide's. *Cost*: a preflight, which counts plates, and a run of guide and model for
+    each draw, or one for all draws if ``parallel``.
+
+    The draws fit Pyro's ``Predictive(model, draws)`` and
+    ``pyro_gumbel.diagnostics.to_arviz(..., posterior=draws)``.
 
     Args:
         model: The model, with sites marked ``infer={"enumerate": "parallel"}``.
@@ -50,16 +65,19 @@ def recover(
         marginals: Return each summed site's posterior probabilities, given each draw of the guide.
             They have a gradient. The probability of the site's ``k``-th value, in the order of
             ``enumerate_support``, is at ``[..., k]``.
+        parallel: Evaluate all draws at once, in a plate left of the programs' own, as
+            ``vectorize_particles`` does. The programs must broadcast over it.
         **kwargs: Keyword arguments of both.
 
     Returns:
-        The guide's sites and the summed sites by name, ``(num_samples,) + shape of a value``; of
-        marginals ``(num_samples,) + plates + (K,)``.
+        The guide's sites, but for auxiliary ones, and the summed sites by name,
+        ``(num_samples,) + shape of a value``; of marginals ``(num_samples,) + plates + (K,)``.
 
     Raises:
         ValueError: If both ``decode`` and ``marginals`` are set, if the model has no summed site,
-            or if the logarithm of a sum cannot be scaled, as with a summed site outside of a
-            subsampled plate.
+            if a plate draws a minibatch, if the logarithm of a sum cannot be scaled, as with a
+            summed site outside of a subsampled plate, if draws differ in sites or shapes, or as
+            the losses raise it.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -76,106 +94,176 @@ def recover(
     integer("recover: num_samples", num_samples, 1)
     if decode and marginals:
         raise ValueError("recover: give decode=True or marginals=True, not both.")
+    call = Call(model, guide, args, kwargs)
+    draws: list[dict[str, Tensor]] = []
     with sole_step(), torch.set_grad_enabled(marginals and torch.is_grad_enabled()):
-        draws = [
-            _recover_once(model, guide, args, kwargs, decode=decode, marginals=marginals)
-            for _ in range(num_samples)
-        ]
-    return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+        _, nesting = preflight(call, _choose)
+        layout = Layout(nesting, repetitions=num_samples if parallel else 1, vectorized=parallel)
+        while len(draws) * layout.repetitions < num_samples:
+            try:
+                draws.append(_recover(call, layout, decode=decode, marginals=marginals))
+            except DeeperPlates as error:
+                layout = replace(layout, plate_nesting=error.nesting)
+    return Recovered({name: _join(name, draws) for name in {n: 0 for d in draws for n in d}})
 
 
-def _recover_once(
-    model: Any, guide: Any, args: Any, kwargs: Any, *, decode: bool, marginals: bool
-) -> dict[str, Tensor]:
-    with poutine.block(), SharedSubsample():
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        given = {name: site["value"] for name, site in latent_sites(guide_trace).items()}
+def _choose(msg: Message) -> Estimator:
+    return Pathwise() if getattr(msg["fn"], "has_rsample", False) else Score()
 
-        def run(layout: Layout, *, draws: bool) -> tuple[Trace, dict[str, int]]:
-            sums = SumMessenger(guide_trace, layout, {}, draws=draws)
-            replayed = poutine.replay(sums(model), trace=guide_trace)
-            return poutine.trace(replayed).get_trace(*args, **kwargs), sums.dims
 
-        with preserved_rng():
-            plain = run(Layout(), draws=True)[0]
-            nesting = plate_nesting(plain)
-            trace, dims = run(Layout(nesting), draws=False)
-        if not dims:
-            raise ValueError(
-                "recover: the model has no summed site. Mark a discrete site that the guide lacks "
-                "by infer={'enumerate': 'parallel'}."
-            )
-        terms = _sums(trace, Layout(nesting), dims)
-        list(terms.terms())  # checks the scales
-        sites = {name: plain.nodes[name] for name in dims}
-        if marginals:
-            probs = terms.marginals()
-            return {**given, **{name: _fit_probs(probs, site) for name, site in sites.items()}}
-        indices = _Indices(dims, masked=decode)
-        conditioned = indices(poutine.condition(model, data=given))
-        temperature = 0 if decode else 1
-        inferred = infer_discrete(
-            conditioned, -1 - nesting, temperature, strict_enumeration_warning=False
+def _join(name: str, draws: list[dict[str, Tensor]]) -> Tensor:
+    shapes = {tuple(draw[name].shape[1:]) if name in draw else None for draw in draws}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"recover: draws of site {name!r} differ in shape, or some lack it: "
+            f"{sorted(shapes, key=str)}. Call recover with num_samples=1 for each."
         )
-        found = poutine.trace(inferred).get_trace(*args, **kwargs)
-    for name, site in sites.items():
-        value = indices.look_up(name, found.nodes[name]["value"])
-        shape = site["value"].shape
-        given[name] = value[(0,) * (value.dim() - len(shape))].expand(shape)
-    return given
+    return torch.cat([draw[name] for draw in draws])
 
 
-def _fit_probs(probs: dict[str, Tensor], site: Any) -> Tensor:
-    """Give a site's probabilities the shape ``plates + (K,)``."""
-    plates = site["fn"].batch_shape
-    if site["name"] not in probs:  # of a site with one value, over which there is nothing to sum
-        return torch.ones(*plates, 1)
-    found = probs[site["name"]]
-    return found.reshape(*plates, found.shape[-1])
-
-
-class _Indices(Messenger):
-    """Lets handlers outside see the index of a summed site's value, as Pyro's recovery needs it.
-
-    Args:
-        names: The summed sites.
-        masked: Leave masks on them. A sum has all probabilities of each of its sites. But the most
-            probable values of a sequence should not depend on those past its end.
-    """
-
-    def __init__(self, names: Iterable[str], *, masked: bool) -> None:
-        super().__init__()
-        self._masked = masked
-        self._supports = dict.fromkeys(names, torch.empty(0))
-
-    def look_up(self, name: str, index: Tensor) -> Tensor:
-        return self._supports[name][index]
+class _Whole(SharedSubsample):
+    """Refuses minibatches that nobody else would know."""
 
     def _pyro_sample(self, msg: Message) -> None:
-        name = cast(str, msg["name"])
-        if name not in self._supports:
-            return
-        fn = cast(Any, msg["fn"])
-        bare = unwrap(fn)
-        support = bare.enumerate_support(expand=False)
-        indices = dist.Categorical(logits=bare.log_prob(support).movedim(0, -1))
-        self._supports[name] = support.reshape(-1, *bare.event_shape)
-        if self._masked:
-            for mask in masks(fn):
-                indices = indices.mask(mask)
-        else:
-            msg["mask"] = None
-        msg["fn"] = indices
-
-    def _pyro_post_sample(self, msg: Message) -> None:
-        name = cast(str, msg["name"])
-        if name in self._supports:
-            msg["value"] = self.look_up(name, cast(Tensor, msg["value"]))
+        if site_is_subsample(msg) and msg["value"] is None:
+            size, drawn = (getattr(msg["fn"], name) for name in ("size", "subsample_size"))
+            if drawn is not None and drawn < size:
+                raise ValueError(
+                    f"recover: plate {msg['name']!r} draws {drawn} of {size} data, and nothing "
+                    "would show which. Choose them by pyro.plate(..., subsample=indices), or run "
+                    "the programs on all data."
+                )
+        super()._pyro_sample(msg)
 
 
-def _sums(trace: Trace, layout: Layout, dims: dict[str, int]) -> SummedTerms:
-    terms = SummedTerms(trace, layout, dims)
-    for site in trace.nodes.values():
-        if site["type"] == "sample" and not poutine.util.site_is_subsample(site):
-            terms.takes(site, score_of(site), layout.total_nesting)
-    return terms
+def _recover(call: Call, layout: Layout, *, decode: bool, marginals: bool) -> dict[str, Tensor]:
+    """Run the programs once, and return the sites with the draws first."""
+    sampler = Sampler(layout, _choose, Memory(), exact=True, verify=True)
+    with poutine.block():
+        model_trace, guide_trace = run_programs(call, sampler, _Whole())
+    if not sampler.summed:
+        raise ValueError(
+            "recover: the model has no summed site. Mark a discrete site that the guide lacks by "
+            "infer={'enumerate': 'parallel'}."
+        )
+    found = {
+        name: _by_draw(site["value"], site, layout, site["fn"].event_dim)
+        for name, site in latent_sites(guide_trace).items()
+        if not site["infer"].get("is_auxiliary")
+    }
+    posterior = _Posterior(model_trace, layout, sampler.summed, decode=decode)
+    summed = posterior.probs() if marginals else posterior.values()
+    for name, value in summed.items():
+        site = posterior.sites[name]
+        found[name] = _by_draw(value, site, layout, 1 if marginals else site["fn"].event_dim)
+    return found
+
+
+def _by_draw(value: Tensor, site: Any, layout: Layout, event_dim: int) -> Tensor:
+    """Put the draws first, then the dimensions of the site's own plates and events."""
+    rows = layout.split(value, event_dim)[0]
+    own = [frame.dim for frame in site_frames(site) if frame.name != PARTICLE_PLATE]
+    most = 1 - min(own, default=0) + event_dim
+    while layout.vectorized and rows.dim() > most and rows.shape[1] == 1:
+        rows = rows.squeeze(1)
+    return rows
+
+
+class _Posterior:
+    """The exact posterior of the summed sites of a run.
+
+    Args:
+        trace: The model's trace.
+        layout: The paths of the run.
+        summed: The dimension of each summed site.
+        decode: Maximise instead of drawing.
+
+    Attributes:
+        sites: The summed sites.
+    """
+
+    def __init__(
+        self, trace: Trace, layout: Layout, summed: dict[str, int], *, decode: bool
+    ) -> None:
+        self.sites = {name: trace.nodes[name] for name in summed}
+        self._trace = trace
+        self._ring = MapRing if decode else SampleRing
+        self._terms = SummedTerms(trace, layout, summed)
+        for site in trace.nodes.values():
+            if site["type"] == "sample" and not site_is_subsample(site):
+                raw = score_of(site)
+                if decode and is_summed(site):  # steps past a sequence's end should not count
+                    raw = scale_and_mask(raw, mask=site["mask"])
+                self._terms.takes(site, raw, layout.total_nesting)
+        self._symbols = {name: s["infer"]["_enumerate_symbol"] for name, s in self.sites.items()}
+        # Each site's own factor. With one value it lacks the dimension: nothing is summed.
+        self._own = {
+            factor.name: factor
+            for factor in self._terms.factors
+            if self._symbols.get(factor.name, " ") in factor.dims
+        }
+
+    def values(self) -> dict[str, Tensor]:
+        """Return joint values, ``plates + event``."""
+        sizes: dict[str, int] = {}
+        for factor in self._terms.factors:
+            sizes.update(zip(factor.dims, factor.value.shape, strict=True))
+            # Pyro's draws need plates of several elements only.
+            factor.frames = {dim: f for dim, f in factor.frames.items() if dim in factor.dims}
+        for factor in self._own.values():
+            require_backward(factor.value)
+        for _, _, _, total in self._terms.sums(self._ring(dim_to_size=sizes)):
+            total._pyro_backward()  # type: ignore[attr-defined]
+        return {name: self._value(name) for name in self.sites}
+
+    def _value(self, name: str) -> Tensor:
+        fn = unwrap(self.sites[name]["fn"])
+        index = torch.zeros((), dtype=torch.long)
+        if name in self._own:
+            drawn: Any = self._own[name].value._pyro_backward_result  # type: ignore[attr-defined]
+            index = drawn[drawn._pyro_sample_dims.index(self._symbols[name])]
+            index._pyro_dims = drawn._pyro_dims[1:]
+            index = packed.unpack(index, self._trace.symbol_to_dim)
+        support = fn.enumerate_support(expand=False).reshape(-1, *fn.event_shape)
+        return support[index.to(support.device).expand(self._plates(name))]
+
+    def probs(self) -> dict[str, Tensor]:
+        """Return marginal probabilities, ``plates + (K,)``, with gradient.
+
+        They are the derivatives of the log evidence in the log-probabilities.
+        """
+        create_graph = torch.is_grad_enabled()
+        found = {name: torch.ones(*self._plates(name), 1) for name in self.sites}
+        if not self._own:
+            return found
+        with torch.enable_grad():
+            shifts = []
+            for factor in self._own.values():
+                dims = factor.dims
+                shifts.append(torch.zeros_like(factor.value, requires_grad=True))
+                factor.value = factor.value + shifts[-1]
+                factor.value._pyro_dims = dims  # type: ignore[attr-defined]
+            totals = [total.sum() for _, _, _, total in self._terms.sums()]
+            grads = torch.autograd.grad(totals, shifts, create_graph=create_graph)
+        for (name, factor), grad in zip(self._own.items(), grads, strict=True):
+            found[name] = self._marginal(name, factor.dims, grad)
+        return found
+
+    def _marginal(self, name: str, dims: str, joint: Tensor) -> Tensor:
+        """Sum packed probabilities over other summed sites, and put the site's values last."""
+        own, plates = self._symbols[name], self._plates(name)
+        others = [i for i, dim in enumerate(dims) if dim != own and dim in self._symbols.values()]
+        probs = joint.sum(others) if others else joint
+        probs._pyro_dims = "".join(dim for i, dim in enumerate(dims) if i not in others)  # type: ignore[attr-defined]
+        probs = packed.unpack(probs, self._trace.symbol_to_dim)
+        probs = probs.movedim(self.sites[name]["infer"]["_enumerate_dim"], -1)
+        return probs.reshape(*probs.shape[-1 - len(plates) :]).expand(*plates, -1)
+
+    def _plates(self, name: str) -> list[int]:
+        """Return the sizes of a site's plates."""
+        site = self.sites[name]
+        dims = {frame.dim for frame in site_frames(site)}
+        return [
+            site["fn"].batch_shape[dim] if dim in dims else 1
+            for dim in range(min(dims, default=0), 0)
+        ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 import torch
-from pyro.distributions.util import scale_and_mask, sum_rightmost
+from pyro.distributions.util import scale_and_mask
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine import Trace
@@ -19,7 +19,7 @@ from pyro.poutine.runtime import _ENUM_ALLOCATOR, Message
 from torch import Tensor
 
 from pyro_gumbel.distributions._base import broadcast_shapes
-from pyro_gumbel.distributions.families import event_dims
+from pyro_gumbel.distributions.families import wrap_score
 from pyro_gumbel.infer._costs import Term, check_shape, masked_score, site_frames
 from pyro_gumbel.infer._dependence import Dependence
 from pyro_gumbel.infer._sampling import Layout, NestingNeeded, left_filled
@@ -133,7 +133,7 @@ def _check_mark(name: str, infer: dict[str, Any]) -> None:
 
 
 @dataclass
-class _Factor:
+class Factor:
     """The log-probability of a site, which depends on summed sites."""
 
     name: str
@@ -154,6 +154,9 @@ class SummedTerms:
         layout: The paths of the pass.
         summed: The dimension of each summed site.
         dependence: Follows their values, if given: then sites that cannot see a value are checked.
+
+    Attributes:
+        factors: The factors.
     """
 
     def __init__(
@@ -168,7 +171,7 @@ class SummedTerms:
         self._layout = layout
         self._trace = trace
         self._sums: dict[str, str] = {}
-        self._factors: list[_Factor] = []
+        self.factors: list[Factor] = []
         if summed:
             trace.symbolize_dims()
             sites = {name: trace.nodes[name] for name in summed}
@@ -212,11 +215,8 @@ class SummedTerms:
         """
         if not self._sums:
             return False
-        if is_summed(site):
-            # A mask cannot leave out a summed value, since its probabilities sum to one.
-            score = sum_rightmost(raw, event_dims(site["fn"]))
-        else:
-            score = masked_score(site, raw)
+        # As in Pyro, a mask around a summed site leaves its probabilities in the sum.
+        score = wrap_score(site["fn"], raw) if is_summed(site) else masked_score(site, raw)
         if self._dependence:
             self._check_scope(site, score, self._dependence)
             self._dependence.forget(score, self._summed)  # the sum does not depend on one value
@@ -229,7 +229,7 @@ class SummedTerms:
         except ValueError:
             self._refuse_shape(site, shape)
         frames = {self._trace.plate_to_symbol[frame.name]: frame for frame in site_frames(site)}
-        self._factors.append(_Factor(site["name"], value, frames, site["scale"]))
+        self.factors.append(Factor(site["name"], value, frames, site["scale"]))
         return True
 
     def _check_scope(self, site: Any, score: Tensor, dependence: Dependence) -> None:
@@ -246,70 +246,38 @@ class SummedTerms:
 
     def terms(self) -> Iterator[Term]:
         """Yield the logarithm of each sum, in the plates that are left, scaled."""
+        plates = {symbol: frame for f in self.factors for symbol, frame in f.frames.items()}
+        for name, scale, ordinal, value in self.sums():
+            value = packed.unpack(value, self._trace.symbol_to_dim)
+            value = left_filled(value, self._layout.total_nesting)
+            frames = frozenset(plates[symbol] for symbol in ordinal)
+            yield Term(name, scale_and_mask(value, scale), frames)
+
+    def sums(self, ring: Any = None) -> Iterator[tuple[str, Any, frozenset[str], Tensor]]:
+        """Sum over the sites.
+
+        Args:
+            ring: Pyro's semiring of the sums, by default that of log-probabilities.
+
+        Yields:
+            The name of a summed site, the scale of its factors, the symbols of the plates that
+            are left, and the packed logarithm.
+        """
         for factors, sums in self._components():
             scale = _common_scale(factors)
-            plates = {symbol: frame for f in factors for symbol, frame in f.frames.items()}
             name = self._sums[min(sums)]
-            for ordinal, value in self._sum(factors, sums):
-                frames = frozenset(plates[symbol] for symbol in ordinal)
-                yield Term(name, scale_and_mask(value, scale), frames)
+            tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+            for factor in factors:
+                tree.setdefault(frozenset(factor.frames), []).append(factor.value)
+            with _explained(name, factors):
+                contracted = contract_tensor_tree(tree, sums, ring=ring)
+            for ordinal, values in contracted.items():
+                yield from ((name, scale, ordinal, value) for value in values)
 
-    def _sum(
-        self, factors: list[_Factor], sums: set[str]
-    ) -> Iterator[tuple[frozenset[str], Tensor]]:
-        """Yield the logarithms of the sums, and the symbols of their plates."""
-        tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-        for factor in factors:
-            tree.setdefault(frozenset(factor.frames), []).append(factor.value)
-        with _explained(self._sums[min(sums)], factors):
-            contracted = contract_tensor_tree(tree, sums)
-        for ordinal, values in contracted.items():
-            for value in values:
-                value = packed.unpack(value, self._trace.symbol_to_dim)
-                yield ordinal, left_filled(value, self._layout.total_nesting)
-
-    def marginals(self) -> dict[str, Tensor]:
-        """Return the posterior probabilities of summed sites of several values, with gradient.
-
-        They have the plates' dimensions, then that of the values. They are the derivatives of the
-        log evidence in the log-probabilities.
-        """
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            shifts = {}
-            symbols = {name: symbol for symbol, name in self._sums.items()}
-            for factor in self._factors:
-                dims = factor.dims
-                if factor.name in symbols and symbols[factor.name] in dims:  # two values or more
-                    shifts[factor.name] = torch.zeros_like(factor.value, requires_grad=True)
-                    factor.value = factor.value + shifts[factor.name]
-                    factor.value._pyro_dims = dims  # type: ignore[attr-defined]
-            if not shifts:
-                return {}
-            parts = [self._sum(*component) for component in self._components()]
-            total = torch.stack([value.sum() for part in parts for _, value in part]).sum()
-            grads = torch.autograd.grad(total, [*shifts.values()], create_graph=create_graph)
-        return {
-            name: self._probs(name, derivative)
-            for name, derivative in zip(shifts, grads, strict=True)
-        }
-
-    def _probs(self, name: str, derivative: Tensor) -> Tensor:
-        """Sum a packed derivative over the other summed sites, and put the values last."""
-        site = self._trace.nodes[name]
-        (dims,) = (factor.dims for factor in self._factors if factor.name == name)
-        own = site["infer"]["_enumerate_symbol"]
-        others = [i for i, symbol in enumerate(dims) if symbol in self._sums and symbol != own]
-        probs = derivative.sum(others) if others else derivative
-        probs._pyro_dims = "".join(symbol for i, symbol in enumerate(dims) if i not in others)  # type: ignore[attr-defined]
-        probs = packed.unpack(probs, self._trace.symbol_to_dim)
-        dim = site["infer"]["_enumerate_dim"]
-        return probs.movedim(dim, -1)
-
-    def _components(self) -> list[tuple[list[_Factor], set[str]]]:
+    def _components(self) -> list[tuple[list[Factor], set[str]]]:
         """Group the factors that share summed sites."""
-        components: list[tuple[list[_Factor], set[str]]] = []
-        for factor in self._factors:
+        components: list[tuple[list[Factor], set[str]]] = []
+        for factor in self.factors:
             own = set(factor.dims) & self._sums.keys()
             linked = [part for part in components if part[1] & own]
             components = [part for part in components if not part[1] & own]
@@ -319,7 +287,7 @@ class SummedTerms:
         return components
 
 
-def _common_scale(factors: list[_Factor]) -> Any:
+def _common_scale(factors: list[Factor]) -> Any:
     scale = factors[0].scale
     for factor in factors:
         if isinstance(factor.scale, Tensor) and factor.scale.numel() > 1:
@@ -345,7 +313,7 @@ def _equal(*scales: Any) -> bool:
 
 
 @contextmanager
-def _explained(name: str, factors: list[_Factor]) -> Iterator[None]:
+def _explained(name: str, factors: list[Factor]) -> Iterator[None]:
     """Name the sites of a sum that is not possible."""
     try:
         yield

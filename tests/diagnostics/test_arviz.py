@@ -7,6 +7,8 @@ from pathlib import Path
 import arviz as az
 import matplotlib.pyplot as plt
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
@@ -14,6 +16,7 @@ from helpers.toys import drawn
 
 from pyro_gumbel._arviz import group
 from pyro_gumbel.diagnostics import to_arviz
+from pyro_gumbel.infer import recover
 
 
 def test_groups(tmp_path: Path) -> None:
@@ -95,6 +98,31 @@ def test_posterior() -> None:
         np.testing.assert_array_equal(group(data, "posterior")["z"], samples)
         assert list(az.summary(data, kind="diagnostics").index) == ["z[0]", "z[1]", "z[2]"]
     assert "posterior" not in list(to_arviz(draws).groups())
+
+
+def test_recovered_sites_are_a_posterior_of_one_chain(tmp_path: Path) -> None:
+    def model() -> None:
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Bernoulli(0.4), infer={"enumerate": "parallel"})
+            w = pyro.sample("w", dist.Normal(z, 1.0))
+            pyro.sample("x", dist.Normal(w, 1.0), obs=torch.tensor([-1.0, 0.0, 2.0]))
+
+    def guide() -> None:
+        with pyro.plate("data", 3):
+            pyro.sample("w", dist.Normal(0.3, 0.5))
+
+    found = recover(model, guide, num_samples=50)
+    data = to_arviz(drawn()[0], posterior=found)
+    posterior = group(data, "posterior")
+    assert posterior["z"].dims == ("chain", "draw", "z_dim_0")
+    assert dict(posterior.sizes) == {"chain": 1, "draw": 50, "w_dim_0": 3, "z_dim_0": 3}
+    np.testing.assert_array_equal(posterior["z"].squeeze("chain"), found["z"])
+    assert {"z[0]", "w[2]"} <= set(az.summary(data, kind="stats").index)
+    data.to_netcdf(str(tmp_path / "posterior.nc"))
+    read = group(az.from_netcdf(str(tmp_path / "posterior.nc")), "posterior")
+    xr.testing.assert_allclose(read, posterior)
+    probs = recover(model, guide, num_samples=4, marginals=True)
+    assert group(to_arviz(drawn()[0], posterior=probs), "posterior")["z"].shape == (1, 4, 3, 2)
 
 
 def test_projections(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pyro
@@ -425,52 +424,6 @@ def test_enumeration_of_a_guides_plate_inside_a_sum_is_refused() -> None:
         Estimator_ELBO(default="enumerate").loss(model, guide, X)
 
 
-# Recovery
-
-
-def joint(x: Tensor) -> Tensor:
-    """The log-probability of each path of ``chain``, ``(3,) * len(x)``."""
-    initial, transition, locs = (pyro.param(name) for name in ("initial", "transition", "locs"))
-    paths = torch.tensor(list(itertools.product(range(3), repeat=len(x))))
-    total = initial.log_softmax(-1)[paths[:, 0]]
-    total = total + transition.log_softmax(-1)[paths[:, :-1], paths[:, 1:]].sum(-1)
-    total = total + dist.Normal(locs[paths], 0.8).log_prob(x).sum(-1)
-    return total.reshape((3,) * len(x))
-
-
-def test_decoding_finds_the_most_probable_path() -> None:
-    for seed in range(4):
-        x = 2 * torch.randn(6, generator=torch.Generator().manual_seed(seed))
-        path = recover(chain, nothing, x, decode=True)
-        best = torch.tensor(joint(x).argmax().item())
-        expected = [(best // 3 ** (5 - t) % 3).item() for t in range(6)]
-        assert [path[f"z_{t}"].item() for t in range(6)] == expected
-
-
-def test_marginals_are_those_of_all_paths_with_gradient() -> None:
-    x = X[:4]
-    found = recover(chain, nothing, x, marginals=True)
-    probs = joint(x).flatten().softmax(0).reshape((3,) * 4)
-    for t in range(4):
-        others = [dim for dim in range(4) if dim != t]
-        torch.testing.assert_close(found[f"z_{t}"][0], probs.sum(others))
-    locs = pyro.get_param_store()._params["locs"]
-    (grad,) = torch.autograd.grad(found["z_2"][0, 1], locs)
-    (expected,) = torch.autograd.grad(probs.sum((0, 1, 3))[1], locs)
-    torch.testing.assert_close(grad, expected)
-
-
-def test_draws_have_the_posteriors_frequencies() -> None:
-    pyro.set_rng_seed(6)
-    x, draws = X[:3], 400
-    found = recover(chain, nothing, x, num_samples=draws)
-    index = sum(found[f"z_{t}"] * 3 ** (2 - t) for t in range(3))
-    counts = torch.bincount(index, minlength=27) / draws
-    probs = joint(x).flatten().softmax(0).detach()
-    error = (probs * (1 - probs) / draws).sqrt() + 1e-12
-    assert ((counts - probs).abs() / error).max() < 5
-
-
 def test_recovery_is_given_the_guides_draw() -> None:
     pyro.set_rng_seed(7)
     found = recover(switches, guide_of_switches, X, num_samples=3, marginals=True)
@@ -482,18 +435,6 @@ def test_recovery_is_given_the_guides_draw() -> None:
     expected = (weights.log_softmax(-1) + fit.masked_fill(~seen, 0.0)).softmax(-1)
     torch.testing.assert_close(found["z"], expected)
     assert recover(switches, guide_of_switches, X, num_samples=2)["z"].shape == (2, 6)
-
-
-def test_recover_refuses_what_it_cannot_do() -> None:
-    step(Estimator_ELBO(default="enumerate"), switches, guide_of_switches, X)
-    with pytest.raises(ValueError, match="not both"):
-        recover(chain, nothing, X, decode=True, marginals=True)
-    with pytest.raises(ValueError, match="no summed site. Mark a discrete site"):
-        recover(switches, with_assignments, X)
-    with pytest.raises(ValueError, match="different scales"):
-        recover(scaled_in_parts, nothing, X)
-    with pytest.raises(ValueError, match="num_samples must be an integer of at least 1; got 0"):
-        recover(chain, nothing, X, num_samples=0)
 
 
 def test_pyros_own_losses_are_unchanged() -> None:

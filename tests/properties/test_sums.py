@@ -120,22 +120,26 @@ HALF = pyro.poutine.mask(mask=SEEN)
 
 
 @pytest.mark.parametrize("where", ["site", "distribution", "both"])
-def test_draws_of_masked_sites_follow_the_losss_posterior(where: str) -> None:
-    """A mask on a summed site leaves its probabilities in the sum."""
+def test_masked_sites_have_pyros_loss_and_its_posterior(where: str) -> None:
+    """A mask around a summed site leaves its probabilities; one of the distribution drops them."""
 
     def model() -> None:
+        logits = pyro.param("logits", PRIOR.log())
         with pyro.plate("data", 4), contextlib.ExitStack() as whole:
             if where == "both":
                 whole.enter_context(HALF)
             with HALF if where == "site" else contextlib.nullcontext():
-                prior = dist.Categorical(PRIOR)
+                prior = dist.Categorical(logits=logits)
                 prior = prior.mask(SEEN) if where == "distribution" else prior
                 z = pyro.sample("z", prior, infer=SUM)
             pyro.sample("x", dist.Normal(LOC[z], 1.0), obs=DATA)
 
+    assert_as_pyro(model, no_guide, nesting=1)
     probs = log_joint(DATA).softmax(-1)
     if where == "both":
         probs = torch.where(SEEN.unsqueeze(-1), probs, PRIOR)
+    if where == "distribution":
+        probs = torch.where(SEEN.unsqueeze(-1), probs, (log_joint(DATA) - PRIOR.log()).softmax(-1))
     torch.testing.assert_close(recover(model, no_guide, marginals=True)["z"][0], probs)
     n = 300
     with torch.random.fork_rng():
