@@ -143,7 +143,8 @@ class Relax(Rebar):
         return torch.stack([self._criticise(site, value) for value in site.values[1:]])
 
     def _criticise(self, site: Site, value: Tensor) -> Tensor:
-        output: Any = self.critic(value)
+        weight = next(self.critic.parameters(), value)  # in float32 for half precision
+        output: Any = self.critic(value.to(weight.dtype))
         shape = site.cost.shape[1:]
         if output.shape == (*shape, 1):
             output = output.squeeze(-1)

@@ -14,7 +14,7 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, kl_divergence
 
-from helpers.pretended_device import DEVICE, Case, NoCopies, take_steps
+from helpers.pretended_device import DEVICE, Case, no_waiting, take_steps
 from helpers.pretended_estimators import CATEGORIES, FAMILIES, FEATURES, N, Programs, bound
 from pyro_gumbel import distributions as ours
 from pyro_gumbel.estimators import Pathwise
@@ -45,7 +45,7 @@ def laws() -> dict[str, Case]:
     """Draws, densities and moments of every distribution, in three dtypes."""
 
     def case(name: str, dtype: torch.dtype) -> None:
-        with NoCopies():
+        with no_waiting():
             parameter = torch.zeros(N, CATEGORIES, device=DEVICE, dtype=dtype, requires_grad=True)
             fn = LAWS[name](parameter)
             fn = fn.expand((2, *fn.batch_shape))
@@ -75,7 +75,7 @@ def divergences() -> dict[str, Case]:
     }
 
     def case(name: str) -> None:
-        with NoCopies():
+        with no_waiting():
             parameter = torch.zeros(N, CATEGORIES, device=DEVICE, requires_grad=True)
             first, second = made[name]
             kl_divergence(LAWS[first](parameter), second(parameter + 1)).sum().backward()

@@ -3,12 +3,14 @@
     python -m helpers.pretended_device looped guides
 
 prints the outcome of each case of these groups as JSON: null, or the error. The device is
-registered for the whole process, so tests run this in a process of their own.
+registered for the whole process, so tests run this in a process of their own. With
+``STEP_DEVICE=cuda`` the same cases run on a GPU.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -24,7 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DEVICE = "pretended"
+PRETENDED = "pretended"
+DEVICE = os.environ.get("STEP_DEVICE", PRETENDED)  # or a real one, such as "cuda"
 
 Case = Callable[[], None]
 
@@ -60,11 +63,38 @@ def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True
 
 @contextmanager
 def pretended_device() -> Iterator[None]:
-    """Make every tensor in this block one without numbers."""
+    """Make every tensor in this block one without numbers, unless the device is a real one."""
+    if DEVICE != PRETENDED:
+        yield
+        return
     backend_registration._setup_privateuseone_for_python_backend(DEVICE)
     one_thread = torch.autograd.set_multithreading_enabled(False)
     with one_thread, FakeTensorMode(), patch.object(nn.Module, "_apply", _apply):
         yield
+
+
+@contextmanager
+def first_step() -> Iterator[None]:
+    """Allow the comparison of numbers in the first step of two programs."""
+    if DEVICE == PRETENDED:
+        with patch.object(torch, "allclose", lambda *args, **options: True):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Refuse what waits for the device."""
+    if DEVICE != "cuda":
+        with NoCopies():
+            yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def take_steps(step: Callable[[], Tensor], modules: Callable[[], list[nn.Module]]) -> None:
@@ -72,9 +102,9 @@ def take_steps(step: Callable[[], Tensor], modules: Callable[[], list[nn.Module]
 
     The first step of two programs may compare numbers once. Later steps may read none.
     """
-    with patch.object(torch, "allclose", lambda *args, **options: True):
+    with first_step():
         step().backward()
-    with NoCopies():
+    with no_waiting():
         loss = step()
         loss.backward()
     if loss.device.type != DEVICE:

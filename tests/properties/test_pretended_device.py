@@ -25,12 +25,12 @@ TESTS = Path(__file__).parents[1]
 READS_A_NUMBER = {"handlers/flow_with_a_bound"}
 
 
-def outcomes(*groups):
+def outcomes(*groups, device="pretended"):
     """Run groups of cases in a process of their own; return their outcomes."""
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
         [sys.executable, "-m", "helpers.pretended_device", *groups],
-        env=os.environ | {"PYTHONPATH": paths},
+        env=os.environ | {"PYTHONPATH": paths, "STEP_DEVICE": device},
         capture_output=True,
         text=True,
         check=False,
@@ -52,6 +52,11 @@ def test_estimators_stay_on_the_device():
     found = outcomes("looped", "vectorised", "dtypes")
     assert failures(found) == {}
     assert len(found["dtypes"]) == 2 * len(pretended_estimators.MAKERS)
+
+
+def test_cases_of_each_precision_run_with_numbers():
+    """A device without numbers lets products of two precisions pass."""
+    assert failures(outcomes("dtypes", device="cpu")) == {}
 
 
 def test_all_else_stays_on_the_device_and_planted_faults_are_seen():
