@@ -23,8 +23,9 @@ TRITON ?= .triton
 
 PYTEST_ARGS ?= -n 2
 DEMO_OUT ?= out/demo
+OUT ?= out/gpu
 
-.PHONY: help demo test test-slow test-arviz test-triton lint format benchmark docs spelling clean
+.PHONY: help demo test test-slow test-arviz test-triton lint format benchmark gpu docs spelling clean
 
 help:
 	@echo 'make demo         train and compare estimators on digits (minutes)'
@@ -35,6 +36,7 @@ help:
 	@echo 'make lint         run ruff and mypy'
 	@echo 'make format       format the sources'
 	@echo 'make benchmark    time the package against plain PyTorch and Pyro'
+	@echo 'make gpu          test, train, time and profile on a GPU, with $$(PYTHON) as it is'
 	@echo 'make docs         build the manual in out/docs; its tutorials run (minutes)'
 	@echo 'make spelling     run codespell'
 	@echo 'make clean        remove environments, outputs and caches'
@@ -84,6 +86,11 @@ benchmark: $(STAMP)
 	done
 
 # Warnings are errors, among them links to a page or name that does not exist.
+# $(PYTHON) needs the packages of pyproject.toml; this package need not be installed:
+#   make gpu PYTHON=python3.12 OUT=out/gpu
+gpu:
+	$(PYTHON) tests/gpu/run.py --out $(OUT) $(if $(SMOKE),--smoke)
+
 docs: $(DOCS_STAMP)
 	rm -rf docs/api
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -d out/docs-state docs out/docs

@@ -18,10 +18,11 @@ def make_parser(text: str) -> argparse.ArgumentParser:
 
 
 class Report:
-    """Collects tables, prints each at once, and writes all to a file at the end."""
+    """Prints tables, and writes all so far to ``NAME.json`` after each."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{name}.json"
         self.tables: dict[str, list[dict[str, Any]]] = {}
 
     def table(self, title: str, rows: list[dict[str, Any]]) -> None:
@@ -33,13 +34,11 @@ class Report:
         print(f"\n{title}")
         for line in cells:
             print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+        self.path.write_text(json.dumps(self.tables, indent=1))
 
-    def write(self, folder: Path) -> None:
-        """Write every table to ``NAME.json``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.name}.json"
-        path.write_text(json.dumps(self.tables, indent=1))
-        print(f"\nwritten to {path}")
+    def finish(self) -> None:
+        """Print where the tables are."""
+        print(f"\nwritten to {self.path}")
 
 
 def _show(value: Any) -> str:

@@ -128,11 +128,11 @@ def main() -> None:
     torch.set_num_threads(1)
     pyro.set_rng_seed(args.seed)
     found = programs()
-    report = Report("gradient_draws")
+    report = Report("gradient_draws", args.out)
     report.table(f"{args.draws} draws against loss_and_grads", overhead(args, *found))
     report.table("draws of an auto-encoder's gradient", five_estimators(args, *found))
     report.table("size of the results", sizes(args, *found))
-    report.write(args.out)
+    report.finish()
 
 
 if __name__ == "__main__":

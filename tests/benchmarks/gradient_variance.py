@@ -249,10 +249,10 @@ def main() -> None:
     torch.set_num_threads(1)
     pyro.set_rng_seed(args.seed)
     pyro.enable_validation(False)
-    report = Report("gradient_variance")
+    report = Report("gradient_variance", args.out)
     compare_steps(report, 2 if args.smoke else 40)
     compare_variances(report, args)
-    report.write(args.out)
+    report.finish()
 
 
 if __name__ == "__main__":

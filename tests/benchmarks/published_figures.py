@@ -296,12 +296,12 @@ def main() -> None:
     args = make_parser(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(1)
     pyro.set_rng_seed(args.seed)
-    report = Report("published_figures")
+    report = Report("published_figures", args.out)
     one_variable(report, 2_000 if args.smoke else 400_000)
     three_variables(report, 2_000 if args.smoke else 400_000)
     two_hundred_variables(report, 40 if args.smoke else 2_000, 100 if args.smoke else 2_000)
     polynomial(report, 20 if args.smoke else 8_000)
-    report.write(args.out)
+    report.finish()
 
 
 if __name__ == "__main__":

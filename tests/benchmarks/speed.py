@@ -131,7 +131,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     pyro.enable_validation(False)
-    report = Report("speed")
+    report = Report("speed", args.out)
     report.table("one step of a VAE, Gumbel straight-through", steps(args, device))
     report.table("the same, one hidden layer of 200", small_steps(args, device))
     report.table("one step, score function, 4 particles", leave_one_out_steps(args, device))
@@ -141,7 +141,7 @@ def main() -> None:
     report.table("exact one-hot draws", exact_draws(args, device))
     if device.type == "cpu":
         report.table("GumbelRao(num_samples=100), peak MiB", memory_of_gumbel_rao())
-    report.write(args.out)
+    report.finish()
 
 
 if __name__ == "__main__":
