@@ -22,16 +22,11 @@ from pyro_gumbel.guides._point_estimates import PointEstimateMessenger, quantile
 from pyro_gumbel.infer._checks import guided_sites
 from pyro_gumbel.infer.config import Config, GradientMessenger
 
-__all__ = ["ParameterHead", "StructuredGuide"]
+__all__ = ["StructuredGuide"]
 
 
 class StructuredGuide(AutoGuide):
-    """A guide with one head per latent site, made in a first run of the model.
-
-    As with Pyro's autoguides, parameters in the parameter store under the guide's names replace
-    the initial ones; ``pyro.clear_param_store()`` removes them. ``AutoDiscrete`` documents the
-    arguments.
-    """
+    """A guide with one head per latent site; ``AutoDiscrete`` documents the arguments."""
 
     # Overrides private methods of Pyro's AutoGuide. If Pyro renames _model, _setup_prototype,
     # _create_plates, _prototype_frames or _check_prototype, this class fails inside AutoGuideList.
@@ -146,7 +141,7 @@ class StructuredGuide(AutoGuide):
 
     def _make_head(self, latent: Latent, inputs: Any) -> nn.Module:
         """Make the module of the unconstrained parameters of a site's guide."""
-        return ParameterHead(latent)
+        return _parameter_head(latent)
 
     def _key(self, name: str) -> str:
         """Return a key for ``heads``; a ModuleDict forbids dots and names of its methods."""
@@ -191,11 +186,7 @@ class StructuredGuide(AutoGuide):
         return self.plates
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample every latent site.
-
-        Returns:
-            The values by site.
-        """
+        """Sample every latent site; return the values by site."""
         self.setup(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         # With "auto" the ELBO's default applies, so no estimators are attached.
@@ -214,10 +205,7 @@ class StructuredGuide(AutoGuide):
         return self.heads[self._keys[latent.name]]
 
     def _numbers(self, latent: Latent, inputs: Any, values: dict[str, Tensor]) -> Tensor:
-        """Return a site's unconstrained parameters, given the values of the sites before it.
-
-        Here they are the subsampled elements of an ``nn.Parameter``.
-        """
+        """Return a site's unconstrained parameters, given the values of the sites before it."""
         raw = self._head(latent).raw
         for dim, name in latent.plates.items():
             size = raw.shape[dim - latent.event_dim]
@@ -234,10 +222,7 @@ class StructuredGuide(AutoGuide):
     def _run(
         self, args: Any, kwargs: Any, handler: AbstractContextManager[Any]
     ) -> dict[str, dict[str, Any]]:
-        """Run the guide apart from other programs; return its sites.
-
-        The plates are not subsampled if there are parameters for all of their elements.
-        """
+        """Run the guide apart from other programs, for all elements if it has them all."""
         self._ignores_subsamples = self._has_all_elements
         try:
             with poutine.block(), handler:
@@ -275,34 +260,23 @@ class StructuredGuide(AutoGuide):
         return {name: value for name, value in found.items() if value is not None}
 
 
-class ParameterHead(nn.Module):
-    """The unconstrained parameters of a site's guide, as an ``nn.Parameter``."""
-
-    def __init__(self, latent: Latent) -> None:
-        super().__init__()
-        start = latent.start
-        shape = list(start.shape)
-        for dim, size in latent.sizes.items():
-            shape[dim - latent.event_dim] = size
-        if list(start.shape) != shape:  # the first run had a subsample of the plates
-            dims = [dim - latent.event_dim for dim in latent.sizes]
-            start = start.mean(dims, keepdim=True).expand(shape)
-        self.raw = nn.Parameter(start.clone())
+def _parameter_head(latent: Latent) -> nn.ParameterDict:
+    """Return the unconstrained parameters of a site's guide, one for each element."""
+    start, shape = latent.start, list(latent.start.shape)
+    for dim, size in latent.sizes.items():
+        shape[dim - latent.event_dim] = size
+    if list(start.shape) != shape:  # the first run had a subsample of the plates
+        dims = [dim - latent.event_dim for dim in latent.sizes]
+        start = start.mean(dims, keepdim=True).expand(shape)
+    return nn.ParameterDict({"raw": nn.Parameter(start.clone())})
 
 
 @torch.no_grad()
 def _adopt_stored(prefix: str, module: nn.Module) -> None:
     """Replace a module's parameters by those that the store has under its names.
 
-    The optimiser trains the parameters in the store. A module with other parameters under these
-    names would silently not be trained.
-
-    Args:
-        prefix: The module's name in ``pyro.module``.
-        module: The module.
-
-    Raises:
-        ValueError: If a stored parameter has another shape.
+    The optimiser trains the parameters in the store, so others would silently not be trained.
+    ``prefix`` is the module's name in ``pyro.module``.
     """
     store = pyro.get_param_store()
     unconstrained = dict(store.named_parameters())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,25 +50,15 @@ _INFINITE_LOGIT = 20.0  # replaces an infinite logit at the start: e^-20 is 2e-9
 
 @dataclass(frozen=True)
 class Latent:
-    """A latent site of the model.
-
-    Attributes:
-        name: Its name.
-        head: The map from unconstrained parameters to its guide.
-        plates: Its vectorised plates by dimension, the rightmost first: ``{-1: "data", ...}``.
-        sizes: The full size of each plate.
-        batch: The batch shape of these plates, with ones at dimensions without a plate.
-        event_batch: Batch dimensions that ``to_event`` declared dependent.
-        start: Initial unconstrained parameters, ``batch + event_batch + (head.size,)``.
-    """
+    """A latent site of the model, with its vectorised plates by dimension, ``{-1: "data"}``."""
 
     name: str
     head: Head
-    plates: dict[int, str]
-    sizes: dict[int, int]
-    batch: torch.Size
-    event_batch: torch.Size
-    start: Tensor
+    plates: dict[int, str]  # the rightmost first
+    sizes: dict[int, int]  # the full sizes of these plates
+    batch: torch.Size  # of these plates, with ones at dimensions without a plate
+    event_batch: torch.Size  # dimensions that to_event declared dependent
+    start: Tensor  # initial unconstrained parameters, batch + event_batch + (head.size,)
 
     @property
     def event_dim(self) -> int:
@@ -117,11 +106,7 @@ def observed_sites(trace: Trace) -> list[str]:
 
 
 def read_latent(site: Any, init_scale: float | None) -> Latent:
-    """Read a latent site of the prototype.
-
-    Raises:
-        ValueError: If it is masked or in a sequential plate, or it has no head.
-    """
+    """Read a latent site of the prototype; raise ``ValueError`` if it cannot have a guide."""
     name, fn = site["name"], site["fn"]
     sequential = [frame.name for frame in site["cond_indep_stack"] if not frame.vectorized]
     if sequential:
@@ -151,22 +136,23 @@ def read_latent(site: Any, init_scale: float | None) -> Latent:
     return Latent(name, head, plates, sizes, batch, event_batch, start)
 
 
-class Head(ABC):
+class Head:
     """A map from unconstrained numbers to the distribution of a site's guide.
 
-    Attributes:
-        make: Makes the distribution from its parameters.
-        constraints: Constraints of the parameters by name.
-        shape: Shape of each parameter within an element.
-        event_shape: Shape of a value.
-        num_categories: Number of values if these are indices, else 0.
+    The distribution is of the prior's family; ``fixed`` are arguments that are not learnt.
     """
 
-    make: Callable[..., Any]
-    constraints: dict[str, Any]
-    shape: torch.Size
-    event_shape: torch.Size
-    num_categories = 0
+    num_categories = 0  # the number of values if they are indices
+
+    def __init__(self, family: Any, parameters: tuple[str, ...], prior: Any, **fixed: Any) -> None:
+        self.make: Callable[..., Any] = functools.partial(family, **fixed)
+        self.support = family.support
+        self.constraints = {name: family.arg_constraints[name] for name in parameters}
+        self.event_shape = prior.event_shape
+        if family is dist.Categorical:
+            self.num_categories = len(support_values(prior))
+        is_vector = any(limit.event_dim for limit in self.constraints.values())
+        self.shape = torch.Size([self.num_features] if is_vector else [])  # of each parameter
 
     @property
     def size(self) -> int:
@@ -198,9 +184,13 @@ class Head(ABC):
             parts.append(part.reshape(*prior.batch_shape, -1))
         return torch.cat(parts, -1)
 
-    @abstractmethod
     def initial(self, prior: Any, value: Tensor, init_scale: float | None) -> dict[str, Tensor]:
         """Return the parameters in their constrained space, as :meth:`start` does."""
+        numbers = {name: _number(prior, name) for name in self.constraints}
+        if init_scale is not None and "loc" in numbers:
+            numbers["loc"] = biject_to(self.support).inv(value)
+            numbers["scale"] = numbers["scale"] * init_scale
+        return numbers
 
     def features(self, value: Tensor) -> Tensor:
         """Return a value as features ``batch_shape + (num_features,)`` for other heads."""
@@ -211,37 +201,17 @@ class Head(ABC):
         return value.reshape(*batch, self.num_features)
 
 
-class FamilyHead(Head):
-    """A guide of the prior's family, with ``fixed`` for arguments that are not learnt."""
-
-    def __init__(self, family: Any, parameters: tuple[str, ...], prior: Any, **fixed: Any) -> None:
-        self.family = family
-        self.make = functools.partial(family, **fixed)
-        self.constraints = {name: family.arg_constraints[name] for name in parameters}
-        self.event_shape = prior.event_shape
-        if family is dist.Categorical:
-            self.num_categories = len(support_values(prior))
-        is_vector = any(limit.event_dim for limit in self.constraints.values())
-        self.shape = torch.Size([self.num_features] if is_vector else [])
-
-    def initial(self, prior: Any, value: Tensor, init_scale: float | None) -> dict[str, Tensor]:
-        numbers = {name: _number(prior, name) for name in self.constraints}
-        if init_scale is not None and "loc" in numbers:
-            numbers["loc"] = biject_to(self.family.support).inv(value)
-            numbers["scale"] = numbers["scale"] * init_scale
-        return numbers
-
-
 class TransportHead(Head):
     """A diagonal normal distribution that ``biject_to`` transforms to a continuous support."""
 
-    def __init__(self, transform: Transform, event_shape: torch.Size) -> None:
+    def __init__(self, transform: Transform, prior: Any) -> None:
         self.transform = transform
+        self.make = self._transport
         self.constraints = {"loc": constraints.real, "scale": constraints.positive}
-        self.shape = torch.Size(transform.inverse_shape(event_shape))
-        self.event_shape = event_shape
+        self.event_shape = prior.event_shape
+        self.shape = torch.Size(transform.inverse_shape(prior.event_shape))
 
-    def make(self, loc: Tensor, scale: Tensor) -> Any:
+    def _transport(self, loc: Tensor, scale: Tensor) -> Any:
         normal = dist.Normal(loc, scale).to_event(len(self.shape))
         return dist.TransformedDistribution(normal, [self.transform])
 
@@ -251,29 +221,25 @@ class TransportHead(Head):
 
 
 def find_head(name: str, prior: Any) -> Head:
-    """Return the head of site ``name``, whose distribution without ``to_event`` is ``prior``.
-
-    Raises:
-        ValueError: If the distribution's family has no head.
-    """
+    """Return the head of site ``name``, whose distribution without ``to_event`` is ``prior``."""
     support = prior.support
     if support is constraints.one_hot:
-        return FamilyHead(OneHot, ("logits",), prior)
+        return Head(OneHot, ("logits",), prior)
     if support is constraints.boolean:
-        return FamilyHead(dist.Bernoulli, ("logits",), prior)
+        return Head(dist.Bernoulli, ("logits",), prior)
     if _has_values_of(prior, dist.Binomial):
         count = _total_count(name, prior)
-        return FamilyHead(dist.Binomial, ("logits",), prior, total_count=count)
+        return Head(dist.Binomial, ("logits",), prior, total_count=count)
     for family, parameters in _PARAMETERS.items():
         if _has_values_of(prior, family):
-            return FamilyHead(family, parameters, prior)
+            return Head(family, parameters, prior)
     if has_law_of(prior, dist.Delta):
         raise ValueError(
             f"Site {name!r} is a Delta, which has one value and needs no guide. Write "
             f"pyro.deterministic({name!r}, value) in the model."
         )
     try:
-        return TransportHead(biject_to(_uniform_support(name, support)), prior.event_shape)
+        return TransportHead(biject_to(_uniform_support(name, support)), prior)
     except NotImplementedError:
         raise ValueError(
             f"Site {name!r} is a {type(prior).__name__} with support {prior.support}, which has "
@@ -323,18 +289,14 @@ def _uniform_support(name: str, support: Constraint) -> Constraint:
     if isinstance(support, constraints.independent):
         base = _uniform_support(name, support.base_constraint)
         return constraints.independent(base, support.reinterpreted_batch_ndims)
-    bounds = {
-        key: bound
-        for key, bound in vars(support).items()
-        if key in ("lower_bound", "upper_bound") and isinstance(bound, Tensor)
-    }
+    named = {key: vars(support).get(key) for key in ("lower_bound", "upper_bound")}
+    bounds = {key: bound.flatten() for key, bound in named.items() if isinstance(bound, Tensor)}
     if not bounds or support.is_discrete:
         return support
-    for bound in bounds.values():
-        if (bound != bound.flatten()[0]).any():
-            raise ValueError(
-                f"Site {name!r} has a support that differs between elements, {support}, and a "
-                "head needs one support for all. Sample it on a fixed support, such as "
-                "Uniform(0, 1), and scale it in the model."
-            )
-    return type(support)(**{**vars(support), **{k: v.flatten()[0] for k, v in bounds.items()}})
+    if any((bound != bound[0]).any() for bound in bounds.values()):
+        raise ValueError(
+            f"Site {name!r} has a support that differs between elements, {support}, and a head "
+            "needs one support for all. Sample it on a fixed support, such as Uniform(0, 1), and "
+            "scale it in the model."
+        )
+    return type(support)(**vars(support) | {key: bound[0] for key, bound in bounds.items()})

@@ -20,17 +20,10 @@ __all__ = ["find_data_plate", "read_plates"]
 
 
 def find_data_plate(trace: Trace, plate: str | None) -> str:
-    """Return the name of the plate of the encoder's rows.
+    """Return the name of the plate of the encoder's rows, which is ``plate`` if it is given.
 
     This is the vectorised plate with observed and latent sites. If there are several, it is the
     plate that contains all sites of the others.
-
-    Args:
-        trace: One run of the model.
-        plate: The name that the user gave, if any.
-
-    Raises:
-        ValueError: If the model has no such plate or several, or the given name is wrong.
     """
     latent = guided_sites(trace)
     observed = observed_sites(trace)
@@ -131,16 +124,9 @@ class _PlateReader(Messenger):
 def read_plates(
     model: Callable[..., Any], names: Iterable[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Run the model up to a site in each of the named plates, hidden from other handlers.
+    """Run the model up to a site in each named plate; return ``pyro.plate``'s arguments by name.
 
-    The guide's plates must equal the model's; otherwise the ELBO would have a wrong scale. The
-    part of the model before the last of these sites runs twice per step.
-
-    Returns:
-        The arguments of ``pyro.plate`` by name.
-
-    Raises:
-        ValueError: If the model does not reach a site in a plate.
+    With other plates than the model's, the guide would give the ELBO a wrong scale.
     """
     reader = _PlateReader(names)
     if not reader.missing:

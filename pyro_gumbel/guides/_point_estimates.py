@@ -44,10 +44,7 @@ def point_estimate(fn: Any) -> Tensor:
 def quantile(fn: Any, levels: Tensor, *, draw: bool = True) -> Tensor | None:
     """Return quantiles of shape ``levels.shape + fn.shape()``, or ``None`` for vectors.
 
-    Args:
-        fn: The distribution.
-        levels: Between 0 and 1.
-        draw: Whether to estimate quantiles by draws if the inverse CDF is unknown.
+    Quantiles without a known inverse CDF are estimated by draws if ``draw``, else ``None``.
     """
     base = unwrap(fn)
     if base.event_shape:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.infer.autoguide.initialization import init_to_median
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
@@ -43,22 +42,16 @@ class AutoAmortized(StructuredGuide):
 
     Shapes: ``encoder(*args, **kwargs)`` is ``(N, features)``, with one row per element of the
     plate or of its subsample. A site in further plates inside the data plate gets the parameters
-    of all its elements from one row.
-
-    ``state_dict`` contains the encoder, the heads, and the estimators that ``gradient`` names. A
-    new guide has no heads: call ``setup(*args)`` before ``load_state_dict``.
+    of all its elements from one row. ``state_dict`` also contains the encoder.
 
     Args:
         model: The model.
         encoder: A module or a function of the model's arguments.
-        gradient: An estimator, a name, a dict ``{site: estimator}`` or a callable, as for
-            ``config_gradient``. ``"auto"`` is the default of ``Estimator_ELBO``.
+        gradient: As for :class:`AutoDiscrete`.
         plate: Name of the data plate. Needed if several plates are possible.
         autoregressive: Whether heads read the values of earlier sites in the plate.
-        create_plates: As for Pyro's autoguides. By default the guide reads the model's plates.
-        init_loc_fn: Initialisation strategy of continuous global latents.
-        init_scale: Initial standard deviation of continuous global latents. It is relative to the
-            prior's if the guide has the prior's family, else in unconstrained space.
+        options: ``create_plates``, ``init_loc_fn`` and ``init_scale``, as for
+            :class:`AutoDiscrete`, for continuous global latents.
 
     Raises:
         TypeError: If the encoder is not callable; when run, if it does not return a tensor.
@@ -92,17 +85,9 @@ class AutoAmortized(StructuredGuide):
         gradient: Config = "auto",
         plate: str | None = None,
         autoregressive: bool = False,
-        create_plates: Callable[..., Any] | None = None,
-        init_loc_fn: Callable[..., Any] = init_to_median,
-        init_scale: float = 0.1,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            model,
-            gradient=gradient,
-            create_plates=create_plates,
-            init_loc_fn=init_loc_fn,
-            init_scale=init_scale,
-        )
+        super().__init__(model, gradient=gradient, **options)
         if not callable(encoder):
             raise TypeError(
                 "AutoAmortized: encoder must be a module or a function of the model's arguments; "
@@ -131,7 +116,6 @@ class AutoAmortized(StructuredGuide):
 
     @property
     def _dim(self) -> int:
-        """Return the data plate's dimension."""
         return self.plates[self._data_plate].dim
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -174,7 +158,11 @@ class AutoAmortized(StructuredGuide):
         if self.autoregressive:
             num_inputs += sum(self._num_features(other) for other in self._before(latent))
         start = latent.start.mean(self._dim - latent.event_dim)
-        return NetworkHead(num_inputs, start.flatten().to(inputs))
+        bias = start.flatten().to(inputs)
+        linear = nn.Linear(num_inputs, len(bias), device=bias.device, dtype=bias.dtype)
+        with torch.no_grad():
+            linear.bias.copy_(bias)
+        return nn.ModuleDict({"linear": linear})
 
     def _before(self, latent: Latent) -> list[Latent]:
         names = list(self.latents)
@@ -196,7 +184,7 @@ class AutoAmortized(StructuredGuide):
             ]
             batch = torch.broadcast_shapes(*(numbers.shape[:-1] for numbers in read))
             read = [numbers.expand(*batch, numbers.shape[-1]) for numbers in read]
-        return self._columns(latent, self._head(latent)(torch.cat(read, -1)))
+        return self._columns(latent, self._head(latent).linear(torch.cat(read, -1)))
 
     def _rows(self, latent: Latent, value: Tensor) -> Tensor:
         """Reshape features of a value ``(...) + batch + (n,)`` to ``(...) + (N, rest * n)``."""
@@ -220,19 +208,6 @@ class AutoAmortized(StructuredGuide):
         while raw.dim() > len(latent.batch) + latent.event_dim and raw.shape[0] == 1:
             raw = raw.squeeze(0)  # a dimension of plates of other sites
         return raw
-
-
-class NetworkHead(nn.Module):
-    """A linear layer from features to the unconstrained parameters of a site's guide."""
-
-    def __init__(self, num_inputs: int, start: Tensor) -> None:
-        super().__init__()
-        self.linear = nn.Linear(num_inputs, len(start), device=start.device, dtype=start.dtype)
-        with torch.no_grad():
-            self.linear.bias.copy_(start)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.linear(features)
 
 
 def _check_inner_plates(latent: Latent, data_plate: str) -> None:

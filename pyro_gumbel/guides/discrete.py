@@ -23,16 +23,20 @@ class AutoDiscrete(StructuredGuide):
     The model may subsample plates; ``median``, ``quantiles`` and ``posterior`` return all
     elements.
 
-    Parameters are ``heads.<site>.raw`` in ``state_dict``; ``posterior(*args)`` returns their
-    distributions.
+    Parameters are ``heads.<site>.raw`` in ``state_dict``, which also contains the estimators that
+    ``gradient`` names; ``posterior(*args)`` returns their distributions. A new guide has no heads:
+    call ``setup(*args)`` before ``load_state_dict``. As with Pyro's autoguides, parameters in the
+    parameter store under the guide's names replace the initial ones.
 
     Args:
         model: The model.
         gradient: An estimator, a name, a dict ``{site: estimator}`` or a callable, as for
             ``config_gradient``. ``"auto"`` is the default of ``Estimator_ELBO``.
         create_plates: As for Pyro's autoguides. By default the guide reads the model's plates.
-        init_loc_fn: Values of continuous latents in the first run; discrete sites ignore it.
-        init_scale: Ignored by discrete sites.
+        init_loc_fn: Initialisation strategy of continuous latents; discrete sites ignore it.
+        init_scale: Initial standard deviation of continuous latents, relative to the prior's if
+            the guide has the prior's family, else in unconstrained space; discrete sites ignore
+            it.
 
     Raises:
         ValueError: If the model has no discrete latent, or one that is masked, in a sequential
