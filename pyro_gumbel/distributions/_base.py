@@ -23,17 +23,11 @@ def plain_eager() -> bool:
 
 
 def checkable(*tensors: Tensor) -> bool:
-    """Return whether a Python ``if`` may read these values.
-
-    It may not inside ``torch.func`` transforms, during compilation or CUDA graph capture, and for
-    tensors without data. In these cases values are not checked, but shapes are.
-    """
-    if not plain_eager():
-        return False
-    for tensor in tensors:
-        if tensor.is_meta or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return False
-    return True
+    """Return whether a Python ``if`` may read these values, so that they can be checked."""
+    return plain_eager() and not any(
+        tensor.is_meta or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+        for tensor in tensors
+    )
 
 
 def at_hand(tensor: Tensor) -> bool:

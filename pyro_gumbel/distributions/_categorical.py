@@ -46,10 +46,7 @@ def sole_parameter(probs: Any, logits: Any) -> tuple[str, Any]:
 
 
 class DiscreteDistribution(BaseDistribution):
-    """A distribution given by ``probs`` or ``logits``, read in float32 or better.
-
-    Half-precision parameters therefore define the same distribution as their float32 copies.
-    """
+    """A distribution given by ``probs`` or ``logits``, which are read in float32 or better."""
 
     _event_dims = 0  # of the parameter
 
@@ -151,10 +148,7 @@ def value_dtype(fn: Any) -> torch.dtype:
 
 
 def log_probs(fn: Any) -> Tensor:
-    """Return normalised log-probabilities of a one-hot or categorical, ``batch_shape + (C,)``.
-
-    They are exactly ``-inf`` at zero probabilities.
-    """
+    """Return log-probabilities ``batch_shape + (C,)``; exactly ``-inf`` at zero probabilities."""
     if isinstance(fn, CategoricalDistribution):
         return fn._log_probs.expand(fn.param_shape)
     return _read(getattr(fn, "_categorical", fn), _log, _normalise, is_binary=False)
@@ -236,11 +230,9 @@ def _are_derived(logits: Tensor, probs: Tensor, is_binary: bool) -> Tensor:
 
 @torch.no_grad()
 def _are_clamped(logits: Tensor, probs: Tensor, is_binary: bool) -> Tensor:
-    """Return whether torch computed the logits from probabilities that it clamped.
-
-    In this case the extreme logit is that of torch's bound instead of that of the extreme
-    probability. Without probabilities beyond the bound both parameters are equally accurate.
-    """
+    """Return whether torch computed the logits from probabilities that it clamped."""
+    # Then the extreme logit is that of torch's bound. Without probabilities beyond the bound both
+    # parameters are equally accurate.
     eps = torch.finfo(probs.dtype).eps
     low, high = math.log(eps), -math.log(eps)  # torch clamps to [eps, 1 - eps], or only below
     clamped = (probs.amin() < 0.999 * eps) & (logits.amin() > low - 5e-4)

@@ -63,10 +63,9 @@ log_simplex = _LogSimplex()
 
 
 class LogSoftmaxTransform(Transform):
-    r"""Map :math:`x \in \mathbb R^{C-1}` to :math:`\log\operatorname{softmax}(x_1, \dots, 0)`.
+    """Append a zero and take the log-softmax.
 
-    Densities on the log-simplex are with respect to Lebesgue measure in these coordinates, so the
-    map preserves volume.
+    Densities on the log-simplex are with respect to Lebesgue measure before this map.
     """
 
     domain = constraints.real_vector

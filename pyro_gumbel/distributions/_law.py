@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -22,9 +23,7 @@ _NUMBERS = ("_param", "param_shape", "_categorical", "probs", "logits")
 def law_of(fn: Any) -> type | None:
     """Return the class of torch, Pyro or this package that defines the distribution of ``fn``.
 
-    This is the nearest ancestor of ``fn`` in these libraries. It is ``None`` if ``fn``, or a
-    distribution that it contains, overrides how values are drawn and scored, the support, or the
-    parameters that the ancestor reads.
+    It is the nearest ancestor, or ``None`` if ``fn`` or a part of it overrides its law.
     """
     kind = _kind(fn)
     if kind is not None:
@@ -79,5 +78,4 @@ def _differing(kind: type, library: type) -> list[str]:
 
 
 def _find(kind: type, name: str) -> Any:
-    ancestors = (vars(ancestor) for ancestor in kind.__mro__)
-    return next((own[name] for own in ancestors if name in own), None)
+    return inspect.getattr_static(kind, name, None)

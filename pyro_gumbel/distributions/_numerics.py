@@ -20,10 +20,7 @@ _SHORT_ROW = 64
 
 
 def with_signature(function: F) -> F:
-    """Cache the signature of ``forward``, which torch otherwise computes at every call.
-
-    Computing it takes as long as an operation on some thousand numbers.
-    """
+    """Cache the signature of ``forward``, which torch otherwise computes slowly at every call."""
     function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
     return function
 
@@ -96,11 +93,8 @@ def exact_logit(probs: Tensor) -> Tensor:
 
 
 def _half_cell(dtype: torch.dtype) -> float:
-    """Return nearly half of the spacing of ``torch.rand``, which returns k * 2^-b, k = 0, 1, ...
-
-    A shift by half a cell centres the lattice and excludes zero. This is slightly less than half,
-    so that the last cell does not round to one.
-    """
+    """Return nearly half of the spacing of ``torch.rand``, k * 2^-b with k = 0, 1, ..."""
+    # A shift by half centres the lattice and excludes zero. A little less does not round to one.
     return torch.finfo(dtype).eps * (0.25 - 2.0**-20)
 
 
@@ -115,10 +109,7 @@ def uniform_noise(
 def log_exponential_noise(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None = None
 ) -> Tensor:
-    r"""Draw :math:`\log E` with :math:`E \sim \mathrm{Exp}(1)`, a negative standard Gumbel.
-
-    This is the negative of :func:`gumbel_noise`, and one pass cheaper.
-    """
+    """Draw the logarithm of Exp(1) noise, a negative standard Gumbel, one pass cheaper."""
     # log1p keeps a fine resolution at small E, which decide the largest category.
     return uniform_noise(shape, dtype, device).neg_().log1p_().neg_().log_()
 
@@ -128,16 +119,8 @@ def gumbel_noise(
 ) -> Tensor:
     r"""Draw standard Gumbel noise :math:`G = -\log E`, :math:`E = -\log(1 - U)`.
 
-    The noise is computed and returned in float32, or in float64 if ``dtype`` is float64. Half
-    precision of ``U`` would cut off the upper tail. Every draw is finite.
-
-    Args:
-        shape: Shape of the noise.
-        dtype: The dtype of the distribution.
-        device: Device of the noise.
-
-    Returns:
-        A tensor of ``shape``, float32 or float64.
+    The noise, of ``shape``, is float32, or float64 if ``dtype`` is, since half precision of ``U``
+    would cut off the upper tail. Every draw is finite.
 
     Example:
         >>> gumbel_noise((2, 3), torch.bfloat16).dtype
@@ -155,11 +138,7 @@ def perturb(scores: Tensor, shape: Sequence[int] | None = None) -> Tensor:
 def logistic_noise(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None = None
 ) -> Tensor:
-    r"""Draw standard logistic noise :math:`\log U - \log(1 - U)`, in float32 or better.
-
-    This is the difference of two independent Gumbels, from one uniform number. Draws are finite
-    and symmetric.
-    """
+    """Draw standard logistic noise, the difference of two Gumbels; finite and symmetric."""
     dtype = noise_dtype(dtype)
     uniform = torch.rand(tuple(shape), dtype=dtype, device=device)
     # 1 - u is exact, so both logarithms have a fine resolution near zero.
@@ -213,10 +192,9 @@ def entropy(log_probs: Tensor) -> Tensor:
 
 
 def log_coordinate(value: Tensor) -> Tensor:
-    """Return the logarithm of coordinates of the simplex, clamped at the smallest normal number.
+    """Return the logarithm in float32 or better, clamped at the smallest normal number.
 
-    The result is float32 or better. Clamped coordinates have zero gradient. A gradient that would
-    overflow is the largest number of its dtype.
+    Clamped coordinates have zero gradient, and the gradient of others does not overflow.
     """
     tiny = torch.finfo(value.dtype).tiny
     if plain_eager():
@@ -230,16 +208,14 @@ def log_coordinate(value: Tensor) -> Tensor:
 
 
 def log_coordinate_pair(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``log y`` and ``log(1 - y)`` of a relaxed Bernoulli value ``y``.
-
-    ``y`` is clamped between the smallest normal number and the largest number below 1.
-    """
+    """Return ``log y`` and ``log(1 - y)``, with ``y`` clamped to normal numbers below 1."""
     info = torch.finfo(value.dtype)
+    low, high = info.tiny, 1 - info.eps / 2
     if plain_eager():
-        bounded = _FiniteGradient.apply(value).clamp(info.tiny, 1 - info.eps / 2)
+        bounded = _FiniteGradient.apply(value).clamp(low, high)
         return bounded.log(), (-bounded).log1p()
-    bounded = value.to(noise_dtype(value.dtype)).clamp(info.tiny, 1 - info.eps / 2)
-    return log_coordinate(value.clamp(max=1 - info.eps / 2)), (-bounded).log1p()
+    bounded = value.to(noise_dtype(value.dtype)).clamp(low, high)
+    return log_coordinate(value.clamp(max=high)), (-bounded).log1p()
 
 
 @with_signature
@@ -270,15 +246,8 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 
     .. math:: y = D, \qquad \frac{\partial y}{\partial \phi} := \frac{\partial s}{\partial \phi}
 
-    The value is exactly that of ``hard`` (D). The incoming gradient passes to ``soft`` (s)
-    unchanged, without a copy.
-
-    Args:
-        hard: The value to return, without gradient.
-        soft: The tensor that gets the gradient, of the same shape.
-
-    Returns:
-        A tensor equal to ``hard``.
+    The value is exactly that of ``hard`` (D), which gets no gradient. The incoming gradient passes
+    to ``soft`` (s), a tensor of the same shape, unchanged and without a copy.
 
     References:
         Estimating or Propagating Gradients Through Stochastic Neurons

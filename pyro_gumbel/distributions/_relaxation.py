@@ -42,10 +42,8 @@ class TemperedDistribution(DiscreteDistribution):
 
     @property
     def _wide_temperature(self) -> float | Tensor:
-        """The temperature in the precision of the computation.
-
-        It is one tensor, so that a half-precision temperature accumulates its gradient in float32.
-        """
+        """The temperature in the precision of the computation."""
+        # One tensor, so that a half-precision temperature accumulates its gradient in float32.
         given, dtype = self._temperature, noise_dtype(self.dtype)
         if not isinstance(given, Tensor) or given.dtype == dtype:
             return given
@@ -87,10 +85,7 @@ class TemperedDistribution(DiscreteDistribution):
 
 
 class Relaxation(TemperedDistribution):
-    """A relaxed discrete distribution, whose draws are discrete if ``straight_through``.
-
-    A subclass defines perturbed scores, and how they become a relaxed and a discrete value.
-    """
+    """A relaxed discrete distribution, whose draws are discrete if ``straight_through``."""
 
     def __init__(
         self,
@@ -143,9 +138,7 @@ class Relaxation(TemperedDistribution):
     def rsample_pair(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
         """Draw a discrete value and its relaxation from the same noise.
 
-        Returns:
-            The discrete value, without a gradient, and the relaxed value, differentiable in the
-            parameters; both of the shape of ``sample``.
+        The discrete value is without a gradient, the relaxed one differentiable in the parameters.
         """
         perturbed = self._perturbed(sample_shape)
         return self._harden(perturbed), self._relax(perturbed)
@@ -165,10 +158,7 @@ class Relaxation(TemperedDistribution):
 def resolve_temperature(
     temperature: Any, batch_shape: torch.Size, *, event_dim: int, validate: bool
 ) -> float | Tensor:
-    """Check a temperature and reshape it so that it broadcasts against ``batch_shape``.
-
-    A trailing 1 at the dimension of categories is removed.
-    """
+    """Check a temperature and reshape it so that it broadcasts against ``batch_shape``."""
     if isinstance(temperature, Tensor):
         if temperature.dim() > 0:
             align = align_temperature(temperature.shape, batch_shape, event_dim=event_dim)
@@ -188,11 +178,7 @@ def resolve_temperature(
 def align_temperature(
     shape: torch.Size, batch_shape: torch.Size, *, event_dim: int = 1
 ) -> torch.Size:
-    """Return the shape of a temperature without a trailing 1 for the categories, if it has one.
-
-    Raises:
-        ValueError: If the shape does not broadcast, or is ambiguous.
-    """
+    """Return the shape of a temperature without a trailing 1 for the categories, if it has one."""
     shape, batch_shape = torch.Size(shape), torch.Size(batch_shape)
     trailing = event_dim > 0 and len(shape) > 0 and shape[-1] == 1
     stripped = trailing and _broadcast(shape[:-1], batch_shape)

@@ -93,10 +93,7 @@ def wrappers(fn: Distribution) -> Iterator[Any]:
 
 
 def unwrap(fn: Distribution) -> Distribution:
-    """Remove the wrappers of ``to_event`` and ``mask``, which do not change the draws.
-
-    In a known family, also replace Pyro's lazy ``ExpandedDistribution`` by an expanded one.
-    """
+    """Remove ``to_event`` and ``mask``, and expand what Pyro expands lazily in a known family."""
     while wraps_like(fn, *_WRAPPERS):
         fn = fn.base_dist
     return _expand_base(fn) if wraps_like(fn, ExpandedDistribution) else fn
@@ -158,10 +155,7 @@ def support_values(fn: Distribution) -> Tensor:
 
 
 def explain_stranger(fn: Distribution) -> str:
-    """Explain why a subclass of a known family is not treated as the family, and the remedy.
-
-    The explanation is empty for other distributions. It ends without a full stop.
-    """
+    """Explain why a subclass of a known family is not treated as the family, or return ``""``."""
     family = nearest_library(type(fn))
     if not issubclass(family, _KNOWN) or law_of(fn) is not None:
         return ""
@@ -216,11 +210,7 @@ def has_logits(fn: Distribution) -> bool:
 
 
 def one_hot_logits(fn: Distribution) -> Tensor:
-    """Return logits ``batch_shape + (C,)``, in float32 or better.
-
-    A Bernoulli variable has two categories; the first is the value 1. Logits of one-hot and
-    categorical distributions are exactly ``-inf`` at zero probabilities.
-    """
+    """Return logits ``batch_shape + (C,)``; a Bernoulli has two, the first for the value 1."""
     if is_bit(fn):
         logits = _finite(log_odds(fn))
         return torch.stack([logits, torch.zeros_like(logits)], -1)
@@ -233,11 +223,7 @@ def _finite(logits: Tensor) -> Tensor:
 
 
 def on_own_logits(fn: Distribution) -> tuple[Distribution, Tensor]:
-    """Return a copy of a one-hot or Bernoulli distribution with its own logits tensor.
-
-    Draws of the copy can be differentiated in the returned logits, separately from other uses of
-    the original logits, which may be a parameter of other runs and sites.
-    """
+    """Return a copy of a one-hot or Bernoulli distribution, and logits that only its draws use."""
     logits = log_odds(fn) if is_bit(fn) else log_probs(fn)
     logits = logits.view_as(logits)
     family = Bernoulli if is_bit(fn) else OneHotCategorical
@@ -247,10 +233,7 @@ def on_own_logits(fn: Distribution) -> tuple[Distribution, Tensor]:
 
 
 def log_mass(fn: Distribution, value: Tensor) -> Tensor:
-    """Return the log-probability of a latent ``value``, by its multilinear extension if any.
-
-    The value is one of our own draws, possibly relaxed, so its support is not checked again.
-    """
+    """Return the log-probability of a drawn or relaxed ``value``, by its multilinear extension."""
     if is_one_hot(fn):
         return multilinear_log_prob(value, log_probs(fn))
     if is_bit(fn):
@@ -297,10 +280,7 @@ def from_index(fn: Distribution, index: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample_detached(fn: Distribution) -> Tensor:
-    """Draw from ``fn`` without gradient, from its parameters as the user gave them.
-
-    Distributions of unknown families are drawn as Pyro draws them.
-    """
+    """Draw from ``fn`` without gradient, exactly in known families, else as Pyro does."""
     if is_bit(fn):
         probs = bit_probs(fn)
         return (torch.rand_like(probs) < probs).to(value_dtype(fn))
@@ -314,13 +294,9 @@ def sample_detached(fn: Distribution) -> Tensor:
 
 
 def base_noise(fn: Distribution) -> Tensor | None:
-    """Draw noise that :func:`from_noise` converts to a value of ``fn``.
+    """Draw noise that :func:`from_noise` converts to a value of ``fn``; ``None`` if it cannot.
 
     Similar distributions of the same family and shape give similar values for the same noise.
-
-    Returns:
-        Gumbels, ``batch_shape + (C,)``, for one-hot and categorical distributions; uniforms for
-        Bernoulli and normals for Normal, ``batch_shape``; ``None`` for other families.
     """
     # In float64, since float32 Gumbels are too small to draw improbable categories.
     if is_one_hot(fn) or is_categorical(fn):
@@ -356,17 +332,11 @@ def has_score_parts(fn: Any) -> bool:
 
 
 def score_function(fn: Any, value: Tensor) -> Tensor:
-    r"""Return the log-density of the accepted noise of a draw.
+    """Return the log-density of the accepted noise of a draw, neither scaled nor masked.
 
     The gradient of an expected cost is the pathwise gradient, plus the cost times the gradient of
     this term, in which the value depends on the parameters. Pyro's wrappers omit the term if they
     join dimensions or transform values.
-    ``fn`` is a distribution for which :func:`has_score_parts` is true, and ``value`` its draw. The
-    result has the batch shape and is neither scaled nor masked.
-
-    References:
-        Reparameterization Gradients through Acceptance-Rejection Sampling Algorithms (Naesseth,
-        Ruiz, Linderman, Blei, 2017), https://arxiv.org/abs/1610.05683
     """
     if wraps_like(fn, MaskedDistribution):
         return score_function(fn.base_dist, value)

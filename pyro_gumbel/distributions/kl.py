@@ -34,10 +34,7 @@ __all__: list[str] = []
 
 
 def kl_from_log_probs(log_p: Tensor, log_q: Tensor) -> Tensor:
-    r"""Return :math:`\sum_c p_c (\log p_c - \log q_c)` over the last dimension.
-
-    Terms with :math:`p_c = 0` are zero. Other terms with :math:`q_c = 0` are infinite.
-    """
+    """Return the divergence over the last dimension; infinite only if q is 0 where p is not."""
     if plain_eager():
         return _Divergence.apply(log_p, log_q)
     p, difference = _probs_and_difference(log_p, log_q)
@@ -80,15 +77,10 @@ class _Divergence(torch.autograd.Function):
 
 
 def closed_form_kl(p: Distribution, q: Distribution) -> Tensor:
-    """Return torch's ``kl_divergence`` if it is valid for these distributions.
+    """Return torch's ``kl_divergence``; raise ``NotImplementedError`` where it is not valid.
 
-    Torch uses the closed forms of parent classes. A subclass that overrides its parent's
-    distribution has a closed form only if one is registered for the subclass. Torch also uses the
-    divergence of base distributions for transformed ones, which is wrong if a transform is not
-    one-to-one.
-
-    Raises:
-        NotImplementedError: If a valid closed form is unknown.
+    Torch uses the closed forms of parent classes, even for a subclass that overrides the
+    distribution, and those of base distributions, even if a transform is not one-to-one.
     """
     if not (law_of(p) and law_of(q)) and not any(
         # Private: if it moves, the import fails. kl_divergence alone would take a parent's form.

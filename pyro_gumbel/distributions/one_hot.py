@@ -35,17 +35,11 @@ def draw_one_hot(logits: Tensor, sample_shape: Sequence[int] = ()) -> Tensor:
 
     .. math:: P(D = \mathrm{onehot}(c)) = \mathrm{softmax}(\phi)_c
 
-    On a CPU a draw compares one uniform number per row, in float64, with the cumulative
-    probabilities. On other devices it is the arg max of logits plus Gumbel noise, in float32 or
-    better. On a GPU with Triton this is one kernel. A category with logit :math:`-\infty` is never
-    drawn.
-
-    Args:
-        logits: Log-probabilities up to a constant, ``batch_shape + (C,)``.
-        sample_shape: Leading shape of the draw.
-
-    Returns:
-        One-hot values of shape ``sample_shape + batch_shape + (C,)`` in the dtype of ``logits``.
+    ``logits`` are log-probabilities up to a constant, ``batch_shape + (C,)``; the result is
+    ``sample_shape + batch_shape + (C,)`` in their dtype. On a CPU a draw compares one uniform
+    number per row, in float64, with the cumulative probabilities. On other devices it is the arg
+    max of logits plus Gumbel noise, in float32 or better; on a GPU with Triton this is one kernel.
+    A category with logit :math:`-\infty` is never drawn.
 
     References:
         The Concrete Distribution (Maddison, Mnih, Teh, 2017), https://arxiv.org/abs/1611.00712
@@ -70,9 +64,7 @@ def draw_one_hot(logits: Tensor, sample_shape: Sequence[int] = ()) -> Tensor:
 
 def _fused_draw(logits: Tensor, sample_shape: torch.Size) -> Tensor | None:
     """Draw by the Triton kernel, if it supports these logits."""
-    if logits.dtype == torch.float64:
-        return None
-    kernel = _fused_kernel(logits.device)
+    kernel = None if logits.dtype == torch.float64 else _fused_kernel(logits.device)
     return None if kernel is None else kernel(logits, sample_shape)
 
 
@@ -124,16 +116,10 @@ def multilinear_log_prob(value: Tensor, log_probs: Tensor) -> Tensor:
 
     .. math:: \log p(z) = \sum_c z_c \log p_c, \qquad 0 \cdot (-\infty) = 0
 
-    It is exact at one-hot values, defined at relaxed ones, and differentiable in both arguments.
-    It is :math:`-\infty` if ``value`` has weight on a category of probability zero; the gradient
-    in that coordinate is large, negative and finite.
-
-    Args:
-        value: One-hot or relaxed values, ``(..., C)``.
-        log_probs: Normalised log-probabilities, ``(..., C)``.
-
-    Returns:
-        The log-mass, of the broadcast shape without the last dimension.
+    ``value`` is one-hot or relaxed and ``log_probs`` are normalised, both ``(..., C)``; the result
+    has the broadcast shape without the last dimension and is differentiable in both. It is
+    :math:`-\infty` if ``value`` has weight on a category of probability zero; the gradient in that
+    coordinate is large, negative and finite.
 
     Example:
         >>> multilinear_log_prob(torch.tensor([1.0, 0.0]), torch.tensor([0.0, -math.inf]))
@@ -184,10 +170,9 @@ class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
 
     .. math:: \log p(z) = \sum_c z_c \log p_c
 
-    The distribution is that of :class:`~pyro.distributions.OneHotCategorical`, whose ``log_prob``
-    uses the index of the largest entry of ``z`` and has no gradient in ``z``. The formula is also
-    defined in the interior of the simplex. A category of probability zero is never drawn, and its
-    log-mass is ``-inf``.
+    It is :class:`~pyro.distributions.OneHotCategorical`, whose ``log_prob`` has no gradient in
+    ``z``, with a log-mass that is also defined in the interior of the simplex. A category of
+    probability zero is never drawn, and its log-mass is ``-inf``.
 
     Shapes: ``probs`` or ``logits`` are ``batch_shape + (C,)``; ``event_shape`` is ``(C,)``.
 

@@ -28,20 +28,10 @@ class TemperedCategorical(CategoricalDistribution, TemperedDistribution):
     }
 
     def _log_density(self, log_value: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Return the log-density of log-coordinates :math:`u`.
+        """Return the log-density of log-coordinates, as in :class:`ExpRelaxedOneHot`.
 
-        .. math::
-            \log \Gamma(C) + (C - 1) \log \tau + \sum_c s_c - C \log \sum_c e^{s_c},
-            \qquad s_c = \phi_c - \tau u_c
-
-        The sums and :math:`C` omit impossible categories, with score :math:`\phi_c = -\infty`.
-
-        Args:
-            log_value: Log-coordinates, ``(..., C)``.
-            present: Whether a category has weight; the density is zero if it is impossible.
-
-        Returns:
-            The log-density, and ``log_value`` with zeros at impossible categories.
+        It omits impossible categories; it is ``-inf`` if one of them is ``present``. Also return
+        ``log_value`` with zeros at impossible categories.
         """
         scores = self._scores
         impossible = scores == -math.inf
@@ -74,12 +64,10 @@ class RelaxedOneHot(TemperedCategorical, Relaxation):
     A category of probability zero has coordinate zero, and the density is that of the other
     categories. The log-density of a value with weight on it is ``-inf``.
 
-    Samples are plain tensors without attributes. Half-precision parameters are converted to
-    float32, and the result is converted back.
+    Samples are plain tensors without attributes, computed in float32 or better.
 
     Shapes: ``probs`` or ``logits`` are ``(..., C)``. ``temperature`` broadcasts against ``...``,
-    with or without a trailing 1. ``batch_shape`` is the broadcast shape, and ``event_shape`` is
-    ``(C,)``.
+    with or without a trailing 1, to ``batch_shape``. ``event_shape`` is ``(C,)``.
 
     Args:
         temperature: Positive number or tensor; may require a gradient.
@@ -90,8 +78,8 @@ class RelaxedOneHot(TemperedCategorical, Relaxation):
 
     Raises:
         ValueError: If ``temperature`` is not positive or does not broadcast, if not exactly one of
-            ``probs`` and ``logits`` is given, or it contains NaN.
-        TypeError: If ``temperature`` is not a number.
+            ``probs`` and ``logits`` is given, or it is out of range.
+        TypeError: If ``temperature`` is neither a number nor a tensor.
 
     References:
         The Concrete Distribution (Maddison, Mnih, Teh, 2017), https://arxiv.org/abs/1611.00712

@@ -45,7 +45,7 @@ class RelaxedBernoulli(Relaxation):
     of other values is ``-inf``.
 
     Shapes: ``batch_shape`` is the broadcast shape of ``temperature`` and the parameter;
-    ``event_shape`` is ().
+    ``event_shape`` is (). Errors are those of :class:`RelaxedOneHot`.
 
     Args:
         temperature: Positive number or tensor; may require a gradient.
@@ -53,12 +53,6 @@ class RelaxedBernoulli(Relaxation):
         logits: Log-odds of a one; exactly one of the two is given.
         straight_through: Whether samples are 0 or 1.
         validate_args: Whether to check arguments; by default Pyro's setting.
-
-    Raises:
-        ValueError: If ``temperature`` is not positive or does not broadcast, if not exactly one
-            of ``probs`` and ``logits`` is given, ``probs`` is outside [0, 1], or ``logits`` is
-            NaN.
-        TypeError: If ``temperature`` is not a number.
 
     References:
         The Concrete Distribution (Maddison, Mnih, Teh, 2017), https://arxiv.org/abs/1611.00712

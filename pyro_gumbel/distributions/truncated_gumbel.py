@@ -33,12 +33,9 @@ class TruncatedGumbel(Gumbel):
 
     Args:
         loc: Location of the Gumbel before truncation, a number or a tensor.
-        upper: Upper bound, a number or a tensor; ``inf`` means no truncation.
+        upper: Upper bound above ``-inf``; ``inf`` means no truncation.
         scale: Scale, positive, a number or a tensor.
-        validate_args: Whether to check arguments; by default Pyro's setting.
-
-    Raises:
-        ValueError: If ``loc`` or ``upper`` is NaN or ``scale`` is not positive.
+        validate_args: Whether to check arguments, with the errors of :class:`Gumbel`.
 
     References:
         A* Sampling (Maddison, Tarlow, Minka, 2014), https://arxiv.org/abs/1411.0030
