@@ -8,7 +8,7 @@ functions here read the parameter that the user gave, in float32 or better.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,15 +53,16 @@ class DiscreteDistribution(BaseDistribution):
     def _init_parameter(self, probs: Any, logits: Any, validate_args: bool | None) -> None:
         self._name, given = sole_parameter(probs, logits)
         self._given = as_floating(given)
-        self._check_shape()
-        batch_dims = self._given.dim() - self._event_dims
         shape = self._given.shape
+        if self._event_dims and (not shape or shape[-1] == 0):
+            raise ValueError(
+                f"{self._name} must have a last dimension of categories; got shape "
+                f"{tuple(shape)}. Write torch.zeros(num_categories), for example."
+            )
+        batch_dims = len(shape) - self._event_dims
         self._init_shapes(shape[:batch_dims], shape[batch_dims:], validate_args)
         if self._validate_args and checkable(self._given):
             self._check_parameter(self._given.detach())
-
-    def _check_shape(self) -> None:
-        """Raise ``ValueError`` if the parameter's shape is wrong."""
 
     def _check_parameter(self, given: Tensor) -> None:
         """Raise ``ValueError`` if the values do not define a distribution."""
@@ -79,19 +80,19 @@ class DiscreteDistribution(BaseDistribution):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._name}: {tuple(self.param_shape)})"
 
+    @classmethod
+    def infer_shapes(
+        cls, *, probs: Sequence[int] | None = None, logits: Sequence[int] | None = None, **_: Any
+    ) -> tuple[torch.Size, torch.Size]:
+        shape = torch.Size(sole_parameter(probs, logits)[1])
+        batch_dims = len(shape) - cls._event_dims
+        return shape[:batch_dims], shape[batch_dims:]
+
 
 class CategoricalDistribution(DiscreteDistribution):
     """A distribution over vectors of ``C`` categories, given by ``probs`` or ``logits``."""
 
     _event_dims = 1
-
-    def _check_shape(self) -> None:
-        shape = self._given.shape
-        if not shape or shape[-1] == 0:
-            raise ValueError(
-                f"{self._name} must have a last dimension of categories; got shape "
-                f"{tuple(shape)}. Write torch.zeros(num_categories), for example."
-            )
 
     def _check_parameter(self, given: Tensor) -> None:
         if self._name == "logits":

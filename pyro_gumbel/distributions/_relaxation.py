@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_gumbel._validate import is_number
 from pyro_gumbel.distributions._base import broadcast_shapes, checkable
-from pyro_gumbel.distributions._categorical import DiscreteDistribution, sole_parameter
+from pyro_gumbel.distributions._categorical import DiscreteDistribution
 from pyro_gumbel.distributions._numerics import noise_dtype, straight_through, widen
 
 
@@ -69,18 +69,11 @@ class TemperedDistribution(DiscreteDistribution):
 
     @classmethod
     def infer_shapes(
-        cls,
-        temperature: Sequence[int] = (),
-        probs: Sequence[int] | None = None,
-        logits: Sequence[int] | None = None,
-        **_: Any,
+        cls, *, temperature: Sequence[int] = (), **given: Any
     ) -> tuple[torch.Size, torch.Size]:
-        shape = torch.Size(sole_parameter(probs, logits)[1])
-        batch_dims = len(shape) - cls._event_dims
-        batch_shape, event_shape = shape[:batch_dims], shape[batch_dims:]
-        aligned = align_temperature(
-            torch.Size(temperature), batch_shape, event_dim=cls._event_dims
-        )
+        batch_shape, event_shape = super().infer_shapes(**given)
+        shape = torch.Size(temperature)
+        aligned = align_temperature(shape, batch_shape, event_dim=cls._event_dims)
         return broadcast_shapes(batch_shape, aligned), event_shape
 
 

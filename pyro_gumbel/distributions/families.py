@@ -56,6 +56,7 @@ __all__ = [
     "explain_stranger",
     "from_index",
     "from_noise",
+    "from_one_hot",
     "has_law_of",
     "has_logits",
     "has_score_parts",
@@ -276,6 +277,12 @@ def from_index(fn: Distribution, index: Tensor) -> Tensor:
     if is_one_hot(fn):
         return one_at(index.unsqueeze(-1), fn.event_shape[-1], value_dtype(fn))
     return (1 - index).to(value_dtype(fn)) if is_bit(fn) else index
+
+
+def from_one_hot(fn: Distribution, vectors: Tensor) -> Tensor:
+    """Convert one-hot or relaxed vectors to values of a one-hot or Bernoulli distribution."""
+    vectors = vectors.to(value_dtype(fn))
+    return vectors[..., 0] if is_bit(fn) else vectors
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_gumbel.distributions._base import plain_eager
-from pyro_gumbel.distributions._categorical import CategoricalDistribution, sole_parameter
+from pyro_gumbel.distributions._categorical import CategoricalDistribution
 from pyro_gumbel.distributions._constraints import relaxed_simplex
 from pyro_gumbel.distributions._numerics import (
     entropy,
@@ -219,6 +219,11 @@ class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
         given = {self._name: getattr(self, self._name)}
         return torch.distributions.Categorical(**given, validate_args=False)
 
+    @property
+    def _param(self) -> Tensor:
+        """The parameter whose dtype and device torch's ``enumerate_support`` uses."""
+        return self._given
+
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draw one-hot values, ``sample_shape + batch_shape + (C,)``."""
         scores = self._scores.expand(self.param_shape)
@@ -247,23 +252,3 @@ class OneHot(CategoricalDistribution, torch.distributions.OneHotCategorical):
 
     def entropy(self) -> Tensor:
         return self._statistic(entropy(self._log_probs))
-
-    def enumerate_support(self, expand: bool = True) -> Tensor:
-        """Return all one-hot values, ``(C,) + batch_shape + (C,)``.
-
-        Without ``expand``, batch dimensions are ones.
-        """
-        num_categories = self.event_shape[0]
-        device = self._given.device
-        values = torch.eye(num_categories, dtype=self.dtype, device=device)
-        values = values.view(num_categories, *(1 for _ in self.batch_shape), num_categories)
-        if expand:
-            values = values.expand(num_categories, *self.batch_shape, num_categories)
-        return values
-
-    @staticmethod
-    def infer_shapes(
-        probs: Sequence[int] | None = None, logits: Sequence[int] | None = None
-    ) -> tuple[torch.Size, torch.Size]:
-        shape = torch.Size(sole_parameter(probs, logits)[1])
-        return shape[:-1], shape[-1:]

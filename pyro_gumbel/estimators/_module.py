@@ -44,18 +44,10 @@ def is_newer(stored: Tensor, module: nn.Module) -> bool:
 
 
 class StatefulModule(nn.Module):
-    """A module whose ``repr`` is the constructor call that makes it.
+    """A module whose ``repr`` is the constructor call that makes it, and that can be pickled."""
 
-    It can be pickled after Pyro has trained it, and records when a state was loaded.
-
-    Attributes:
-        loaded_at: When a state was last loaded, by a clock of this process; 0 if never.
-        has_met_site: Whether its parameters have the device and dtype of a site. A copy may be
-            used at another site, so it starts without.
-    """
-
-    loaded_at = 0
-    has_met_site = False
+    loaded_at = 0  # when a state was last loaded, by the clock above
+    has_met_site = False  # whether its parameters have a site's device and dtype; copies do not
 
     def __repr__(self) -> str:
         parts = []

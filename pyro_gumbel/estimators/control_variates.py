@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from pyro_gumbel._validate import integer
 from pyro_gumbel.distributions._numerics import noise_dtype
 from pyro_gumbel.distributions.families import (
+    from_one_hot,
     is_bit,
     is_one_hot,
     log_mass_of_value,
     one_hot_logits,
     sample_detached,
-    value_dtype,
 )
 from pyro_gumbel.estimators.base import Branches, Estimator, Families, Route, Site
 
@@ -58,8 +58,7 @@ class MuProp(DifferentiatingEstimator):
     branches = Branches.RELAXED
 
     def draw(self, fn: Distribution) -> Tensor:
-        probs = one_hot_logits(fn).detach().softmax(-1)
-        mean = (probs[..., 0] if is_bit(fn) else probs).to(value_dtype(fn))
+        mean = from_one_hot(fn, one_hot_logits(fn).detach().softmax(-1))
         return torch.stack([sample_detached(fn), mean]).requires_grad_()
 
     def surrogate(self, site: Site) -> Tensor:

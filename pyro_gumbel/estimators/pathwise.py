@@ -28,11 +28,9 @@ class Pathwise(Estimator):
 
     .. math:: \nabla_\phi\, E_{q_\phi}[f(z)] = E_\epsilon[\nabla_\phi f(g_\phi(\epsilon))]
 
-    For distributions with rejection sampling (Pyro's ``Rejector``, or others with
-    ``score_parts``), a score-function term adds the gradient of the accepted noise's density.
-
-    *Unbiased*: yes. *Requires*: a distribution with ``rsample`` and a cost differentiable in the
-    value. *Cost*: one evaluation.
+    For distributions with ``score_parts`` (Pyro's ``Rejector``), a score-function term adds the
+    gradient of the accepted noise's density. *Unbiased*: yes. *Requires*: a distribution with
+    ``rsample`` and a cost differentiable in the value. *Cost*: one evaluation.
 
     Args:
         sticking_the_landing: Omit the score, the gradient of ``log q`` in its parameters at a
@@ -87,13 +85,10 @@ class Pathwise(Estimator):
 
 
 def has_score_of_mean_zero(fn: Distribution) -> bool:
-    """Return whether the score of ``fn`` has mean zero, so that it may be omitted.
-
-    A Delta's log_density is the Jacobian of a value drawn upstream, so it is part of the path. If
-    a bound of the support is learnt, the density at the bound enters the score's mean.
-    """
-    if has_law_of(fn, Delta):
+    """Return whether the score of ``fn`` has mean zero, so that it may be omitted."""
+    if has_law_of(fn, Delta):  # its log_density may be the Jacobian of a value drawn upstream
         return False
+    # If a bound of the support is learnt, the density at the bound enters the score's mean.
     if type(fn).support is not TransformedDistribution.support:
         return not any(bound.requires_grad for bound in _bounds(fn))
     edges = [_transformed(fn, bound) for bound in _bounds(fn.base_dist)]
@@ -128,13 +123,11 @@ def _transformed(fn: TransformedDistribution, bound: Tensor) -> Tensor:
 def path_of_score(fn: Distribution, value: Tensor, *, instead: str) -> Tensor:
     """Return a zero tensor with the gradient of ``log_prob`` in the value only.
 
-    The gradient passes through the value to the parameters that drew it, and not through the
-    parameters of ``log_prob``. A detached copy of the value is scored, since a caching transform
-    would differentiate ``log_prob`` through its cached input. Errors are those of
-    :func:`score_given`.
+    The gradient passes through the value to the parameters that drew it.
     """
     if not value.requires_grad:
         return torch.zeros((), dtype=value.dtype, device=value.device)
+    # A caching transform would differentiate log_prob of the value itself through its input.
     given = value.detach().requires_grad_()
     with torch.enable_grad():
         score = score_given(fn, given, instead=instead).sum()
@@ -145,11 +138,7 @@ def path_of_score(fn: Distribution, value: Tensor, *, instead: str) -> Tensor:
 
 
 def score_given(fn: Distribution, value: Tensor, *, instead: str) -> Tensor:
-    """Return the log-density of any value, not only of the tensor that ``fn`` drew last.
-
-    Raises:
-        ValueError: If a transform has no inverse; the message recommends ``instead``.
-    """
+    """Return the log-density of any value; raise ``ValueError`` if a transform has no inverse."""
     try:
         return log_mass(fn, value)
     except (KeyError, NotImplementedError) as error:

@@ -27,11 +27,10 @@ __all__ = ["GumbelRao", "ReinMaxRao", "conditional_scores"]
 def conditional_scores(
     log_probs: Tensor, hard: Tensor, sample_shape: tuple[int, ...] = ()
 ) -> Tensor:
-    r"""Draw perturbed logits :math:`\log p + G`, conditional on ``hard`` as their arg max.
+    r"""Draw :math:`\log p + G`, conditional on ``hard`` as the arg max, differentiable in ``p``.
 
-    With :math:`E_j \sim \mathrm{Exp}(1)` and the drawn category :math:`i`, coordinate ``i`` is
-    :math:`-\log E_i`, and every other is :math:`-\log(E_j / p_j + E_i)`. ``log_probs`` are
-    normalised. The scores, ``sample_shape + batch_shape + (C,)``, are differentiable in them.
+    With the drawn category :math:`i` and :math:`E_j \sim \mathrm{Exp}(1)`, coordinate :math:`i` is
+    :math:`-\log E_i`, and every other is :math:`-\log(E_j / p_j + E_i)`.
     """
     shape = (*sample_shape, *log_probs.shape)
     noise = log_exponential_noise(shape, log_probs.dtype, log_probs.device).exp()
@@ -46,18 +45,12 @@ _AT_ONCE = 1 << 17  # size of a chunk of draws, which bounds temporary memory
 
 
 def matrix_product(vector: Tensor, jacobian: Tensor) -> Tensor:
-    r"""Multiply by a mean of :math:`\mathrm{diag}(y) - y y^\top`, of shape ``(..., C, C)``.
-
-    One matrix per variable is stored, so memory does not grow with the number of draws.
-    """
+    r"""Multiply by a mean of :math:`\mathrm{diag}(y) - y y^\top`, of shape ``(..., C, C)``."""
     return (jacobian @ vector.unsqueeze(-1)).squeeze(-1)
 
 
 def sampled_product(vector: Tensor, draws: Tensor, scale: Tensor) -> Tensor:
-    """Multiply by this mean, from the draws ``y_k``, ``(K,) + batch_shape + (C,)``.
-
-    The draws take less memory than the matrices if there are fewer draws than categories.
-    """
+    """Multiply by this mean, from the draws ``y_k``, ``(K,) + batch_shape + (C,)``."""
     inner = torch.einsum("k...c,...c->k...", draws, vector)
     mean = torch.einsum("k...,k...c->...c", inner, draws) / len(draws)
     return (vector * draws.mean(0) - mean) * scale
@@ -93,11 +86,7 @@ def with_jacobian(logits: Tensor, hard: Tensor, product: Product, *kept: Tensor)
 def mean_softmax_jacobian(
     log_probs: Tensor, hard: Tensor, temperature: float | Tensor, num_samples: int
 ) -> Tensor:
-    r"""Average :math:`J(\mathrm{softmax}(z / \tau)) / \tau` over scores ``z`` given ``hard``.
-
-    A temperature tensor broadcasts to ``batch_shape + (1,)``. The result is one matrix per
-    variable, ``batch_shape + (C, C)``.
-    """
+    r"""Average :math:`J(\mathrm{softmax}(z / \tau)) / \tau` over scores ``z`` given ``hard``."""
     categories = log_probs.shape[-1]
     mean = torch.zeros_like(log_probs)
     second = log_probs.new_zeros((*log_probs.shape, categories))

@@ -10,7 +10,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor, nn
 
 from pyro_gumbel.distributions._numerics import perturb
-from pyro_gumbel.distributions.families import is_bit, one_hot_logits, value_dtype
+from pyro_gumbel.distributions.families import from_one_hot, is_bit, one_hot_logits
 from pyro_gumbel.distributions.one_hot import one_hot_argmax
 from pyro_gumbel.estimators.base import Branches, Site
 from pyro_gumbel.estimators.control_variates import DifferentiatingEstimator, lower, mean_of
@@ -73,8 +73,7 @@ class Rebar(DifferentiatingEstimator):
         given = conditional_scores(log_probs, hard)
         temperature = self.log_temperature.exp().to(log_probs.dtype)
         soft = (torch.stack([scores, given]) / temperature).softmax(-1)
-        block = torch.cat([hard[None], soft]).to(value_dtype(fn))
-        return block[..., 0] if is_bit(fn) else block
+        return from_one_hot(fn, torch.cat([hard[None], soft]))
 
     def surrogate(self, site: Site) -> Tensor:
         cost = site.live_cost[2] if self.learn else site.cost[2]

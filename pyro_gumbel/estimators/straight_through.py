@@ -12,12 +12,12 @@ from pyro_gumbel._validate import check_number
 from pyro_gumbel.distributions._base import broadcasts_to
 from pyro_gumbel.distributions._numerics import perturb, softmax, straight_through
 from pyro_gumbel.distributions.families import (
+    from_one_hot,
     is_bit,
     is_one_hot,
     log_mass,
     log_mass_of_value,
     one_hot_logits,
-    value_dtype,
 )
 from pyro_gumbel.distributions.one_hot import draw_one_hot, one_at
 from pyro_gumbel.estimators.base import Estimator, Families, Route
@@ -38,8 +38,7 @@ class OneHotEstimator(Estimator):
 
     A subclass defines :meth:`soften`, or all of :meth:`draw_one_hot`. A Bernoulli variable is a
     one-hot vector of two categories. ``log q`` enters the cost with detached parameters, since its
-    gradient in them has mean zero and would only add variance. If a guide of one site equals the
-    posterior, the gradient then has no variance.
+    gradient in them has mean zero and would only add variance.
     """
 
     unbiased = False
@@ -53,10 +52,8 @@ class OneHotEstimator(Estimator):
         self.temperature = check_temperature(type(self).__name__, "temperature", temperature)
 
     def draw(self, fn: Distribution) -> Tensor:
-        # Logits are in float32 or better, for an accurate softmax and Jacobian. The one-hot value
-        # is exact in any dtype.
-        value = self.draw_one_hot(one_hot_logits(fn)).to(value_dtype(fn))
-        return value[..., 0] if is_bit(fn) else value
+        # Logits are in float32 or better, for an accurate softmax and Jacobian.
+        return from_one_hot(fn, self.draw_one_hot(one_hot_logits(fn)))
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:
         """Draw one-hot values ``batch_shape + (C,)`` that carry a gradient to ``logits``."""

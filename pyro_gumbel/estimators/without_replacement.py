@@ -50,15 +50,13 @@ class _WithoutReplacement(Estimator):
         return from_index(fn, index.movedim(-1, 0))
 
     def _drawn(self, site: Site) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities and costs of the drawn categories, ``(K, R) + batch_shape``.
-
-        If more categories are drawn than are possible, impossible ones are last. They get the
-        lowest finite log-probability, without gradient, and zero cost, to avoid 0 * inf.
-        """
+        """Return log-probabilities and costs of the drawn categories, ``(K, R) + batch_shape``."""
         index = to_index(site.fn, site.values)
         log_probs = site.logits.log_softmax(-1).movedim(-1, 0).gather(0, index)
         if site.event_dims:
             log_probs = log_probs.flatten(log_probs.dim() - site.event_dims)
+        # If more categories are drawn than are possible, the last ones are impossible. They get
+        # the lowest finite log-probability, without gradient, and zero cost, to avoid 0 * inf.
         impossible = log_probs.exp() == 0
         cost = site.cost.reshape(log_probs.shape).masked_fill(impossible, 0.0)
         return log_probs.masked_fill(impossible, torch.finfo(log_probs.dtype).min), cost
@@ -152,13 +150,10 @@ class UnorderedSet(_WithoutReplacement):
 
 
 def leave_out_ratios(probs: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Return ratios of set probabilities after drawing one or two members.
+    r"""Return :math:`Q(\{s\}) / Q(\emptyset)` and :math:`Q(\{s, t\}) / Q(\{s\})` for members s, t.
 
-    Let :math:`Q(U)` be the probability that, after the members ``U``, the next draws are the rest
-    of the set in any order: :math:`Q(U) = \sum_{s \notin U} p(s) / (1 - p(U)) \, Q(U + s)`.
-
-    For probabilities ``(k, ...)`` of the members this returns :math:`Q(\{s\}) / Q(\emptyset)`,
-    ``(k, ...)``, and :math:`Q(\{s, t\}) / Q(\{s\})`, ``(k, k, ...)``, with a diagonal of ones.
+    :math:`Q(U) = \sum_{s \notin U} p(s) / (1 - p(U)) \, Q(U + s)` is the probability that, after
+    the members ``U``, the next draws are the rest of the set in any order.
     """
     k = probs.shape[0]
     rest = (1 - probs.sum(0)).clamp(min=0)
