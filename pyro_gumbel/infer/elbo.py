@@ -159,8 +159,9 @@ class ParticleELBO(ELBO):
             finish: Ends a training step. A module holds the estimators' parameters itself.
         """
         estimate = self._step(call, training=training, finish=finish)
-        surrogate = estimate.surrogate
-        return estimate.loss + (surrogate - surrogate.detach()), estimate.estimators
+        surrogate, value = estimate.surrogate, estimate.surrogate.detach()
+        value = value.masked_fill(value.isinf(), 0.0)  # inf - inf would be nan
+        return estimate.loss + (surrogate - value), estimate.estimators
 
     def loss_and_grads(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
