@@ -11,9 +11,9 @@ dimension, and counts with the probability :math:`q(z)` of each value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,11 +53,14 @@ __all__ = [
     "make_term",
     "masked_score",
     "named_errors",
+    "refuse_outside",
     "score_of",
     "site_frames",
 ]
 
 Frames = frozenset[CondIndepStackFrame]
+
+_MOST_STATES = 2**28
 
 
 def site_frames(site: Any) -> Frames:
@@ -70,12 +73,14 @@ class Term:
     """One term of the ELBO: the site it is of, its value and the vectorised plates it is in.
 
     A term of the model is ``log p``, or the KL divergence that stands for it and ``-log q``.
+    ``symbols`` has the meaning of its dimensions, if Pyro has noted it.
     """
 
     site: str
     value: Tensor
     frames: Frames
     of_model: bool = True
+    symbols: Mapping[int, str] = field(default_factory=dict)
 
 
 def score_of(site: Any) -> Tensor:
@@ -141,10 +146,17 @@ def check_dims(terms: list[Term], most: int) -> None:
             )
 
 
-def make_term(site: Any, raw: Tensor, nesting: float, *, of_model: bool = True) -> Term:
+def make_term(
+    site: Any,
+    raw: Tensor,
+    nesting: float,
+    *,
+    of_model: bool = True,
+    symbols: Mapping[int, str] | None = None,
+) -> Term:
     value = scale_and_mask(masked_score(site, raw), site["scale"])
     check_shape(site, value, nesting)
-    return Term(site["name"], value, site_frames(site), of_model)
+    return Term(site["name"], value, site_frames(site), of_model, symbols or {})
 
 
 def check_shape(site: Any, value: Tensor, nesting: float) -> None:
@@ -190,18 +202,20 @@ class Costs:
         Of a run without rows it is a scalar.
         """
         by_shape: dict[torch.Size, Tensor] = {}  # to sum the rows of a few tensors, not of each
-        for term in self.terms:
-            value = term.value
-            sites = self._closure(site for site in self.enumerated if site.indexes(value))
-            if sites:
-                _check_plates(term, sites)
-                value = _expect(value, sites, sites)
+        closures = [
+            self._closure(site for site in self.enumerated if site.indexes(term.value))
+            for term in self.terms
+        ]
+        for term, sites in zip(self.terms, closures, strict=True):
+            _check_closure(term, sites)
+        for term, sites in zip(self.terms, closures, strict=True):
+            value = _expect(term.value, sites, sites) if sites else term.value
             shape = value.shape
             by_shape[shape] = by_shape[shape] + value if shape in by_shape else value
         rows = [self._sum_rows(value) for value in by_shape.values()]
         return sum(rows[1:], rows[0]) if rows else torch.zeros(self.layout.num_rows)
 
-    def downstream(self, frames: Frames, like: Tensor, *, live: bool = False) -> Tensor:
+    def downstream(self, frames: Frames, like: Tensor, *, name: str, live: bool = False) -> Tensor:
         """The cost of a site in plates ``frames``, of the shape of its score ``like``."""
         own = self._closure(site for site in self.enumerated if site.indexes(like))
         upstream = [site for site in own if not site.indexes(like)]
@@ -265,22 +279,35 @@ def _expect(value: Tensor, sites: list[EnumeratedSite], sum_over: list[Enumerate
     return value.sum(dims, keepdim=True) if dims else value
 
 
+def _check_closure(term: Term, sites: list[EnumeratedSite]) -> None:
+    """Refuse a term outside of a plate of its sites, or with too many of their joint values."""
+    for site in sites:
+        if site.indexes(term.value):
+            refuse_outside(term, site.name, site.frames)
+    shapes = [term.value.shape, *(site.probs.shape for site in sites)]
+    if (number := broadcast_shapes(*shapes).numel()) > _MOST_STATES:
+        raise ValueError(
+            f"Site {term.site!r} depends on the enumerated sites {[site.name for site in sites]} "
+            f"jointly, with {number} values. Write a chain as `for t in pyro.markov(range(T))` in "
+            "both programs: it then costs as much as its steps. Or use another estimator, such as "
+            "Score()."
+        )
+
+
 def _sum_plates(value: Tensor, frames: Frames) -> Tensor:
     dims = [frame.dim for frame in frames if value.shape[frame.dim] != 1]
     return value.sum(dims, keepdim=True) if dims else value
 
 
-def _check_plates(term: Term, sites: list[EnumeratedSite]) -> None:
-    for site in sites:
-        outside = site.frames - term.frames
-        if outside and site.indexes(term.value):
-            plates = sorted(frame.name for frame in outside)
-            raise ValueError(
-                f"Site {term.site!r}, outside the plate {plates[0]!r}, depends on the enumerated "
-                f"site {site.name!r} inside it: "
-                "the elements of the plate cannot be summed one by one. "
-                f"Use another estimator at {site.name!r}, such as Score() or ReinMax()."
-            )
+def refuse_outside(term: Term, name: str, frames: Frames) -> None:
+    """Refuse a term outside of a plate that the enumerated site ``name`` is in."""
+    outside = sorted(frame.name for frame in frames - term.frames)
+    if outside:
+        raise ValueError(
+            f"Site {term.site!r}, outside the plate {outside[0]!r}, depends on the enumerated "
+            f"site {name!r} inside it: the elements of the plate cannot be summed one by one. "
+            f"Use another estimator at {name!r}, such as Score() or ReinMax()."
+        )
 
 
 _FAMILIES = (
@@ -291,13 +318,17 @@ _FAMILIES = (
 
 
 def analytic_kls(
-    model_trace: Trace, guide: dict[str, Any], depends: Callable[[Any, torch.Size], bool]
+    model_trace: Trace,
+    guide: dict[str, Any],
+    depends: Callable[[Any, torch.Size], bool],
+    symbols: Mapping[str, Mapping[int, str]],
 ) -> dict[str, Term]:
     """Return minus the KL divergence of each site that has one and may use it.
 
     Model and guide must scale and mask the site alike. No parent of the site in the model may
     depend on the site's value in the guide: every latent site before it in the model comes before
     it in the guide too. The model's distribution may not depend on a summed site (``depends``).
+    No dimension may have two meanings (``symbols`` has those in the guide).
     """
     order = {name: position for position, name in enumerate(guide)}
     kls: dict[str, Term] = {}
@@ -311,6 +342,9 @@ def analytic_kls(
             continue
         if not _weighed_alike(guide[name], site) or depends(site, site["fn"].batch_shape):
             continue
+        own, theirs = symbols.get(name, {}), site["infer"].get("_dim_to_symbol", {})
+        if any(own[dim] != theirs[dim] for dim in own.keys() & theirs.keys()):
+            continue
         q, p = guide[name]["fn"], site["fn"]
         if has_law_of(unwrap(q), Delta):  # its closed form forgets the log_density
             continue
@@ -321,7 +355,7 @@ def analytic_kls(
         if isinstance(kl, Tensor):
             kl = kl.expand(broadcast_shapes(kl.shape, q.batch_shape))
             value = -scale_and_mask(kl, site["scale"], site["mask"])
-            kls[name] = Term(name, value, site_frames(guide[name]))
+            kls[name] = Term(name, value, site_frames(guide[name]), symbols={**theirs, **own})
     return kls
 
 

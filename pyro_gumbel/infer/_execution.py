@@ -43,6 +43,7 @@ class Plan:
             run: a missing or superfluous branch costs an evaluation and leaves the result right.
         passes: The number of passes with a gradient so far.
         checked: The sites, and types of their estimators, whose costs have been checked.
+        scoped: Whether values that share dimensions have been followed.
         next_check: The number of passes at which all costs are checked again.
         feeding: The sites whose value reaches a later site of the guide through a jump.
     """
@@ -52,6 +53,7 @@ class Plan:
     branches: tuple[Path, ...] = ()
     passes: int = 0
     checked: set[tuple[str, type[Estimator]]] = field(default_factory=set)
+    scoped: bool = False
     next_check: float = float("inf")
     feeding: set[str] = field(default_factory=set)
 
@@ -210,9 +212,15 @@ class Execution:
             return run
 
         if exact:
-            return [run(layout.paths)]
+            main = run(layout.paths)
+            if main.recycles and not self.plan.scoped:
+                with torch.inference_mode(False):
+                    self._follow(main)  # collecting followed terms checks the scope of values
+                self.plan.scoped = True
+            return [main]
         dependence = Dependence(restore=False) if first and torch.is_grad_enabled() else None
         main = run(layout.paths, dependence)
+        self.plan.scoped |= dependence is not None
         if torch.is_grad_enabled():
             self._check_costs(main, dependence)
         if options.vectorized:

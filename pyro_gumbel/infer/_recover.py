@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from pyro_gumbel.distributions.families import unwrap
 from pyro_gumbel.estimators import Call, Estimator, Pathwise, Score
 from pyro_gumbel.infer._checks import PARTICLE_PLATE, latent_sites
 from pyro_gumbel.infer._costs import score_of, site_frames
+from pyro_gumbel.infer._dependence import Dependence
 from pyro_gumbel.infer._execution import preflight
 from pyro_gumbel.infer._run import DeeperPlates, run_programs
 from pyro_gumbel.infer._sampling import Layout, Memory, Sampler, SharedSubsample
@@ -101,7 +103,10 @@ def recover(
         layout = Layout(nesting, repetitions=num_samples if parallel else 1, vectorized=parallel)
         while len(draws) * layout.repetitions < num_samples:
             try:
-                draws.append(_recover(call, layout, decode=decode, marginals=marginals))
+                dependence = None if draws else Dependence(restore=False)  # checks the scopes
+                draws.append(
+                    _recover(call, layout, dependence, decode=decode, marginals=marginals)
+                )
             except DeeperPlates as error:
                 layout = replace(layout, plate_nesting=error.nesting)
     return Recovered({name: _join(name, draws) for name in {n: 0 for d in draws for n in d}})
@@ -136,11 +141,14 @@ class _Whole(SharedSubsample):
         super()._pyro_sample(msg)
 
 
-def _recover(call: Call, layout: Layout, *, decode: bool, marginals: bool) -> dict[str, Tensor]:
+def _recover(
+    call: Call, layout: Layout, dependence: Dependence | None, *, decode: bool, marginals: bool
+) -> dict[str, Tensor]:
     """Run the programs once, and return the sites with the draws first."""
-    sampler = Sampler(layout, _choose, Memory(), exact=True, verify=True)
-    with poutine.block():
+    sampler = Sampler(layout, _choose, Memory(), exact=True, verify=True, dependence=dependence)
+    with poutine.block(), dependence or nullcontext():
         model_trace, guide_trace = run_programs(call, sampler, _Whole())
+        posterior = _Posterior(model_trace, layout, sampler, decode=decode)
     if not sampler.summed:
         raise ValueError(
             "recover: the model has no summed site. Mark a discrete site that the guide lacks by "
@@ -151,7 +159,6 @@ def _recover(call: Call, layout: Layout, *, decode: bool, marginals: bool) -> di
         for name, site in latent_sites(guide_trace).items()
         if not site["infer"].get("is_auxiliary")
     }
-    posterior = _Posterior(model_trace, layout, sampler.summed, decode=decode)
     summed = posterior.probs() if marginals else posterior.values()
     for name, value in summed.items():
         site = posterior.sites[name]
@@ -175,20 +182,18 @@ class _Posterior:
     Args:
         trace: The model's trace.
         layout: The paths of the run.
-        summed: The dimension of each summed site.
+        sampler: The sampler of the run.
         decode: Maximise instead of drawing.
 
     Attributes:
         sites: The summed sites.
     """
 
-    def __init__(
-        self, trace: Trace, layout: Layout, summed: dict[str, int], *, decode: bool
-    ) -> None:
-        self.sites = {name: trace.nodes[name] for name in summed}
+    def __init__(self, trace: Trace, layout: Layout, sampler: Sampler, *, decode: bool) -> None:
+        self.sites = {name: trace.nodes[name] for name in sampler.summed}
         self._trace = trace
         self._ring = MapRing if decode else SampleRing
-        self._terms = SummedTerms(trace, layout, summed)
+        self._terms = SummedTerms(trace, layout, sampler.summed, sampler.dependence)
         for site in trace.nodes.values():
             if site["type"] == "sample" and not site_is_subsample(site):
                 raw = score_of(site)

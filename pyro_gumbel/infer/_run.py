@@ -26,6 +26,7 @@ from pyro_gumbel.distributions.families import (
     unwrap,
 )
 from pyro_gumbel.estimators import Call, Estimator, Route
+from pyro_gumbel.infer._chains import ChainCosts, ScoredSite
 from pyro_gumbel.infer._checks import (
     PARTICLE_PLATE,
     ModelSiteCheck,
@@ -47,7 +48,9 @@ from pyro_gumbel.infer._costs import (
     site_frames,
 )
 from pyro_gumbel.infer._dependence import Dependence, ReachedTerm
+from pyro_gumbel.infer._operations import Undo
 from pyro_gumbel.infer._sampling import Layout, Path, Sampler, SharedSubsample
+from pyro_gumbel.infer._state import preserved_rng
 from pyro_gumbel.infer._summed import SummedTerms, SumMessenger
 
 # Where Pyro finds that two plates collide. Private: if it moves, this import fails.
@@ -74,6 +77,7 @@ class Run:
         logits: The logits that values were drawn from, where the estimator asked for them.
         layout: The paths of the pass.
         terms: The terms of the ELBO.
+        recycles: Whether several sites share a dimension.
     """
 
     def __init__(
@@ -93,17 +97,28 @@ class Run:
         self.logits = sampler.logits
         self.terms = terms
         self._enumerated = sampler.enumerated
+        self._guide_dims = sampler.guide_dims
+        self.recycles = bool(sampler.recycled)
         self._scores = scores
         self._own_kl = own_kl
 
     @cached_property
     def costs(self) -> Costs:
         """The terms by the sites that they depend on."""
-        enumerated = [
+        if self._guide_dims.symbols:
+            scored = {name: self._scored(name) for name in self.estimators}
+            enumerated = [(scored.pop(name), dim) for name, dim in self._enumerated.items()]
+            plates = self._guide_dims.plates
+            return ChainCosts(self.terms, enumerated, scored.values(), plates, self.layout)
+        sites = [
             EnumeratedSite(name, dim, self.log_prob(name).exp(), site_frames(self.guide[name]))
             for name, dim in self._enumerated.items()
         ]
-        return Costs(self.terms, enumerated, self.layout)
+        return Costs(self.terms, sites, self.layout)
+
+    def _scored(self, name: str) -> ScoredSite:
+        symbols = self._guide_dims.symbols[name]
+        return ScoredSite(name, self.log_prob(name), site_frames(self.guide[name]), symbols)
 
     @cached_property
     def totals(self) -> Tensor:
@@ -169,7 +184,8 @@ class Run:
     def cost(self, name: str, *, live: bool = False) -> Tensor:
         """The downstream cost of a site, shaped like its ``log_prob``, detached unless live."""
         like = self.log_prob(name)
-        cost = self.costs.downstream(site_frames(self.guide[name]), like, live=live)
+        frames = site_frames(self.guide[name])
+        cost = self.costs.downstream(frames, like, name=name, live=live)
         if name in self._own_kl:  # it does not depend on the value drawn
             own = self._own_kl[name].value
             cost = cost - (own if live else own.detach())
@@ -183,7 +199,7 @@ def _own_frames(frames: Frames) -> Frames:
 def run_programs(call: Call, sampler: Sampler, subsample: SharedSubsample) -> tuple[Trace, Trace]:
     """Run the guide, then the model on its values; return the traces of model and guide.
 
-    A guide that is a handler of this model (``AutoNormalMessenger`` and its like) runs both at
+    A guide that is a handler of the model (``AutoNormalMessenger`` and its like) runs both at
     once.
 
     Raises:
@@ -192,11 +208,12 @@ def run_programs(call: Call, sampler: Sampler, subsample: SharedSubsample) -> tu
     layout = sampler.layout
     guide = poutine.unwrap(getattr(call.guide, "guide", call.guide))
     if isinstance(guide, GuideMessenger):
+        sampler.recycles = False  # Pyro does not note the model's dimensions here
         with _left_dimensions_explained(sampler), subsample, sampler:
             _in_rows(call.guide, layout)(*call.args, **call.kwargs)
         model_trace, guide_trace = guide.get_traces()
-        if guide.model != call.model:  # which may have sites that are hidden from the guide
-            model_trace = _run_model(call, sampler, subsample, guide_trace)
+        if sampler.verify:
+            _check_hidden(call, model_trace)
     else:
         guide_trace = _run_guide(call, sampler, subsample)
         model_trace = _run_model(call, sampler, subsample, guide_trace)
@@ -205,11 +222,30 @@ def run_programs(call: Call, sampler: Sampler, subsample: SharedSubsample) -> tu
     return model_trace, guide_trace
 
 
+def _check_hidden(call: Call, model_trace: Trace) -> None:
+    """Check that a guide that runs the model as its handler hides no site to be summed over.
+
+    Raises:
+        ValueError: If it does: the site would be drawn, and not scored.
+    """
+    with preserved_rng(), poutine.block(), Undo():
+        plain = poutine.trace(call.model).get_trace(*call.args, **call.kwargs)
+    for name, site in latent_sites(plain).items():
+        if site["infer"].get("enumerate") is not None and name not in model_trace:
+            raise ValueError(
+                f"The model marks site {name!r} to be summed over, and the guide runs the model "
+                "with this site hidden. Use a guide that is a program of its own, such as "
+                f"AutoNormal(poutine.block(model, hide=[{name!r}]))."
+            )
+
+
 def _run_guide(call: Call, sampler: Sampler, subsample: SharedSubsample) -> Trace:
     traced = poutine.trace(_in_rows(call.guide, sampler.layout))
     with _left_dimensions_explained(sampler), subsample, sampler:
         traced(*call.args, **call.kwargs)
     _check_nesting(traced.trace, sampler)
+    if sampler.recycled:
+        sampler.guide_dims.read(traced.trace, sampler.layout.total_nesting)
     return traced.trace
 
 
@@ -220,6 +256,7 @@ def _run_model(
         guide_trace,
         sampler.layout,
         sampler.enumerated,
+        sampler.recycled,
         draws=not sampler.enumerate,
         dependence=sampler.dependence,
     )
@@ -232,6 +269,7 @@ def _run_model(
         subsample,
     ):
         traced(*call.args, **call.kwargs)
+    sampler.recycled |= sums.recycled
     _check_nesting(traced.trace, sampler)
     return traced.trace
 
@@ -325,8 +363,11 @@ def collect(
     # Without dimensions of ours any dimension left of the plates is a mistake.
     nesting = sampler.layout.total_nesting if sampler.adds_dimensions else float("inf")
     guide = latent_sites(guide_trace)
-    sums = SummedTerms(model_trace, sampler.layout, sampler.summed, sampler.dependence)
-    kls = analytic_kls(model_trace, guide, sums.depends) if analytic_kl else {}
+    symbols = sampler.guide_dims.symbols
+    sums = SummedTerms(
+        model_trace, sampler.layout, sampler.summed, sampler.dependence, sampler.guide_dims
+    )
+    kls = analytic_kls(model_trace, guide, sums.depends, symbols) if analytic_kl else {}
     terms = list(kls.values())
     scores: dict[str, Tensor] = {}
     for name, site in _samples(guide_trace).items():
@@ -335,7 +376,8 @@ def collect(
         estimator = sampler.estimators.get(name)
         if estimator is None:  # the guide itself fixed the value, or it is a factor
             check_factor(site)
-            terms.append(make_term(site, -score_of(site), nesting, of_model=False))
+            raw = score_of(site)
+            terms.append(make_term(site, -raw, nesting, of_model=False, symbols=symbols.get(name)))
             continue
         sampler.check_unchanged(name, site["value"])
         if full_scores:
@@ -347,16 +389,20 @@ def collect(
                 scores[name] = raw
             if not estimator.keeps_score_gradient:
                 raw = raw.detach()
-        terms.append(make_term(site, -raw, nesting, of_model=False))
+        terms.append(make_term(site, -raw, nesting, of_model=False, symbols=symbols.get(name)))
     for name, site in _samples(model_trace).items():
         if name in kls:
             continue
         raw = score_of(site)
         if not sums.takes(site, raw, nesting):
-            terms.append(make_term(site, raw, nesting))
+            own = site["infer"].get("_dim_to_symbol")
+            terms.append(make_term(site, raw, nesting, symbols=own))
+    for term in terms:
+        sums.check_scope(term.site, term.symbols, term.value)
     terms += sums.terms()
     if sampler.adds_dimensions:
-        check_dims(terms, sampler.layout.total_nesting + len(sampler.enumerated))
+        dims = sampler.enumerated.values()
+        check_dims(terms, -min(dims, default=-sampler.layout.total_nesting))
     observed = {name for name, site in _samples(model_trace).items() if site["is_observed"]}
     return Run(guide, sampler, scores, terms, kls, observed)
 

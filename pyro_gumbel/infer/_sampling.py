@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -24,6 +24,7 @@ from pyro_gumbel.distributions.families import (
 from pyro_gumbel.estimators import Estimator, Pathwise, Route, Score
 from pyro_gumbel.infer._checks import check_guide_site
 from pyro_gumbel.infer._dependence import Dependence
+from pyro_gumbel.infer._dimensions import Dimensions, GuideDims, in_chain
 from pyro_gumbel.infer._operations import version
 from pyro_gumbel.infer._state import meet_site
 
@@ -136,7 +137,7 @@ class Memory:
     logits: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Sampler(Messenger):
+class Sampler(Dimensions):
     """Draws the value of each latent site of the guide by its estimator.
 
     Args:
@@ -153,6 +154,8 @@ class Sampler(Messenger):
         estimators: After a pass, the estimator of each latent site, in program order.
         sizes: The number of coupled values of each latent site.
         enumerated: The dimension of each enumerated site.
+        recycles: Whether enumerated sites along a chain may share dimensions.
+        guide_dims: After a pass, the symbols of the guide's dimensions, if any are shared.
         summed: The dimension of each summed site of the model.
         logits: The logits that values were drawn from, of sites whose estimator asks for them.
     """
@@ -179,11 +182,19 @@ class Sampler(Messenger):
         self.estimators: dict[str, Estimator] = {}
         self.sizes: dict[str, int] = {}
         self.enumerated: dict[str, int] = {}
+        self.recycles = True
+        self.guide_dims = GuideDims()
         self.summed: dict[str, int] = {}
         self.logits: dict[str, Tensor] = {}
         self._versions: dict[str, int] = {}
         self._choose = choose
         self._memory = memory
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        known = self.layout.plate_nesting is not None
+        self.start_left_of(self.layout.total_nesting if known else 0, {})
+        return self
 
     @property
     def adds_dimensions(self) -> bool:
@@ -198,20 +209,19 @@ class Sampler(Messenger):
     def _pyro_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
             return
-        if msg["is_observed"]:
+        name = cast(str, msg["name"])
+        estimator = None if msg["is_observed"] else self._choose(msg)
+        if self.enumerated or _enumerates(estimator) or in_chain(msg):
+            self.note(msg)
+        if estimator is None:
             check_guide_site(msg)
             return
-        name = cast(str, msg["name"])
-        estimator = self._choose(msg)
         if not self.exact:  # a loss changes no estimator
             meet_site(name, estimator, unwrap(msg["fn"]))
         self.sizes[name] = estimator.block_size(unwrap(msg["fn"]), event_dims(msg["fn"]))
         if self.verify and self.sizes[name] > 1:
             self._verify_owner(name, estimator, msg["fn"])
-        if msg["value"] is None:
-            value = self._value(name, estimator, msg["fn"])
-        else:
-            value = _given(msg, estimator)
+        value = self._value(msg, estimator) if msg["value"] is None else _given(msg, estimator)
         value = self.dependence.follow(name, value) if self.dependence else value
         msg["value"] = value
         self._versions[name] = version(value)
@@ -233,13 +243,14 @@ class Sampler(Messenger):
                 "z.masked_fill(mask, 0) for z[mask] = 0."
             )
 
-    def _value(self, name: str, estimator: Estimator, fn: Any) -> Tensor:
-        if estimator.route is Route.ENUMERATE and self.enumerate:
-            return self._support(name, estimator, fn)
+    def _value(self, msg: Message, estimator: Estimator) -> Tensor:
+        name, fn = cast(str, msg["name"]), cast(Any, msg["fn"])
+        if self.enumerate and _enumerates(estimator):
+            return self._support(msg, estimator)
         if name in self._values:
             return self._values[name]
         plain = self.exact and (estimator.relaxed or self.sizes[name] > 1)
-        if plain or estimator.route is Route.ENUMERATE:
+        if plain or _enumerates(estimator):
             return sample_detached(unwrap(fn))
         if all(self._shares_main(path, name) for path in self.layout.paths):
             blocks = []  # nothing to draw: the main path has been there
@@ -286,12 +297,13 @@ class Sampler(Messenger):
             self._memory.noise[name] = type(fn), noise
         return noise
 
-    def _support(self, name: str, estimator: Estimator, fn: Any) -> Tensor:
+    def _support(self, msg: Message, estimator: Estimator) -> Tensor:
         if self.layout.plate_nesting is None:
             raise NestingNeeded
-        dim = -self.layout.total_nesting - 1 - len(self.enumerated)
-        self.enumerated[name] = dim
+        name, fn = cast(str, msg["name"]), cast(Any, msg["fn"])
         support = estimator.draw(unwrap(fn))  # (K,) + ones + event
+        dim = self.allocate(msg, len(support), recycles=self.recycles)
+        self.enumerated[name] = dim
         return support.reshape(support.shape[:1] + (1,) * (-dim - 1) + fn.event_shape)
 
     def _compose(self, name: str, blocks: list[Tensor], event_dim: int) -> Tensor:
@@ -372,6 +384,10 @@ class SharedSubsample(Messenger):
     def _pyro_post_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
             self._indices[_plate_key(msg)] = cast(Tensor, msg["value"])
+
+
+def _enumerates(estimator: Estimator | None) -> bool:
+    return estimator is not None and estimator.route is Route.ENUMERATE
 
 
 def _given(msg: Message, estimator: Estimator) -> Tensor:

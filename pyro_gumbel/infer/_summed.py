@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, Self, cast
 
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine import Trace
-from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
-from pyro.poutine.runtime import _ENUM_ALLOCATOR, Message
+from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyro_gumbel.distributions._base import broadcast_shapes
 from pyro_gumbel.distributions.families import wrap_score
 from pyro_gumbel.infer._costs import Term, check_shape, masked_score, site_frames
 from pyro_gumbel.infer._dependence import Dependence
+from pyro_gumbel.infer._dimensions import (
+    Dimensions,
+    GuideDims,
+    carried_symbols,
+    in_chain,
+    value_dims,
+)
 from pyro_gumbel.infer._sampling import Layout, NestingNeeded, left_filled
 
 __all__ = ["SumMessenger", "SummedTerms", "is_summed"]
@@ -32,7 +39,7 @@ def is_summed(site: Any) -> bool:
     return site["infer"].get("_enumerate_dim") is not None
 
 
-class SumMessenger(EnumMessenger):
+class SumMessenger(Dimensions):
     """Gives all values to the marked sites of a model that the guide lacks.
 
     Their dimensions are left of the plates and of the guide's enumerated sites. Along a
@@ -42,6 +49,7 @@ class SumMessenger(EnumMessenger):
         guide: The guide's trace.
         layout: The paths of the pass.
         enumerated: The dimensions of the guide's enumerated sites.
+        recycled: Those of them along a chain.
         draws: Draw values instead, in a run that finds the number of plates.
         dependence: Follows the values through the model, if given.
     """
@@ -51,6 +59,7 @@ class SumMessenger(EnumMessenger):
         guide: Trace,
         layout: Layout,
         enumerated: dict[str, int],
+        recycled: Collection[str] = (),
         *,
         draws: bool,
         dependence: Dependence | None = None,
@@ -59,29 +68,22 @@ class SumMessenger(EnumMessenger):
         self._guide = guide.nodes
         self._layout = layout
         self._enumerated = enumerated
+        self._shared = recycled
         self._draws = draws
         self._dependence = dependence
         self.dims: dict[str, int] = {}
         for site in self._guide.values():
             if site["type"] == "sample":  # a replay hands it to the model's site, and Pyro writes
-                site["infer"] = dict(site["infer"])
+                site["infer"] = infer = dict(site["infer"])
+                if "_dim_to_id" in infer:
+                    infer["_dim_to_id"] = value_dims(site, infer["_dim_to_id"])
 
-    def __enter__(self) -> SumMessenger:
-        # Private: Pyro's allocator of dimensions. If Pyro renames it, its import fails. It belongs
-        # to the process, and a loss inside of the programs may have used it.
-        self._allocator = dict(vars(_ENUM_ALLOCATOR))
-        if self._layout.plate_nesting is not None:
-            _ENUM_ALLOCATOR.set_first_available_dim(-1 - self._layout.total_nesting)
-            for _ in self._enumerated:
-                _ENUM_ALLOCATOR.allocate()
-        else:
-            _ENUM_ALLOCATOR.set_first_available_dim(-1)
-        return cast(SumMessenger, super().__enter__())
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        vars(_ENUM_ALLOCATOR).clear()
-        vars(_ENUM_ALLOCATOR).update(self._allocator)
+    def __enter__(self) -> Self:
+        super().__enter__()
+        known = self._layout.plate_nesting is not None
+        nesting = self._layout.total_nesting if known else 0
+        self.start_left_of(nesting, self._enumerated, self._shared)
+        return self
 
     def _pyro_sample(self, msg: Message) -> None:
         infer: dict[str, Any] = msg["infer"] or {}
@@ -90,16 +92,39 @@ class SumMessenger(EnumMessenger):
             _check_mark(cast(str, msg["name"]), infer)
             if not self._draws:
                 self._enumerate(msg)
-        elif not self._draws and (self.dims or self._enumerated or "_markov_scope" in infer):
-            # Pyro notes the dimensions that the site may depend on.
-            msg["infer"] = cast(Any, {**infer, "enumerate": None})
-            super()._pyro_sample(msg)
+        elif not self._draws and (self.dims or self._enumerated or in_chain(msg)):
+            self.note(msg)
+
+    def note(self, msg: Message) -> None:
+        super().note(msg)
+        if self._shared:
+            self._check_reach(msg)
+
+    def _check_reach(self, msg: Message) -> None:
+        """Refuse a site that may see two values of one dimension."""
+        name, scope = cast(str, msg["name"]), cast(Any, msg["infer"]).get("_markov_scope", {})
+        # Private: what EnumMessenger has noted of the sites before.
+        reach = {at: self._value_dims[at] for at in scope if self._markov_depths[at] == scope[at]}
+        if name in self._guide:
+            reach[name] = self._guide[name]["infer"].get("_dim_to_id", {})
+        owners: dict[int, tuple[str, int]] = {}
+        for at, dims in reach.items():
+            for dim, id_ in dims.items():
+                other, known = owners.setdefault(dim, (at, id_))
+                if known != id_:
+                    raise ValueError(
+                        f"Site {name!r} of the model may depend on {other!r} and {at!r} at once, "
+                        "and in the guide, whose pyro.markov does not reach from one to the "
+                        "other, their values have the same dimension. Give pyro.markov the same "
+                        "history in both programs, and sample both sites in one loop of the guide."
+                    )
 
     def _enumerate(self, msg: Message) -> None:
         if self._layout.plate_nesting is None:
             raise NestingNeeded
         name, infer = cast(str, msg["name"]), dict(cast(Any, msg["infer"]))
         msg["infer"] = cast(Any, infer)
+        self.drop_hidden(msg)
         try:
             super()._pyro_sample(msg)
         except NotImplementedError as error:
@@ -109,12 +134,10 @@ class SumMessenger(EnumMessenger):
             ) from error
         if "_enumerate_dim" in infer:  # a handler of the model may have given a value
             self.dims[name] = infer["_enumerate_dim"]
+            if in_chain(msg):
+                self.recycled.add(name)
             if self._dependence:
                 msg["value"] = self._dependence.follow(name, cast(Tensor, msg["value"]))
-
-    def _pyro_post_sample(self, msg: Message) -> None:
-        if msg["name"] in self._param_dims:  # private: the sites that EnumMessenger has noted
-            super()._pyro_post_sample(msg)
 
 
 def _check_mark(name: str, infer: dict[str, Any]) -> None:
@@ -153,7 +176,8 @@ class SummedTerms:
         trace: The model's trace.
         layout: The paths of the pass.
         summed: The dimension of each summed site.
-        dependence: Follows their values, if given: then sites that cannot see a value are checked.
+        dependence: Has followed all values, if given: then the scope of each is checked.
+        guide_dims: The guide's symbols, if it has enumerated chains.
 
     Attributes:
         factors: The factors.
@@ -165,17 +189,22 @@ class SummedTerms:
         layout: Layout,
         summed: dict[str, int],
         dependence: Dependence | None = None,
+        guide_dims: GuideDims | None = None,
     ) -> None:
+        guide_dims = guide_dims or GuideDims()
         self._dependence = dependence
         self._summed = summed.keys()
         self._layout = layout
         self._trace = trace
         self._sums: dict[str, str] = {}
         self.factors: list[Factor] = []
-        if summed:
-            trace.symbolize_dims()
+        self._carried = dict(guide_dims.carried)
+        if summed or guide_dims.symbols:
+            trace.symbolize_dims(guide_dims.plates)
             sites = {name: trace.nodes[name] for name in summed}
             self._sums = {site["infer"]["_enumerate_symbol"]: name for name, site in sites.items()}
+            nesting = layout.total_nesting
+            self._carried |= {name: carried_symbols(site, nesting) for name, site in sites.items()}
 
     def depends(self, site: Any, shape: torch.Size) -> bool:
         """Return whether a score or distribution of batch shape ``shape`` depends on a sum.
@@ -218,7 +247,7 @@ class SummedTerms:
         # As in Pyro, a mask around a summed site leaves its probabilities in the sum.
         score = wrap_score(site["fn"], raw) if is_summed(site) else masked_score(site, raw)
         if self._dependence:
-            self._check_scope(site, score, self._dependence)
+            self.check_scope(site["name"], site["infer"]["_dim_to_symbol"], score)
             self._dependence.forget(score, self._summed)  # the sum does not depend on one value
         if not self.depends(site, score.shape):
             return False
@@ -232,26 +261,38 @@ class SummedTerms:
         self.factors.append(Factor(site["name"], value, frames, site["scale"]))
         return True
 
-    def _check_scope(self, site: Any, score: Tensor, dependence: Dependence) -> None:
-        """Refuse a score with the value of an ended chain, or of a step before its history."""
-        visible = {self._sums.get(s) for s in site["infer"]["_dim_to_symbol"].values()}
-        for name in dependence.marks(score).keys() & self._summed - visible:
-            if name not in dependence.marks_of_numbers:
+    def check_scope(self, name: str, symbols: Mapping[int, str], score: Tensor) -> None:
+        """Check that a score uses no value where its dimension may stand for another.
+
+        Args:
+            name: The site that is scored.
+            symbols: The symbols of the dimensions that it may have.
+            score: Its score.
+
+        Raises:
+            ValueError: If it has the value of an ended chain, or of a step before its history.
+        """
+        if self._dependence is None or not self._carried:
+            return
+        reached = self._dependence.marks(score).keys() - self._dependence.marks_of_numbers.keys()
+        for other in reached & self._carried.keys():
+            if not self._carried[other] <= set(symbols.values()):
                 raise ValueError(
-                    f"Site {site['name']!r} uses the value of the summed site {name!r} outside of "
-                    "its pyro.markov, or further on than its history reaches. The value's "
-                    "dimension may stand for another site there. Raise history, or use a state "
-                    "that carries the value."
+                    f"Site {name!r} uses the value of site {other!r} outside of its pyro.markov, "
+                    "or further on than its history reaches. The value's dimension may stand for "
+                    "another site there. Write pyro.markov in both programs, raise its history, "
+                    "or use a state that carries the value."
                 )
 
     def terms(self) -> Iterator[Term]:
         """Yield the logarithm of each sum, in the plates that are left, scaled."""
         plates = {symbol: frame for f in self.factors for symbol, frame in f.frames.items()}
         for name, scale, ordinal, value in self.sums():
-            value = packed.unpack(value, self._trace.symbol_to_dim)
-            value = left_filled(value, self._layout.total_nesting)
+            dims = self._trace.symbol_to_dim
+            symbols = {dims[symbol]: symbol for symbol in value._pyro_dims}  # type: ignore[attr-defined]
+            value = left_filled(packed.unpack(value, dims), self._layout.total_nesting)
             frames = frozenset(plates[symbol] for symbol in ordinal)
-            yield Term(name, scale_and_mask(value, scale), frames)
+            yield Term(name, scale_and_mask(value, scale), frames, symbols=symbols)
 
     def sums(self, ring: Any = None) -> Iterator[tuple[str, Any, frozenset[str], Tensor]]:
         """Sum over the sites.
@@ -266,6 +307,7 @@ class SummedTerms:
         for factors, sums in self._components():
             scale = _common_scale(factors)
             name = self._sums[min(sums)]
+            self._check_kept(factors, sums)
             tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
             for factor in factors:
                 tree.setdefault(frozenset(factor.frames), []).append(factor.value)
@@ -273,6 +315,20 @@ class SummedTerms:
                 contracted = contract_tensor_tree(tree, sums, ring=ring)
             for ordinal, values in contracted.items():
                 yield from ((name, scale, ordinal, value) for value in values)
+
+    def _check_kept(self, factors: list[Factor], sums: set[str]) -> None:
+        """Refuse a sum that depends on more of the guide's chain than has dimensions."""
+        sizes = {s: n for f in factors for s, n in zip(f.dims, f.value.shape, strict=True)}
+        dims = {symbol: self._trace.symbol_to_dim[symbol] for symbol in sizes.keys() - sums}
+        dims = {symbol: dim for symbol, dim in dims.items() if dim < -self._layout.total_nesting}
+        if len(set(dims.values())) < len(dims):
+            chain = [name for name, own in self._carried.items() if own & dims.keys()]
+            raise ValueError(
+                f"The sum over {sorted(self._sums[symbol] for symbol in sums)} depends on the "
+                f"enumerated sites {chain} of the guide jointly: "
+                f"{math.prod(sizes[symbol] for symbol in dims)} states. Sum all of these sites in "
+                "the model, or use another estimator in the guide, such as Score()."
+            )
 
     def _components(self) -> list[tuple[list[Factor], set[str]]]:
         """Group the factors that share summed sites."""

@@ -319,6 +319,45 @@ def test_impossible_states_have_finite_gradients() -> None:
     assert torch.isfinite(grads["probs"]).all()
 
 
+def impossible_datum(x: Tensor) -> None:
+    """No state can have the first datum."""
+    weights = pyro.param("weights", torch.tensor([0.3, -0.2]))
+    lows = pyro.param("lows", torch.tensor([-1.0, -0.2]))
+    with pyro.plate("data", 2):
+        z = pyro.sample("z", dist.Categorical(logits=weights), infer=SUM)
+        pyro.sample("x", dist.Uniform(lows[z], lows[z] + 1 + z), obs=x)
+
+
+def impossible_step(x: Tensor) -> None:
+    probs = pyro.param("probs", torch.tensor([[0.3, 0.7], [0.5, 0.5]]))
+    lows = pyro.param("lows", torch.tensor([-1.0, -0.2]))
+    z = torch.tensor(0)
+    for t in pyro.markov(range(2)):
+        z = pyro.sample(f"z{t}", dist.Categorical(Vindex(probs)[z]), infer=SUM)
+        pyro.sample(f"x{t}", dist.Uniform(lows[z], lows[z] + 1), obs=x[t])
+
+
+@pytest.mark.parametrize("bound", [Estimator_ELBO, ImportanceWeighted_ELBO])
+@pytest.mark.parametrize("model", [impossible_datum, impossible_step])
+def test_impossible_data_have_an_infinite_loss_and_finite_gradients(
+    model: Any, bound: Any
+) -> None:
+    x = torch.tensor([5.0, 0.3])
+    with pyro.validation_enabled(False):
+        elbo = bound(1, max_plate_nesting=1)
+        assert elbo.loss(model, nothing, x) == float("inf")
+        loss, found = step(elbo, model, nothing, x)
+        differentiable = elbo.differentiable_loss(model, nothing, x)
+        _, expected = step(TraceEnum_ELBO(max_plate_nesting=1), model, nothing, x)
+    assert loss == differentiable == float("inf")
+    grads = torch.autograd.grad(differentiable, [*pyro.get_param_store()._params.values()])
+    for (name, grad), other in zip(found.items(), grads, strict=True):
+        assert torch.equal(grad, other)
+        torch.testing.assert_close(grad, expected[name])
+    learns = any(grad.abs().max() > 0.1 for grad in found.values())
+    assert learns == (model is impossible_datum)  # from the other datum
+
+
 def test_sums_of_nothing_change_nothing() -> None:
     def plain(x: Tensor) -> None:
         with pyro.plate("data", len(x)):

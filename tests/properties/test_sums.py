@@ -10,12 +10,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoNormalMessenger
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
 from pyro_gumbel.diagnostics import exact_gradient, guide_khat
-from pyro_gumbel.infer import Estimator_ELBO, recover
+from pyro_gumbel.infer import Estimator_ELBO, ImportanceWeighted_ELBO, recover
 
 SUM = {"enumerate": "parallel"}
 Program = Callable[..., Any]
@@ -225,11 +226,31 @@ def before_the_history() -> None:
         pyro.sample(f"x{t}", dist.Normal(loc, 1.0), obs=torch.tensor(1.0))
 
 
+@torch.inference_mode()
+def in_inference_mode(model: Program, guide: Program) -> None:
+    Estimator_ELBO(max_plate_nesting=0).loss(model, guide)
+
+
+FIRST_RUNS: dict[str, Program] = {
+    "differentiable_loss": Estimator_ELBO(max_plate_nesting=0).differentiable_loss,
+    "loss": Estimator_ELBO().loss,
+    "inference mode": in_inference_mode,
+    "evaluate_loss": lambda *programs: SVI(
+        *programs, pyro.optim.Adam({}), Estimator_ELBO()
+    ).evaluate_loss(),
+    "importance weighted": ImportanceWeighted_ELBO(2).loss,
+    "importance weighted, step": ImportanceWeighted_ELBO(2).loss_and_grads,
+    "recover": recover,
+    "decode": lambda *programs: recover(*programs, decode=True),
+}
+
+
+@pytest.mark.parametrize("first", FIRST_RUNS)
 @pytest.mark.parametrize("model", [after_the_chain, before_the_history])
-def test_a_value_whose_dimension_stands_for_another(model: Program) -> None:
+def test_a_value_whose_dimension_stands_for_another(model: Program, first: str) -> None:
     pyro.clear_param_store()
-    with pytest.raises(ValueError, match=r"uses the value of the summed site 'z\d' outside of"):
-        Estimator_ELBO(max_plate_nesting=0).differentiable_loss(model, no_guide)
+    with pytest.raises(ValueError, match=r"uses the value of site 'z\d' outside of"):
+        FIRST_RUNS[first](model, no_guide)
 
 
 def test_reading_a_value_is_not_using_it() -> None:
@@ -302,3 +323,14 @@ def test_khat_is_that_of_the_weights_with_the_sum() -> None:
 
     khats = [guide_khat(program, guide, num_samples=100) for program in (model, mixture)]
     assert khats[0] == pytest.approx(khats[1], abs=1e-4)
+
+
+def test_a_messenger_guide_that_hides_a_summed_site() -> None:
+    def model() -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        z = pyro.sample("z", dist.Categorical(PRIOR), infer=SUM)
+        pyro.sample("x", dist.Normal(loc + LOC[z], 1.0), obs=DATA[1])
+
+    guide = AutoNormalMessenger(pyro.poutine.block(model, hide=["z"]))
+    with pytest.raises(ValueError, match=r"'z' to be summed over, and the guide runs the model"):
+        Estimator_ELBO().differentiable_loss(model, guide)
