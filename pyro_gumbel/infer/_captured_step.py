@@ -2,120 +2,88 @@
 
 from __future__ import annotations
 
+import copy
 import math
-import random
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from pyro import poutine
 from pyro.infer.util import is_validation_enabled
 from pyro.util import warn_if_nan
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_gumbel.estimators import Call, Estimator
-from pyro_gumbel.infer._captured_state import EstimatorStates, Surroundings
+from pyro_gumbel.infer._captured_state import EstimatorStates, Surroundings, Updater
 from pyro_gumbel.infer._operations import Undo
-from pyro_gumbel.infer._recording import NotRecordable, Recording, record
-from pyro_gumbel.infer._state import generator_states, preserved_rng, set_generator_states
+from pyro_gumbel.infer._recording import GraphedFunction, NotRecordable, Recording, record
+from pyro_gumbel.infer._state import generator_states, set_generator_states
 from pyro_gumbel.infer.elbo import ParticleELBO
 
-__all__ = ["CapturedStep", "GraphedFunction", "OtherParameters", "Outcome", "leaves_of"]
+__all__ = ["CapturedStep", "Differs", "Outcome"]
 
 _ROUNDING = 1e-4  # relative, of the loss and of each gradient
 _CANCELLED = 1e-6  # what rounding leaves of a gradient that should be zero, relative to them all
 _OTHER_DRAW = 0.1  # another compiler's rounding makes another draw of a few
 
 
-class OtherParameters(Exception):
-    """The step meets other parameters than the first one did."""
+class Differs(RuntimeError):  # noqa: N818
+    """A recorded step would differ from an eager one."""
 
 
 class Outcome(NamedTuple):
-    """The results of a step, before it changes parameters or estimators.
-
-    Attributes:
-        loss: The detached loss.
-        gradients: Those of the parameters, of the step's ``others``, then of the arguments that
-            require one.
-        states: The estimators' new states.
-    """
+    """The results of a step, before it changes parameters or estimators."""
 
     loss: Tensor
-    gradients: Sequence[Tensor | None]
+    gradients: Sequence[Tensor | None]  # of the leaves, the others, the arguments that want one
     states: Sequence[Tensor]
 
 
 class CapturedStep:
-    """A step on arguments of one kind, that is of given shapes and settings.
-
-    Args:
-        elbo: The objective.
-        params: The parameters that the first step met, by name, unconstrained.
-        estimators: The estimators of its sites.
-        leaves: The tensors that got gradients in it.
-        modules: The modules that the programs use.
-        compile: Whether to compile the recording.
-
-    Attributes:
-        leaves: The parameters that are trained.
-        others: Other tensors that get gradients.
-        recording: The recorded operations, after the second step.
-        replays: The number of replays.
-        graph: The recording as a CUDA graph, on a GPU.
-        update: The settings of the optimiser's graph, where it has one, and the graph.
-        parts: Objects that are in the step's key by their ids, held so that they keep these.
-    """
+    """A step on arguments of one kind, that is of given shapes and settings."""
 
     def __init__(
         self,
         elbo: ParticleELBO,
         params: Mapping[str, Tensor],
+        surrogate: Tensor,
         estimators: Iterable[Estimator],
-        leaves: Iterable[Tensor],
-        modules: Iterable[nn.Module],
+        surroundings: Surroundings,
+        zeros: dict[Tensor, Tensor | None],
         compile: bool,
     ) -> None:
         self._elbo, self._compile, self._params = elbo, compile, params
+        self.states, self._surroundings = EstimatorStates(estimators), surroundings
+        surroundings.note(params, self.states.modules)
         self._names = {p: name for name, p in params.items() if p.requires_grad}
-        self.leaves = list(self._names)
-        self.others = [leaf for leaf in leaves if leaf not in self._names]
+        self.leaves = list(self._names)  # the parameters that are trained
+        self.others = [leaf for leaf in _leaves_of(surrogate) if leaf not in self._names]
+        self.updater = Updater(self.leaves, zeros)
         self.device = self.leaves[0].device if self.leaves else torch.device("cpu")
-        self.states = EstimatorStates(estimators, self.device)
-        self._surroundings = Surroundings(params, [*modules, *self.states.modules])
-        self.recording: Recording | None = None
+        self.recording: Recording | None = None  # after the second step
         self.replays = 0
-        self.graph: GraphedFunction | None = None
-        self.update: tuple[list[Any], GraphedFunction] | None = None
-        self.parts: list[Any] = []
+        self.graph: GraphedFunction | None = None  # the recording, on a GPU
+        self.parts: list[Any] = []  # objects in the step's key by ids, held so that they keep them
         self._graphable = self.device.type == "cuda"
         self._versions: list[int] = []
         self._branches = True
 
     def is_current(self) -> bool:
         """Return whether parameters, modules and estimators are those that were recorded."""
-        return self._surroundings.are_current() and self.states.are_current()
+        with suppress(LookupError):  # a place of a state is gone
+            self.states.tensors()
+            return self._surroundings.are_current()
+        return False
 
     def record(self, call: Call, tensors: Sequence[Tensor]) -> Outcome:
-        """Compute a step and record it; on an error nothing has changed.
-
-        Raises:
-            NotRecordable: If a replay could not do what the step does.
-            OtherParameters: If it meets other parameters than the first step did.
-        """
+        """Compute a step and record it; on an error nothing has changed."""
 
         def function(*inputs: Tensor) -> tuple[Any, ...]:
-            before = _python_generators()
             with self.states.replaced_by(inputs[len(tensors) :]):
                 outcome = self._compute(call, inputs[: len(tensors)])
-            if _python_generators() != before:
-                raise NotRecordable(
-                    "the program draws from Python's or NumPy's generator; draw with torch."
-                )
             self._surroundings.accept()
             return tuple(outcome)
 
@@ -125,7 +93,7 @@ class CapturedStep:
                 "a recording are not added; use register_hook."
             )
         self._elbo.plan(call)  # may run the programs, which is not the step's
-        inputs = [_apart(tensor) for tensor in (*tensors, *self.states.inputs())]
+        inputs = [_apart(tensor) for tensor in (*tensors, *self.states.inputs(self.device))]
         with self._restored(on_error=True):
             found, recording = record(
                 function, inputs, compile=self._compile, branches=self._branches
@@ -140,15 +108,15 @@ class CapturedStep:
         if self._branches:
             self.recording, self.graph, self._branches = None, None, False
 
-    def replay(self, inputs: Sequence[Tensor]) -> tuple[Outcome, Tensor | None]:
-        """Compute a step by the recording; the second result is that of :class:`Recording`."""
+    def replay(self, inputs: Sequence[Tensor]) -> tuple[Outcome, list[Tensor]]:
+        """Compute a step by the recording, and conditions without which it is void."""
         assert self.recording is not None
         if self._graphable:
             self._make_graph(self.recording, inputs)
-        (loss, gradients, states), broken = (self.graph or self.recording)(inputs)
+        (loss, gradients, states), conditions = (self.graph or self.recording)(inputs)
         if self.graph is not None:  # it overwrites its results, and states are kept
             states = [state.clone() for state in states]
-        return Outcome(loss, gradients, states), broken
+        return Outcome(loss, gradients, states), conditions
 
     def _make_graph(self, recording: Recording, inputs: Sequence[Tensor]) -> None:
         for device, operation in recording.devices.items():
@@ -165,44 +133,42 @@ class CapturedStep:
         versions = [x._version for x in recording.held if x.device != self.device]
         if self.graph is None or versions != self._versions:
             self.graph, self._versions = GraphedFunction(recording, inputs, self.device), versions
-            self.update = None  # which reads the gradients of another
 
     def eager(self, call: Call, tensors: Sequence[Tensor]) -> Outcome:
-        """Compute what an eager step would from here on, changing nothing.
-
-        To the states are added the values that it leaves in the tensors that it writes to.
-        """
-        written = self.written([*tensors, *self.states.inputs()])
+        """Compute what an eager step would, with what it leaves in ``written``; change nothing."""
+        written = self.written([*tensors, *self.states.inputs(self.device)])
         with self._restored(), Undo():
             outcome = self._compute(call, [_apart(tensor) for tensor in tensors])
-            left = [tensor.detach().clone() for tensor in written]
+            left = [tensor.clone() for tensor in written]
         return outcome._replace(states=[*outcome.states, *left])
 
     def written(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """List the tensors that a replay writes to, some of the inputs included."""
         if self.recording is None:
             return []
-        return self.recording.written + [inputs[i] for i in self.recording.written_inputs]
+        found = self.recording.written + [inputs[i] for i in self.recording.written_inputs]
+        return [tensor.detach() for tensor in found]
 
-    def explain_difference(self, found: Outcome, expected: Outcome) -> str | None:
-        """Describe a part that differs from what is expected, if beyond rounding."""
-        names = [f"the gradient of {self._names[leaf]!r}" for leaf in self.leaves]
-        beside = len(found.gradients) - len(self.leaves)
+    def compare(self, found: Outcome, expected: Outcome) -> None:
+        """Raise :class:`Differs` where a part differs from what is expected beyond rounding."""
+        names = [f"the gradient of {name!r}" for name in self._names.values()]
+        beside = len(found.gradients) - len(names)
         names += ["the gradient of a tensor that is not a parameter"] * beside
         names += ["what is left in an estimator or a buffer"] * len(found.states)
         a, b = ([*one.gradients, *one.states, one.loss] for one in (found, expected))
         norms = list(map(_norms, a, b))
-        rounding = _OTHER_DRAW if self._compile else _ROUNDING
-        cancelled = _OTHER_DRAW if self._compile else _CANCELLED
+        rounding, cancelled = (_OTHER_DRAW,) * 2 if self._compile else (_ROUNDING, _CANCELLED)
         rest = cancelled * math.hypot(*(size for _, size in norms[:-1])) + rounding**2
         for name, (error, size) in zip([*names, "the loss"], norms, strict=True):
             if error > rounding * size + (rounding if name == "the loss" else rest):
-                return (
-                    f"{name} differs by {error:.3g} between the recorded step and an eager one "
-                    f"with the same random numbers, where it has the size {size:.3g}; the losses "
-                    f"are {found.loss.item():g} and {expected.loss.item():g}"
+                raise Differs(
+                    f"CapturedSVI: {name} differs by {error:.3g} between the recorded step and an "
+                    f"eager one with the same random numbers, where it has the size {size:.3g}; "
+                    f"the losses are {found.loss.item():g} and {expected.loss.item():g}. "
+                    "Something that the program reads has changed since it was recorded. Pass "
+                    "what changes as an argument, as a tensor: svi.step(x, torch.tensor(beta)); "
+                    "or call svi.reset() when you change it; or use pyro.infer.SVI."
                 )
-        return None
 
     def _compute(self, call: Call, tensors: Sequence[Tensor]) -> Outcome:
         """Run the programs and differentiate, with ``tensors`` in place of the arguments'."""
@@ -213,9 +179,6 @@ class CapturedStep:
         self._check_parameters(traced.trace.nodes)
         if is_validation_enabled():
             warn_if_nan(loss, "loss")
-        if self.recording is None:  # some were of the first step alone
-            met = set(leaves_of(surrogate))
-            self.others = [leaf for leaf in self.others if leaf in met]
         wanted = [*self.leaves, *self.others, *(x for x in tensors if x.requires_grad)]
         gradients: Sequence[Tensor | None] = [None] * len(wanted)
         if surrogate.requires_grad:
@@ -225,87 +188,46 @@ class CapturedStep:
         return Outcome(loss, _laid_out(wanted, gradients), states)
 
     def _check_parameters(self, met: Collection[str]) -> None:
-        if new := [name for name in met if name not in self._params]:
-            raise OtherParameters(
-                f"the parameters {new} were not there in the first step, and a recorded step does "
-                "not train them"
-            )
+        new = [name for name in met if name not in self._params]
         # Those of estimators are shown at the end of an eager step, not met in the programs.
-        if gone := [n for n in self._params if n not in met and not n.startswith("gradient$")]:
-            raise OtherParameters(
-                f"the parameters {gone} were there in the first step only, and a recorded step "
-                "goes on training them"
-            )
+        gone = [n for n in self._params if n not in met and not n.startswith("gradient$")]
+        if not new and not gone:
+            return
+        what = f"{gone} were there in the first step only, and a recorded step goes on training"
+        if new:
+            what = f"{new} were not there in the first step, and a recorded step does not train"
+        raise Differs(
+            f"CapturedSVI: the parameters {what} them. Call svi.reset() when parameters come or "
+            "go; it is done for this time."
+        )
 
     @contextmanager
     def _restored(self, *, on_error: bool = False) -> Iterator[None]:
         """Restore generators, estimators and modules on leaving, or on an error."""
         with ExitStack() as stack:
             stack.callback(set_generator_states, generator_states())
-            stack.callback(self.states.restorer())
+            states = {m: copy.deepcopy(state) for m, state in self.states.read().items()}
+            stack.callback(self.states.write, states)
             stack.callback(self._surroundings.restore)
             yield
             if on_error:
                 stack.pop_all()
 
 
-class GraphedFunction:
-    """A function as one CUDA graph. What a call returns is overwritten by the next one.
-
-    Args:
-        function: Takes a list of tensors. All that it computes is on ``device``.
-        inputs: Arguments of the kind that it takes, on any device.
-        device: The device that it runs on.
-    """
-
-    def __init__(
-        self,
-        function: Callable[[Sequence[Tensor]], Any],
-        inputs: Sequence[Tensor],
-        device: torch.device,
-    ) -> None:
-        # A kernel reads a number on the CPU once, when it is captured.
-        self._inputs = [tensor.detach().to(device, copy=True) for tensor in inputs]
-        with torch.cuda.device(device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            # Libraries set themselves up outside of the capture; nothing is to change by that.
-            with torch.cuda.stream(stream), preserved_rng(), Undo():
-                function(self._inputs)
-            stream.synchronize()
-            self._graph = torch.cuda.CUDAGraph()
-            # Threads that load data may use the device meanwhile.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._returned = function(self._inputs)
-
-    @torch.no_grad()
-    def __call__(self, inputs: Sequence[Tensor]) -> Any:
-        for static, tensor in zip(self._inputs, inputs, strict=True):
-            static.copy_(tensor)
-        self._graph.replay()
-        return self._returned
-
-
-def leaves_of(surrogate: Tensor) -> list[Tensor]:
+def _leaves_of(surrogate: Tensor) -> list[Tensor]:
     """List the tensors that a backward pass would give gradients to."""
-    found: list[Tensor] = []
     waiting: list[Any] = [surrogate.grad_fn]
-    seen: set[Any] = {None}
+    seen: dict[Any, None] = {}
     while waiting:
         node = waiting.pop()
-        if node not in seen:
-            seen.add(node)
-            if hasattr(node, "variable"):  # where a gradient is added to a leaf
-                found.append(node.variable)
+        if node is not None and node not in seen:
+            seen[node] = None
             waiting.extend(following for following, _ in node.next_functions)
-    return found
+    return [node.variable for node in seen if hasattr(node, "variable")]
 
 
 def _apart(tensor: Tensor) -> Tensor:
-    """Return the same memory as another object, which cannot be taken for a held tensor.
-
-    Gradients end here.
-    """
+    """Return the same memory as another object, which cannot be taken for a held tensor."""
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
@@ -335,8 +257,3 @@ def _laid_out(
             taken.add(memory)
         found.append(gradient)
     return found
-
-
-def _python_generators() -> tuple[Any, ...]:
-    name, words, *rest = np.random.get_state()
-    return random.getstate(), (name, bytes(words), *rest)  # type: ignore[arg-type]

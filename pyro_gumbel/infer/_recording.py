@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import operator
+import random
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
@@ -16,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_gumbel.infer._operations import Undo, leaves, storage_of, written_arguments
+from pyro_gumbel.infer._operations import Undo, storage_of, tensors, written_arguments
+from pyro_gumbel.infer._state import preserved_rng
 
-__all__ = ["NotRecordable", "Recording", "record"]
+__all__ = ["GraphedFunction", "NotRecordable", "Recording", "is_library", "record"]
 
 aten = torch.ops.aten
 _READERS = {"tolist", "numpy", "__array__", "__dlpack__", "__float__", "__index__"}
@@ -34,40 +37,50 @@ class NotRecordable(RuntimeError):  # noqa: N818
     """A replay could not do what the program does."""
 
 
-class Recording:
+class Recording(NamedTuple):
     """A recorded function, without Pyro, Python control flow or autograd.
 
-    Tensors that the function did not take as inputs are held by reference: changes in place are
-    seen, other objects in their place are not.
-
-    Attributes:
-        held: The tensors that are held.
-        written: Those among them that the operations write to.
-        written_inputs: The positions of the inputs that they write to.
-        has_checks: Whether libraries check values in it.
-        devices: The devices of results, each with an operation.
+    Tensors that are not inputs are held by reference: changes in place are seen.
     """
 
-    def __init__(
-        self, recorder: _Recorder, inputs: Sequence[Tensor], output: Any, *, compile: bool
-    ) -> None:
-        self.held = recorder.held
-        self.written = [tensor for tensor in self.held if recorder.writes_to(tensor)]
-        self.written_inputs = [i for i, tensor in enumerate(inputs) if recorder.writes_to(tensor)]
-        self.has_checks = output[1] is not None
-        graph, self._values = recorder.finished_graph(output)
-        self.devices = {n.meta["device"]: n.target for n in graph.nodes if n.op == "call_function"}
-        self._play = _compiled(graph) if compile else _played(graph)
+    held: list[Tensor]
+    written: list[Tensor]  # those held that the operations write to
+    written_inputs: list[int]  # likewise, by their positions
+    has_checks: bool
+    devices: dict[Any, Any]  # of results, each with an operation
+    values: list[Any]  # to play with after the inputs
+    play: Callable[..., Any]
+
+    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+        """Return what the function does, and conditions: it is void unless they all hold."""
+        with torch.no_grad():
+            return self.play(*inputs, *self.values)
+
+
+class GraphedFunction:
+    """A function of tensors as one CUDA graph. What a call returns, the next one overwrites."""
+
+    def __init__(self, function: Any, inputs: Sequence[Tensor], device: torch.device) -> None:
+        # A kernel reads a number on the CPU once, when it is captured.
+        self._inputs = [tensor.detach().to(device, copy=True) for tensor in inputs]
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            # Libraries set themselves up outside of the capture; nothing is to change by that.
+            with torch.cuda.stream(stream), preserved_rng(), Undo():
+                function(self._inputs)
+            stream.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            # Threads that load data may use the device meanwhile.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._returned = function(self._inputs)
 
     @torch.no_grad()
-    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Any, Tensor | None]:
-        """Play the recording.
-
-        Returns:
-            What the function returned, and if libraries check values a boolean: whether a check
-            went another way than in the recorded run. If so, what the function returned is void.
-        """
-        return self._play(*inputs, *self._values)
+    def __call__(self, inputs: Sequence[Tensor]) -> Any:
+        for static, tensor in zip(self._inputs, inputs, strict=True):
+            static.copy_(tensor)
+        self._graph.replay()
+        return self._returned
 
 
 def record(
@@ -75,33 +88,36 @@ def record(
     inputs: Sequence[Tensor],
     *,
     compile: bool = False,
-    branches: bool = True,
+    branches: bool = True,  # whether this package may branch where it can also compute both
 ) -> tuple[Any, Recording]:
-    """Run a function once; return its result and the recorded operations.
+    """Run a function of distinct tensors once; return its result and the recorded operations.
 
-    Where code of torch, Pyro or this package branches on a tensor, as the checks of distributions
-    do, the condition is recorded too: each replay computes it anew.
-
-    Args:
-        function: Takes tensors and returns nested lists of tensors; may differentiate.
-        inputs: Its arguments. They must be distinct objects; their memory may overlap.
-        compile: Whether to have the recording compiled by ``torch.compile``.
-        branches: Whether this package may branch where it can also compute both.
-
-    Raises:
-        NotRecordable: If the function depends on the value of a tensor, or draws from another
-            generator than torch's global one. On this and any other error the tensors that it
-            wrote to are restored.
+    Where libraries branch on a tensor, as the checks of distributions do, the condition is
+    recorded too. On an error the tensors that were written to are restored.
     """
     # On a GPU autograd works in threads of its own, out of the recorder's sight.
     serial = torch.autograd.set_multithreading_enabled(False)
+    before = repr((random.getstate(), np.random.get_state()))
     with _Recorder(inputs, branches) as recorder, serial, _Reads() as reads:
         returned = function(*inputs)
-        output = (returned, reads.broken())
+        conditions = reads.joined_conditions()
         recorder.check_generators()
+        if repr((random.getstate(), np.random.get_state())) != before:
+            raise NotRecordable(
+                "the program draws from Python's or NumPy's generator; draw with torch."
+            )
         if any(map(recorder.writes_to, reads.copies)):
             _refuse("writes to an element at a tensor's place", "Write index_put or torch.where.")
-    return returned, Recording(recorder, inputs, output, compile=compile)
+    graph, values, has_checks = recorder.finish(returned, conditions)
+    return returned, Recording(
+        held=recorder.held,
+        written=[tensor for tensor in recorder.held if recorder.writes_to(tensor)],
+        written_inputs=[i for i, tensor in enumerate(inputs) if recorder.writes_to(tensor)],
+        has_checks=has_checks,
+        devices={n.meta["device"]: n.target for n in graph.nodes if n.op == "call_function"},
+        values=values,
+        play=_compiled(graph) if compile else _played(graph),
+    )
 
 
 def is_library(frame: Any) -> bool:
@@ -124,17 +140,12 @@ def set_torch_generators(states: Sequence[Tensor]) -> None:
 
 
 class _Recorder(Undo):
-    """Notes operations, refuses those that cannot be replayed, and undoes all on an error.
-
-    Attributes:
-        held: The tensors that were there before, but for the inputs.
-        records_branches: Whether code of this package may branch on tensors.
-    """
+    """Notes operations, refuses those that cannot be replayed, and undoes all on an error."""
 
     def __init__(self, inputs: Sequence[Tensor], records_branches: bool) -> None:
         super().__init__()
-        self.records_branches = records_branches
-        self.held: list[Tensor] = []
+        self.records_branches = records_branches  # read where this package may branch
+        self.held: list[Tensor] = []  # that were there before, but for the inputs
         self._graph = fx.Graph()
         self._nodes = WeakTensorKeyDictionary()
         self._values: dict[fx.Node, Any] = {}  # of what is held, and of constants
@@ -146,6 +157,8 @@ class _Recorder(Undo):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if getattr(func, "namespace", "") == "profiler":  # marks of time, not operations
+            return func(*args, **kwargs)
         _check_operation(func, args, kwargs)
         function, options = func, {}
         if func in _LITERALS:  # such as torch.tensor(0.3), made anew in case that it is changed
@@ -153,31 +166,35 @@ class _Recorder(Undo):
         else:
             arguments, options = self._with_nodes((args, kwargs))
         writes = _memory_of(written_arguments(func, args, kwargs))
-        is_draw = torch.Tag.nondeterministic_seeded in func.tags
-        if is_draw:
+        if is_draw := torch.Tag.nondeterministic_seeded in func.tags:
             self.check_generators()
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if is_draw:
             self._generators = torch_generators()
         self._written |= writes
-        if func in _VIEWS and _is_same_view(result, args[0]):
+        if func in _VIEWS and result.layout == torch.strided and result.is_set_to(args[0]):
             self._nodes[result] = arguments[0]
         else:
             is_pure = func.namespace == "aten" and not (writes or is_draw)
             self._call(function, arguments, options, result, is_pure=is_pure)
         return result
 
-    def finished_graph(self, output: Any) -> tuple[fx.Graph, list[Any]]:
-        """Return the graph that ends in ``output``, and the tensors to pass after the inputs."""
-        self._graph.output(self._with_nodes(output))
-        self._simplify(self._written | _memory_of(_tensors_in(output)))
-        return self._graph, [self._values[n] for n in self._graph.nodes if n in self._values]
+    def finish(self, returned: Any, conditions: Any) -> tuple[fx.Graph, list[Any], bool]:
+        """Return the graph, the tensors to pass after inputs, and whether there are conditions."""
+        output = self._graph.output(self._with_nodes((returned, conditions)))
+        # Operations write to memory, and so may who gets the output.
+        self._simplify(self._written | _memory_of(returned))
+        returned, conditions = output.args[0]
+        conditions = [c for c in dict.fromkeys(conditions) if c not in self._constants]
+        output.args = ((returned, conditions),)
+        for node in reversed(self._graph.nodes):
+            if not node.users and (_is_pure(node) or node in self._values):
+                self._graph.erase_node(node)
+        values = [self._values[node] for node in self._graph.nodes if node in self._values]
+        return self._graph, values, bool(conditions)
 
     def _simplify(self, changing: set[StorageWeakRef]) -> None:
-        """Compute constants, merge equal operations and remove unused ones.
-
-        Operations, or who gets the output, write to the memory ``changing``.
-        """
+        """Compute constants and merge equal operations, except on memory that changes."""
         known: dict[str, fx.Node] = {}
         for node in self._graph.nodes:
             parts = (node, *node.all_input_nodes)
@@ -192,9 +209,6 @@ class _Recorder(Undo):
             if same is not node:
                 node.replace_all_uses_with(same)
             known[key] = same
-        for node in reversed(self._graph.nodes):
-            if not node.users and (_is_pure(node) or node in self._values):
-                self._graph.erase_node(node)
 
     def check_generators(self) -> None:
         """Check that nothing but the operations has moved torch's generators."""
@@ -205,7 +219,7 @@ class _Recorder(Undo):
 
     def writes_to(self, tensor: Tensor) -> bool:
         """Return whether an operation writes to the memory of a tensor."""
-        return bool(_memory_of([tensor]) & self._written)
+        return bool(_memory_of(tensor) & self._written)
 
     def __exit__(self, *error: Any) -> None:
         if error[0] is None:
@@ -217,7 +231,7 @@ class _Recorder(Undo):
 
     def _node(self, tensor: Tensor) -> fx.Node:
         if tensor not in self._nodes:
-            if _memory_of([tensor]) & self._made:
+            if _memory_of(tensor) & self._made:
                 raise NotRecordable("a tensor was made out of the recorder's sight.")
             self.held.append(tensor)
             self._nodes[tensor] = node = self._placeholder(tensor)
@@ -232,16 +246,15 @@ class _Recorder(Undo):
 
     def _placeholder(self, value: Any) -> fx.Node:
         node = self._graph.placeholder(f"tensor_{len(self._graph.nodes)}")
-        node.meta = {"memory": _memory_of(_tensors_in(value))}
+        node.meta = {"memory": _memory_of(value)}
         return node
 
     def _call(
         self, function: Any, arguments: Any, options: Any, result: Any, *, is_pure: bool = True
     ) -> None:
         node = self._graph.call_function(function, arguments, options)
-        tensors = _tensors_in(result)
-        device = tensors[0].device if tensors else None
-        node.meta = {"memory": _memory_of(tensors), "device": device, "is_pure": is_pure}
+        device = next((tensor.device for tensor in tensors(result)), None)
+        node.meta = {"memory": _memory_of(result), "device": device, "is_pure": is_pure}
         if isinstance(result, Tensor):
             self._nodes.setdefault(result, node)  # an argument that was written to keeps its node
         elif isinstance(result, (list, tuple)):
@@ -307,22 +320,18 @@ class _Reads(TorchFunctionMode):
 
     Memory that is read behind torch's back is out of sight: ``untyped_storage()``, ``data_ptr()``
     and ``torch.utils.dlpack.to_dlpack``.
-
-    Attributes:
-        copies: What stands for views of other tensors.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._conditions: list[Tensor] = []
-        self.copies: list[Tensor] = []
+        self.copies: list[Tensor] = []  # that stand for views
 
-    def broken(self) -> Tensor | None:
-        """Compute whether one of the conditions does not hold, if there are any."""
-        if not self._conditions:
-            return None
-        device = self._conditions[-1].device  # where the loss is checked
-        return torch.stack([c.to(device) for c in self._conditions]).all().logical_not()
+    def joined_conditions(self) -> list[Tensor]:
+        """Return the conditions, as one on a GPU, where each read waits."""
+        if self._conditions and (last := self._conditions[-1]).is_cuda:  # as is the loss
+            return [torch.stack([c.to(last.device) for c in self._conditions]).all()]
+        return self._conditions
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -333,10 +342,8 @@ class _Reads(TorchFunctionMode):
             return self._one_hot(*args, **kwargs)
         if func is Tensor.__getitem__:
             return self._item(*args)
-        makes = name in _MAKERS and any(
-            isinstance(data, (list, tuple)) and _tensors_in(data) for data in given
-        )
-        splits = name == "tensor_split" and any(isinstance(other, Tensor) for other in given[1:])
+        makes = name in _MAKERS and tensors([x for x in given if isinstance(x, (list, tuple))])
+        splits = name == "tensor_split" and tensors(given[1:])
         if name in _READERS or makes or splits:
             _refuse(f"turns a tensor into numbers ({name})", _READ)
         return func(*args, **kwargs)
@@ -379,17 +386,6 @@ def _refuse(what: str, instead: str) -> None:
     )
 
 
-def _is_same_view(view: Tensor, base: Tensor) -> bool:
-    if view.layout != torch.strided or base.layout != torch.strided:
-        return False
-    one, other = ((x.shape, x.stride(), x.storage_offset(), x.dtype) for x in (view, base))
-    return one == other
-
-
-def _memory_of(tensors: Iterable[Tensor]) -> set[StorageWeakRef]:
-    storages = map(storage_of, tensors)
+def _memory_of(value: Any) -> set[StorageWeakRef]:
+    storages = map(storage_of, tensors(value))
     return {StorageWeakRef(storage) for storage in storages if storage is not None}
-
-
-def _tensors_in(value: Any) -> list[Tensor]:
-    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]

@@ -48,9 +48,7 @@ from pyro_gumbel.infer._costs import (
     site_frames,
 )
 from pyro_gumbel.infer._dependence import Dependence, ReachedTerm
-from pyro_gumbel.infer._operations import Undo
 from pyro_gumbel.infer._sampling import Layout, Path, Sampler, SharedSubsample
-from pyro_gumbel.infer._state import preserved_rng
 from pyro_gumbel.infer._summed import SummedTerms, SumMessenger
 
 # Where Pyro finds that two plates collide. Private: if it moves, this import fails.
@@ -199,7 +197,7 @@ def _own_frames(frames: Frames) -> Frames:
 def run_programs(call: Call, sampler: Sampler, subsample: SharedSubsample) -> tuple[Trace, Trace]:
     """Run the guide, then the model on its values; return the traces of model and guide.
 
-    A guide that is a handler of the model (``AutoNormalMessenger`` and its like) runs both at
+    A guide that is a handler of this model (``AutoNormalMessenger`` and its like) runs both at
     once.
 
     Raises:
@@ -212,31 +210,14 @@ def run_programs(call: Call, sampler: Sampler, subsample: SharedSubsample) -> tu
         with _left_dimensions_explained(sampler), subsample, sampler:
             _in_rows(call.guide, layout)(*call.args, **call.kwargs)
         model_trace, guide_trace = guide.get_traces()
-        if sampler.verify:
-            _check_hidden(call, model_trace)
+        if guide.model != call.model:  # which may have sites that are hidden from the guide
+            model_trace = _run_model(call, sampler, subsample, guide_trace)
     else:
         guide_trace = _run_guide(call, sampler, subsample)
         model_trace = _run_model(call, sampler, subsample, guide_trace)
     if is_validation_enabled():
         check_programs(model_trace, guide_trace, sampler.own_nesting)
     return model_trace, guide_trace
-
-
-def _check_hidden(call: Call, model_trace: Trace) -> None:
-    """Check that a guide that runs the model as its handler hides no site to be summed over.
-
-    Raises:
-        ValueError: If it does: the site would be drawn, and not scored.
-    """
-    with preserved_rng(), poutine.block(), Undo():
-        plain = poutine.trace(call.model).get_trace(*call.args, **call.kwargs)
-    for name, site in latent_sites(plain).items():
-        if site["infer"].get("enumerate") is not None and name not in model_trace:
-            raise ValueError(
-                f"The model marks site {name!r} to be summed over, and the guide runs the model "
-                "with this site hidden. Use a guide that is a program of its own, such as "
-                f"AutoNormal(poutine.block(model, hide=[{name!r}]))."
-            )
 
 
 def _run_guide(call: Call, sampler: Sampler, subsample: SharedSubsample) -> Trace:

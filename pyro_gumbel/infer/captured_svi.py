@@ -9,7 +9,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -25,14 +24,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_gumbel.estimators import Call
-from pyro_gumbel.infer._captured_state import ModulesAtWork, Updater
-from pyro_gumbel.infer._captured_step import (
-    CapturedStep,
-    GraphedFunction,
-    OtherParameters,
-    Outcome,
-    leaves_of,
-)
+from pyro_gumbel.infer._captured_state import PLAIN, Surroundings
+from pyro_gumbel.infer._captured_step import CapturedStep, Differs, Outcome
 from pyro_gumbel.infer._recording import (
     NotRecordable,
     is_library,
@@ -45,20 +38,15 @@ from pyro_gumbel.infer.elbo import ParticleELBO
 __all__ = ["CapturedSVI"]
 
 _MANY_KINDS = 32
-_PLAIN = (bool, int, float, str, type(None))
-_ADVICE = (
-    "Something that the program reads has changed since it was recorded. Pass what changes as an "
-    "argument, as a tensor: svi.step(x, torch.tensor(beta)); or call svi.reset() when you change "
-    "it; or use pyro.infer.SVI."
-)
 
 
 class CapturedSVI(SVI):
     r"""Pyro's ``SVI`` with a step that runs without Pyro, once it is recorded.
 
-    The first step with arguments of given shapes is an eager one, the second is recorded; from the
-    third on the recorded operations (forward and backward) and the optimiser run alone, on a GPU
-    as one CUDA graph. Losses, gradients and random numbers are those of eager steps.
+    The first step with arguments of given shapes is an eager one, the second is recorded, which
+    takes as long as about ten. From then on the recorded operations run alone, forward, backward
+    and the optimiser's, on a GPU as CUDA graphs. Losses, gradients, random numbers and the
+    optimiser's state are those of ``SVI``.
 
     * **Inputs**, read anew at every step: tensors among the arguments; parameters; parameters and
       buffers of modules; schedules, baselines and other states of estimators.
@@ -73,15 +61,9 @@ class CapturedSVI(SVI):
 
     The first replay, and one of every ``check_every``, is compared with an eager step of the same
     random numbers. A difference raises an error that names the parameter, and that step changes
-    nothing.
-
-    Where Pyro's validation is on, every replay computes the checks of all distributions, too. If
-    one fails, or the loss is NaN, the step is taken eagerly from the same random numbers, so that
-    it ends in the error or warning that ``SVI`` gives.
-
-    To record takes as long as about ten eager steps. The optimiser has the state that it has in
-    ``SVI``, and steps all parameters at once where torch can; on a GPU it is a graph of its own if
-    it was made with ``capturable=True``.
+    nothing. Where Pyro's validation is on, replays compute the checks of distributions, too. If
+    one fails, or the loss is NaN, the step is taken eagerly from the same random numbers, and ends
+    in the error or warning that ``SVI`` gives.
 
     Args:
         model: The model.
@@ -104,12 +86,11 @@ class CapturedSVI(SVI):
         >>> import pyro.distributions as dist
         >>> from pyro_gumbel.infer import Estimator_ELBO
         >>> def model(x):
-        ...     z = pyro.sample("z", dist.Bernoulli(0.3))
-        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.0))))
+        ...     loc = pyro.param("loc", torch.tensor(0.0))
+        ...     pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
         >>> pyro.clear_param_store()
-        >>> svi = CapturedSVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Estimator_ELBO())
+        >>> optim = pyro.optim.Adam({"lr": 0.05})
+        >>> svi = CapturedSVI(model, lambda x: None, optim, Estimator_ELBO())
         >>> losses = [svi.step(torch.tensor(1.0)) for _ in range(10)]
     """
 
@@ -136,19 +117,21 @@ class CapturedSVI(SVI):
         self.compile = compile
         self.check_every = check_every
         self._steps: OrderedDict[Any, CapturedStep] = OrderedDict()
-        self._updater = Updater()
+        self._zeros: dict[Tensor, Tensor | None] = {}  # left in ``.grad``
         self._warned = False
 
     def reset(self) -> None:
         """Forget every recording; the next step of each kind is an eager one."""
         self._steps.clear()
-        self._updater.clear()
+        self._zeros.clear()
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take a gradient step and return the loss."""
         if not torch.is_grad_enabled():
             return super().step(*args, **kwargs)
-        leaves, spec = _flatten(args, kwargs)
+        leaves, spec = list(args), None
+        if kwargs or not all(isinstance(arg, Tensor) for arg in args):
+            leaves, spec = pytree.tree_flatten((args, kwargs))  # as slow as some operations
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         call = Call(self.model, self.guide, args, kwargs)
         parts = [self.model, self.guide, self.optim, self.elbo, self.elbo.default]
@@ -157,9 +140,13 @@ class CapturedSVI(SVI):
         key = (spec, *map(_leaf_key, leaves), *map(_identity, parts), *self._settings())
         step = self._find(key)
         if step is not None and step.recording is not None:
-            return self._replay(step, call, tensors)
+            try:
+                return self._replay(step, call, tensors)
+            except Differs:
+                self.reset()
+                raise
         if step is not None:
-            with suppress(OtherParameters):  # than in the first step
+            with suppress(Differs):  # it meets other parameters than the first step did
                 return self._record(step, call, tensors)
         loss, step = self._eager_step(call)
         step.parts = parts
@@ -168,7 +155,7 @@ class CapturedSVI(SVI):
         return loss
 
     def _settings(self) -> list[Any]:
-        options = [v for k, v in vars(self.elbo).items() if isinstance(v, _PLAIN) and k[0] != "_"]
+        options = [v for k, v in vars(self.elbo).items() if isinstance(v, PLAIN) and k[0] != "_"]
         validation = [is_validation_enabled(), dist.is_validation_enabled()]
         autocast = [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
         dtypes = [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")]
@@ -187,7 +174,7 @@ class CapturedSVI(SVI):
         self._steps.move_to_end(key)
         if step.is_current():
             return step
-        self._updater.clear()  # the parameters may be other ones
+        self._zeros.clear()  # the parameters may be other ones
         return None
 
     def _forget_oldest(self) -> None:
@@ -205,7 +192,7 @@ class CapturedSVI(SVI):
 
     def _eager_step(self, call: Call) -> tuple[float, CapturedStep]:
         """Take the step that ``SVI`` takes, and note what it meets."""
-        with ModulesAtWork() as at_work, poutine.trace(param_only=True) as traced:
+        with Surroundings() as surroundings, poutine.trace(param_only=True) as traced:
             loss, surrogate, estimators = self.elbo.estimate(call)
             finish_step(estimators)
         if is_validation_enabled():
@@ -217,24 +204,21 @@ class CapturedSVI(SVI):
                 "CapturedSVI: neither model nor guide has a parameter; write pyro.param(...) or "
                 "pyro.module(...)."
             )
-        leaves = leaves_of(surrogate)
         if surrogate.requires_grad:
             surrogate.backward(retain_graph=self.elbo.retain_graph)
         unique = list(dict.fromkeys(params.values()))
         self.optim(unique)
         zero_grads(unique)
-        step = CapturedStep(
-            self.elbo, params, estimators.values(), leaves, at_work.modules(), self.compile
-        )
-        return loss.item(), step
+        parts = estimators.values(), surroundings, self._zeros
+        return loss.item(), CapturedStep(self.elbo, params, surrogate, *parts, self.compile)
 
     def _record(self, step: CapturedStep, call: Call, tensors: Sequence[Tensor]) -> float:
         try:
             outcome = step.record(call, tensors)
-        except OtherParameters:
+        except Differs:
             raise
         except Exception as error:
-            with suppress(OtherParameters):
+            with suppress(Differs):
                 step.eager(call, tensors)  # raises an error of the user's, as SVI does
             raise _refusal(error) from error
         self._finish(step, outcome, tensors)
@@ -244,72 +228,48 @@ class CapturedSVI(SVI):
         assert step.recording is not None
         step.replays += 1
         compares = step.replays % self.check_every == 1 % self.check_every
-        expected = self._expected(step, call, tensors) if compares else None
-        inputs = [*tensors, *step.states.inputs()]
-        may_fail = compares or step.recording.has_checks
-        restore = _restorer(step.written(inputs)) if may_fail else lambda: None
+        expected = step.eager(call, tensors) if compares else None
+        inputs = [*tensors, *step.states.inputs(step.device)]
+        written = step.written(inputs)
+        restore = _restorer(written) if compares or step.recording.has_checks else lambda: None
         try:
-            outcome, broken = step.replay(inputs)
-        except Exception:
+            outcome, conditions = step.replay(inputs)
+            if expected is not None and all(conditions):
+                step.compare(outcome._replace(states=[*outcome.states, *written]), expected)
+        except Exception as error:
             restore()
-            step.eager(call, tensors)  # torch's checks may name the cause
+            if not isinstance(error, Differs):
+                step.eager(call, tensors)  # torch's checks may name the cause
             raise
-        if broken is not None and broken.item():
+        if not all(conditions):
             restore()
             loss, _ = self._eager_step(call)
             step.forget_branches()  # no check has failed
             return loss
-        if expected is not None:
-            left = [tensor.detach() for tensor in step.written(inputs)]
-            found = outcome._replace(states=[*outcome.states, *left])
-            difference = step.explain_difference(found, expected)
-            if difference is not None:
-                restore()
-                self.reset()
-                raise RuntimeError(f"CapturedSVI: {difference}. {_ADVICE}")
         self._finish(step, outcome, tensors)
         return outcome.loss.item()
-
-    def _expected(self, step: CapturedStep, call: Call, tensors: Sequence[Tensor]) -> Outcome:
-        try:
-            return step.eager(call, tensors)
-        except OtherParameters as error:
-            self.reset()
-            raise RuntimeError(
-                f"CapturedSVI: {error}. Call svi.reset() when parameters come or go; it is done "
-                "for this time."
-            ) from error
 
     def _finish(self, step: CapturedStep, outcome: Outcome, tensors: Sequence[Tensor]) -> None:
         """Change estimators and parameters as the outcome of a step demands."""
         step.states.put(outcome.states)
         step.states.advance()
-        gradients = outcome.gradients
+        number, gradients = len(step.leaves), outcome.gradients
         others = [*step.others, *(tensor for tensor in tensors if tensor.requires_grad)]
-        for tensor, gradient in zip(others, gradients[len(step.leaves) :], strict=True):
+        for tensor, gradient in zip(others, gradients[number:], strict=True):
             if gradient is not None:
                 tensor.backward(gradient, retain_graph=True)
-        update = partial(self._updater, self.optim, step.leaves, gradients)
-        settings = None
-        if step.graph is not None:
-            settings = self._updater.graph_settings(self.optim, step.leaves)
-        if settings is None:
-            update()
-            return
-        if step.update is None or step.update[0] != settings:
-            step.update = (settings, GraphedFunction(lambda _: update(), [], step.device))
-        step.update[1]([])
+        step.updater(self.optim, gradients[:number], step.graph)
 
 
 def _identity(part: Any) -> Any:
     """Numbers, such as a scale, and methods by value, for they are made anew; all else by id."""
-    return part if isinstance(part, (*_PLAIN, MethodType)) else id(part)
+    return part if isinstance(part, (*PLAIN, MethodType)) else id(part)
 
 
 def _restorer(tensors: Sequence[Tensor]) -> Callable[[], None]:
     """Return a function that restores tensors and torch's generators."""
     generators = torch_generators()
-    values = [tensor.detach().clone() for tensor in tensors]
+    values = [tensor.clone() for tensor in tensors]
 
     @torch.no_grad()
     def restore() -> None:
@@ -344,13 +304,6 @@ def _refusal(error: Exception) -> RuntimeError:
     return RuntimeError(
         f"CapturedSVI cannot record this step: {reason} Use pyro.infer.SVI instead.{line}"
     )
-
-
-def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-    """Flatten arguments; tensors alone at once, for pytree takes as long as some operations."""
-    if not kwargs and all(isinstance(arg, Tensor) for arg in args):
-        return list(args), len(args)
-    return pytree.tree_flatten((args, kwargs))
 
 
 def _leaf_key(leaf: Any) -> Any:

@@ -21,10 +21,7 @@ from pyro_gumbel.estimators import (
     Score,
 )
 from pyro_gumbel.infer import CapturedSVI, Estimator_ELBO, config_gradient
-from pyro_gumbel.infer._captured_state import Updater
-
-# Modules and their modes
-
+from pyro_gumbel.infer._captured_state import step_jointly
 
 # Modes, handlers and other settings
 
@@ -113,9 +110,6 @@ def test_another_tensor_in_a_buffers_place(assign):
 # State of estimators
 
 
-# State of estimators
-
-
 def bits(name, make_estimator=None):
     def model(x):
         z = pyro.sample(name, dist.Bernoulli(0.3))
@@ -191,6 +185,26 @@ def test_state_of_estimators_goes_on():
         return estimator.baseline.get_extra_state(), schedule.step_count
 
     assert same(scenario)[1] == 12
+
+
+class Counting(MovingAverage):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def forward(self, site):
+        self.count += 1
+        return super().forward(site)
+
+    def get_extra_state(self):
+        return {**super().get_extra_state(), "count": self.count}
+
+
+def test_an_estimator_that_counts_in_its_state_is_refused():
+    svi = make(CapturedSVI, *bits("z", Score(Counting())))
+    svi.step(X[0])
+    with pytest.raises(RuntimeError, match="keeps numbers in get_extra_state; keep tensors"):
+        svi.step(X[0])
 
 
 def test_schedules_that_are_replaced():
@@ -332,22 +346,22 @@ def train_by(make, step, dtype):
 def test_the_same_parameters_and_the_same_state(name, dtype):
     rtol = 1e-6 if dtype == torch.float32 else 1e-12
     expected = train_by(OPTIMISERS[name], lambda optimiser, ps: optimiser(ps), dtype)
-    found = train_by(OPTIMISERS[name], Updater()._step, dtype)
+    found = train_by(OPTIMISERS[name], step_jointly, dtype)
     torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
 
 
 def test_half_precision_is_rounded_alike():
     expected, found = (
         train_by(OPTIMISERS["adam"], step, torch.bfloat16)
-        for step in (lambda optimiser, ps: optimiser(ps), Updater()._step)
+        for step in (lambda optimiser, ps: optimiser(ps), step_jointly)
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def counted(optimiser, parameters, updater):
+def counted(optimiser, parameters):
     """Count the operations of torch's optimisers in a step."""
     with torch.profiler.profile() as profiled:
-        updater._step(optimiser, parameters)
+        step_jointly(optimiser, parameters)
     return sum("Optimizer.step" in event.name for event in profiled.events())
 
 
@@ -358,9 +372,9 @@ def test_parameters_of_the_same_options_are_stepped_at_once(name, number):
     for place in range(4):
         pyro.param(f"p{place}", torch.ones(3)).grad = torch.ones(3)
     parameters = [p for _, p in pyro.get_param_store().named_parameters()]
-    optimiser, updater = OPTIMISERS[name](), Updater()
+    optimiser = OPTIMISERS[name]()
     optimiser(parameters)
-    assert counted(optimiser, parameters, updater) == number
+    assert counted(optimiser, parameters) == number
 
 
 def test_hooks_of_an_optimiser_run():
@@ -370,5 +384,5 @@ def test_hooks_of_an_optimiser_run():
     optimiser, seen = OPTIMISERS["adam"](), []
     optimiser([parameter])
     optimiser.optim_objs[parameter].register_step_post_hook(lambda *args: seen.append(args[0]))
-    Updater()._step(optimiser, [parameter])
+    step_jointly(optimiser, [parameter])
     assert seen == [optimiser.optim_objs[parameter]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import linecache
 import random
 from contextlib import nullcontext
@@ -50,8 +51,11 @@ from pyro_gumbel.infer import (
     CapturedSVI,
     Estimator_ELBO,
     ImportanceWeighted_ELBO,
+    _captured_state,
     config_gradient,
 )
+from pyro_gumbel.infer._captured_state import step_jointly
+from pyro_gumbel.infer._recording import GraphedFunction
 
 ONES = torch.ones(3)
 
@@ -200,7 +204,10 @@ def test_compiled_recording():
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("capturable", [False, True])
-def test_graphs_on_the_gpu(capturable):
+def test_graphs_on_the_gpu(capturable, monkeypatch):
+    made = []  # of steps of the optimiser
+    counted = lambda *args: made.append(args) or GraphedFunction(*args)  # noqa: E731
+    monkeypatch.setattr(_captured_state, "GraphedFunction", counted)
     runs = []
     for svi_class in (SVI, CapturedSVI):
         pyro.clear_param_store()
@@ -216,7 +223,7 @@ def test_graphs_on_the_gpu(capturable):
         runs.append((torch.tensor(losses), [p.detach().clone() for p in parameters]))
     (step,) = steps_of(svi)
     assert step.graph is not None
-    assert (step.update is not None) == capturable
+    assert len(made) == capturable
     assert_same(*runs, rtol=1e-6)
 
 
@@ -468,6 +475,55 @@ def test_an_optimiser_that_needs_a_closure_is_refused_by_name():
     ):
         with pytest.raises(TypeError, match=r"LBFGS evaluates the loss by a closure.*Adam"):
             make(CapturedSVI, model, guide, optim)
+
+
+@pytest.mark.parametrize("change", ["rate", "state", "gradient", "clip"])
+def test_a_recorded_optimiser_follows_changes(change, monkeypatch):
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        step_jointly(*args)
+
+    monkeypatch.setattr(_captured_state, "step_jointly", counted)
+
+    def scenario(svi_class):
+        optim = pyro.optim.Adam({"lr": 0.05, "weight_decay": 0.1})
+        model, guide = bit_programs()
+        svi = make(svi_class, model, config_gradient(guide, ReinMax()), optim)
+        losses = [svi.step(x) for x in X[:8]]
+        state = copy.deepcopy(optim.get_state())
+        losses += [svi.step(x) for x in X[8:12]]
+        (parameter,) = optim.optim_objs
+        if change == "rate":
+            optim.optim_objs[parameter].param_groups[0]["lr"] = 0.3
+        elif change == "state":
+            optim.set_state(state)
+            optim.optim_objs[parameter].load_state_dict(state["l"])
+        elif change == "gradient":
+            parameter.grad.add_(5.0)
+        else:
+            optim.grad_clip[parameter] = lambda p: torch.nn.utils.clip_grad_value_(p, 1e-3)
+        losses += [svi.step(x) for x in X[12:20]]
+        assert (parameter.grad == 0).all()
+        return losses, optim.get_state()
+
+    same(scenario)
+    # Steps 2 to 4, of which one is recorded, and one or two after the change.
+    assert 4 <= len(calls) <= 6
+
+
+def test_an_optimiser_with_a_late_hook_calls_it():
+    seen = []
+    optim = pyro.optim.Adam({"lr": 0.05})
+    svi = make(CapturedSVI, *bit_programs(), optim)
+    for x in X[:6]:
+        svi.step(x)
+    (one,) = optim.optim_objs.values()
+    one.register_step_post_hook(lambda *args: seen.append(args))
+    for x in X[6:10]:
+        svi.step(x)
+    assert len(seen) == 4
 
 
 def test_two_that_share_an_optimiser():

@@ -11,7 +11,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
-from pyro.infer.autoguide import AutoNormalMessenger
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
@@ -323,14 +322,3 @@ def test_khat_is_that_of_the_weights_with_the_sum() -> None:
 
     khats = [guide_khat(program, guide, num_samples=100) for program in (model, mixture)]
     assert khats[0] == pytest.approx(khats[1], abs=1e-4)
-
-
-def test_a_messenger_guide_that_hides_a_summed_site() -> None:
-    def model() -> None:
-        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-        z = pyro.sample("z", dist.Categorical(PRIOR), infer=SUM)
-        pyro.sample("x", dist.Normal(loc + LOC[z], 1.0), obs=DATA[1])
-
-    guide = AutoNormalMessenger(pyro.poutine.block(model, hide=["z"]))
-    with pytest.raises(ValueError, match=r"'z' to be summed over, and the guide runs the model"):
-        Estimator_ELBO().differentiable_loss(model, guide)
