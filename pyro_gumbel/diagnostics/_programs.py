@@ -1,4 +1,4 @@
-"""Runs of guide and model at chosen values, their discrete sites, and minibatches."""
+"""Runs of guide and model at chosen values, and the joint states of their discrete sites."""
 
 from __future__ import annotations
 
@@ -9,42 +9,38 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
 from pyro.distributions import Delta
-from pyro.distributions.util import scale_and_mask, sum_rightmost
-from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_gumbel.diagnostics._state import seed_torch
-from pyro_gumbel.distributions.families import (
-    event_dims,
-    has_law_of,
-    log_mass,
-    support_values,
-    unwrap,
-    wrap_score,
+from pyro_gumbel.distributions.families import event_dims, has_law_of, support_values, unwrap
+from pyro_gumbel.estimators import Call, Estimator, Pathwise, Score
+from pyro_gumbel.infer._checks import PARTICLE_PLATE
+from pyro_gumbel.infer._costs import Frames, site_frames
+from pyro_gumbel.infer._dependence import Dependence
+from pyro_gumbel.infer._execution import preflight
+from pyro_gumbel.infer._run import Run, collect, run_programs
+from pyro_gumbel.infer._sampling import (
+    Layout,
+    Memory,
+    NestingNeeded,
+    Sampler,
+    SharedSubsample,
+    left_filled,
 )
-from pyro_gumbel.estimators import Call
-from pyro_gumbel.infer._costs import Frames, score_of, site_frames
-from pyro_gumbel.infer._run import plate_nesting
-from pyro_gumbel.infer._sampling import Layout, NestingNeeded
-from pyro_gumbel.infer._state import preserved_rng
-from pyro_gumbel.infer._summed import SummedTerms, SumMessenger
 
 __all__ = [
     "LONG_RUN",
-    "DiscreteSite",
-    "Run",
+    "NotListable",
     "States",
-    "Term",
     "discrete_sites",
     "find_minibatches",
-    "plates_of",
+    "plain_estimator",
+    "plate_dims",
     "run",
 ]
 
@@ -52,167 +48,118 @@ LONG_RUN = (
     "a long run of an unbiased estimator as the reference: gradient_draws(..., "
     "estimators={'reference': 'auto'}, num_draws=100_000, project=8, seed=1)['reference']."
 )
-_ROWS = "diagnostic_rows"
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 _FEW = 64  # minibatches that are all taken without a comparison
 _COMPARED = 5  # pairs of minibatches
 _LARGEST_TOLERANCE = 0.05  # in half precision
 
 
-@dataclass(frozen=True)
-class Term:
-    """A term of the ELBO, scaled and masked, of its site's batch shape, and its plates."""
-
-    name: str
-    value: Tensor
-    plates: Frames
-
-    @property
-    def dims(self) -> dict[str, int]:
-        """The dimensions of the plates by their names."""
-        return {frame.name: frame.dim for frame in self.plates}
+class NotListable(ValueError):
+    """States cannot be listed, or are too many: there is no exact gradient."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """The result of one run."""
+class _Minibatches(Messenger):
+    """Gives minibatches to plates, and notes the sites of plates that draw one."""
 
-    terms: list[Term]  # log p and -log q of every site
-    log_probs: dict[str, Tensor]  # of the values of the guide's latents, neither scaled nor masked
-    sites: dict[str, Any]  # the guide's latents
-    subsamples: dict[str, Any]  # the sites of plates that draw a minibatch
-
-
-class _Given(Messenger):
-    """Sets the values of latent sites, and the minibatches of plates."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, indices: Mapping[str, Tensor] = NOTHING) -> None:
         super().__init__()
-        self.values = values
+        self.indices = indices
+        self.sites: dict[str, Any] = {}
 
     def _pyro_sample(self, msg: Message) -> None:
-        if msg["value"] is None and msg["name"] in self.values:
-            msg["value"] = self.values[str(msg["name"])]
+        if site_is_subsample(msg):
+            if msg["value"] is None:
+                msg["value"] = self.indices.get(str(msg["name"]))
+            self.sites[str(msg["name"])] = msg
+
+
+def plain_estimator(msg: Any) -> Estimator:
+    """Choose an estimator that leaves draws and scores as the distribution makes them."""
+    return Pathwise() if unwrap(msg["fn"]).has_rsample else Score()
 
 
 def run(
     call: Call,
-    values: Mapping[str, Tensor] = MappingProxyType({}),
-    rows: tuple[int, int] | None = None,
+    values: Mapping[str, Tensor] = NOTHING,
+    layout: Layout | None = None,
+    dependence: Dependence | None = None,
 ) -> Run:
-    """Run the guide at ``values``, and the model on the guide's.
+    """Run the guide at ``values`` of latent sites and plates, and the model on the guide's.
 
-    ``values`` are those of latent sites, and the indices of plates that draw a minibatch. All
-    others are drawn. ``rows`` is the size and the dimension, left of all plates, of a plate around
-    both programs.
+    All other values are drawn. With a ``layout`` values are rows of its plate.
     """
-    guide, model = call.guide, call.model
-    if rows is not None:
-        plate = pyro.plate(_ROWS, rows[0], dim=rows[1])
-        guide, model = plate(guide), plate(model)
-    with _Given(values):
-        guide_trace = poutine.trace(guide).get_trace(*call.args, **call.kwargs)
-
-        def run_model(layout: Layout, *, draws: bool = False) -> tuple[Trace, SumMessenger]:
-            sums = SumMessenger(guide_trace, layout, {}, draws=draws)
-            replayed = poutine.replay(sums(model), trace=guide_trace)
-            return poutine.trace(replayed).get_trace(*call.args, **call.kwargs), sums
-
-        layout = Layout(None if rows is None else -rows[1])
-        try:
-            model_trace, summed = run_model(layout)
-        except NestingNeeded:
-            with preserved_rng():
-                layout = Layout(plate_nesting(run_model(layout, draws=True)[0]))
-            model_trace, summed = run_model(layout)
-    sums = SummedTerms(model_trace, layout, summed.dims)
-    found = Run([], {}, {}, {})
-    for trace, sign in ((guide_trace, -1), (model_trace, 1)):
-        trace.compute_log_prob()
-        for name, site in trace.nodes.items():
-            if site["type"] != "sample":
-                continue
-            if site_is_subsample(site):
-                found.subsamples[name] = site
-                continue
-            value = site["log_prob"]
-            if trace is model_trace and sums.takes(
-                site, score_of(site), layout.plate_nesting or 0
-            ):
-                continue
-            if not site["is_observed"] and name not in summed.dims:
-                if name not in guide_trace:
-                    raise ValueError(
-                        f"The model's latent site {name!r} is missing from the guide, whose sites "
-                        f"are {list(guide_trace.stochastic_nodes)}. Sample it in the guide, "
-                        "observe it in the model, or, if it is discrete, sum over it: "
-                        "infer={'enumerate': 'parallel'}."
-                    )
-                # torch has clamped the logits that it derives from probabilities.
-                fn = site["fn"]
-                mass = log_mass(unwrap(fn), site["value"])
-                value = scale_and_mask(wrap_score(fn, mass), site["scale"], site["mask"])
-                if trace is guide_trace:
-                    found.sites[name] = site
-                    found.log_probs[name] = sum_rightmost(mass, event_dims(fn))
-            found.terms.append(Term(name, sign * value, plates_of(site)))
-    for term in sums.terms():
-        found.terms.append(Term(term.site, term.value, _own(term.frames)))
-    return found
+    layout = layout or Layout()
+    sampler = Sampler(
+        layout, plain_estimator, Memory(), exact=True, values=values, dependence=dependence
+    )
+    try:
+        with _Minibatches(values):
+            traces = run_programs(call, sampler, SharedSubsample())
+    except NestingNeeded:  # a site of the model is summed
+        return run(call, values, Layout(preflight(call, plain_estimator)[1]), dependence)
+    return collect(*traces, sampler, analytic_kl=False, full_scores=True)
 
 
-def plates_of(site: Any) -> Frames:
-    """The vectorised plates of a site, without that of the rows."""
-    return _own(site_frames(site))
-
-
-def _own(frames: Frames) -> Frames:
-    return frozenset(frame for frame in frames if frame.name != _ROWS)
+def plate_dims(frames: Frames) -> dict[str, int]:
+    """Return the dimensions of the programs' own plates by name."""
+    return {f.name: f.dim for f in frames if f.name != PARTICLE_PLATE and f.dim is not None}
 
 
 @dataclass(frozen=True)
 class DiscreteSite:
-    """A discrete latent site."""
+    """A discrete latent site.
+
+    Attributes:
+        name: Its name.
+        support: The values of one variable, ``(C,)`` and the event shape of the variable alone.
+        batch_shape: The site's.
+        inner_shape: The shape of the variables that ``to_event`` bundles.
+        plates: The dimensions of its vectorised plates.
+    """
 
     name: str
-    support: Tensor  # the values of one variable, (C,) + event_shape of the variable alone
+    support: Tensor
     batch_shape: tuple[int, ...]
-    inner_shape: tuple[int, ...]  # of the independent variables that to_event bundles
-    plates: dict[str, int]  # the dimensions of its vectorised plates
+    inner_shape: tuple[int, ...]
+    plates: dict[str, int]
 
 
 def discrete_sites(sites: Mapping[str, Any]) -> list[DiscreteSite]:
     """Describe the latent sites of a guide's run, in order."""
     found = []
     for name, site in sites.items():
-        fn = unwrap(site["fn"])
+        fn, batch_shape = unwrap(site["fn"]), tuple(site["fn"].batch_shape)
         if has_law_of(fn, Delta):
             continue  # one state
         if not fn.has_enumerate_support:
-            raise ValueError(
+            raise NotListable(
                 f"Site {name!r} ({type(fn).__name__}) cannot be enumerated, so there is no exact "
                 f"gradient to be had. Take {LONG_RUN}"
             )
         support = support_values(fn).reshape(-1, *fn.event_shape)
-        inner_shape = fn.batch_shape[len(fn.batch_shape) - event_dims(site["fn"]) :]
-        plates = {frame.name: frame.dim for frame in plates_of(site)}
-        batch_shape = tuple(site["fn"].batch_shape)
-        found.append(DiscreteSite(name, support, batch_shape, tuple(inner_shape), plates))
+        inner_shape = tuple(fn.batch_shape[len(fn.batch_shape) - event_dims(site["fn"]) :])
+        plates = plate_dims(site_frames(site))
+        found.append(DiscreteSite(name, support, batch_shape, inner_shape, plates))
     return found
 
 
 @dataclass(frozen=True)
 class States:
-    """All joint states, numbered, where elements of ``parallel`` plates take the same state."""
+    """All joint states, numbered, where elements of ``parallel`` plates are summed one by one.
+
+    A state has a number for each site, that of the joint value of the site's variables in one
+    element of the parallel plates. Numbers have the shape ``(rows, plates...)``.
+    """
 
     sites: list[DiscreteSite]
-    parallel: frozenset[str]  # plates whose elements are independent, and so summed one by one
+    parallel: frozenset[str]
     nesting: int  # number of dimensions that the programs' plates take
 
     def shape(self, site: DiscreteSite) -> tuple[int, ...]:
         """The shape of a site's variables, where a parallel plate has one element."""
         shape = list(site.batch_shape)
-        for name, dim in site.plates.items():
-            shape[dim] = 1 if name in self.parallel else shape[dim]
+        for name in self.parallel & set(site.plates):
+            shape[site.plates[name]] = 1
         return (*shape, *site.inner_shape)
 
     def size(self, site: DiscreteSite) -> int:
@@ -224,31 +171,44 @@ class States:
         """The number of states."""
         return math.prod(map(self.size, self.sites))
 
-    def digits(self, states: Tensor) -> dict[str, Tensor]:
-        """Number each variable's value: ``(R,)`` and the shape of the variables."""
-        found = {}
-        for site in reversed(self.sites):
-            base, shape = len(site.support), self.shape(site)
-            powers = base ** torch.arange(math.prod(shape))
-            own = states.remainder(self.size(site))
-            found[site.name] = (own[:, None] // powers).remainder(base).reshape(-1, *shape)
+    def has_bearing(self, site: DiscreteSite, plates: Mapping[str, int]) -> bool:
+        """Return whether a term in these plates may depend on the site."""
+        return self.parallel & set(site.plates) <= set(plates)
+
+    def numbers(self, states: Tensor) -> dict[str, Tensor]:
+        """Split states, ``(rows,)``, into numbers of the sites, alike in all elements."""
+        states, found = states.reshape(-1, *(1,) * self.nesting), {}
+        for site in self.sites:
+            found[site.name] = states.remainder(self.size(site))
             states = states.div(self.size(site), rounding_mode="floor")
         return found
 
-    def rows(self, digits: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Turn digits into values of which each state is a row, left of all plates."""
+    def states(self, numbers: Mapping[str, Tensor], plates: Mapping[str, int]) -> Tensor:
+        """The state in each element of a term; sites without bearing on it have number 0."""
+        found, stride = torch.zeros((1,) * (self.nesting + 1), dtype=torch.long), 1
+        for site in self.sites:
+            if self.has_bearing(site, plates):
+                found = found + stride * numbers[site.name]
+            stride *= self.size(site)
+        return found
+
+    def values(self, numbers: Mapping[str, Tensor], *, rows: bool = True) -> dict[str, Tensor]:
+        """The sites' values: each row a state, left of all plates, or the only row itself."""
         values = {}
         for site in self.sites:
-            value, rank = site.support[digits[site.name]], len(site.batch_shape)
-            ones = (1,) * (self.nesting - rank)
-            own, event = value.shape[1 : 1 + rank], value.shape[1 + rank :]
-            value = value.reshape(len(value), *ones, *own, *event)
-            values[site.name] = value.expand(len(value), *ones, *site.batch_shape, *event)
+            shape, ones = self.shape(site), (1,) * (self.nesting - len(site.batch_shape))
+            powers = len(site.support) ** torch.arange(math.prod(shape)).reshape((*ones, *shape))
+            own = numbers[site.name]
+            own = own.reshape(*own.shape, *(1,) * len(site.inner_shape))
+            digits = (own // powers).remainder(len(site.support))
+            full = (*site.batch_shape, *site.inner_shape)
+            value = site.support[digits.expand(len(own), *ones, *full)]
+            values[site.name] = value if rows else value[(0,) * (1 + len(ones))]
         return values
 
     def reduce(self, value: Tensor, plates: Mapping[str, int]) -> Tensor:
         """Bring a term to ``(rows, plates...)``, and sum it over plates that are not parallel."""
-        value = value.reshape((1,) * (self.nesting + 1 - value.dim()) + value.shape)
+        value = left_filled(value, self.nesting + 1)
         kept = {dim for name, dim in plates.items() if name in self.parallel}
         summed = [dim for dim in range(-self.nesting, 0) if dim not in kept]
         return value.sum(summed, keepdim=True) if summed else value
@@ -266,47 +226,48 @@ def find_minibatches(
         The minibatches of each subsampled plate, ``(number, batch)``; and the plates whose
         elements depend on the rest of their minibatch.
     """
-    with torch.no_grad():
-        subsamples = run(call).subsamples
-    plates = {
-        name: (site["fn"].size, site["fn"].subsample_size, site["value"].device)
-        for name, site in subsamples.items()
-        if site["fn"].subsample_size is not None and site["fn"].subsample_size < site["fn"].size
+    with torch.no_grad(), _Minibatches() as met:
+        run(call)
+    devices = {name: site["value"].device for name, site in met.sites.items()}
+    sizes = {
+        name: (site["fn"].size, site["fn"].subsample_size) for name, site in met.sites.items()
     }
+    sizes = {name: own for name, own in sizes.items() if own[1] is not None and own[1] < own[0]}
     choices, dependent = {}, []
-    for name, (size, batch, device) in plates.items():  # windows have each element equally often
+    for name, (size, batch) in sizes.items():  # windows have each element equally often
         starts = torch.arange(0, size, batch if size % batch == 0 else 1)
-        choices[name] = ((starts[:, None] + torch.arange(batch)) % size).to(device)
-    start = {name: windows[0] for name, windows in choices.items()}
-    for name, (size, batch, device) in plates.items():
-        comparison = _Comparison(call, leaves, name, size, start)
-        ordered = comparison.finds_difference(_reverse, batch)
+        windows = (starts[:, None] + torch.arange(batch)) % size
+        choices[name] = windows.to(devices[name])
+    start = {name: own[0] for name, own in choices.items()}
+    for name, (size, batch) in sizes.items():
+        ordered = _reads_others(call, leaves, start, name, size, _reverse)
         number = (math.perm if ordered else math.comb)(size, batch)
         if number > _FEW:
-            if not (ordered or comparison.finds_difference(_exchange, batch)):
+            if not (ordered or _reads_others(call, leaves, start, name, size, _exchange)):
                 continue
             dependent.append(name)
         if number > max_states:
-            raise ValueError(
+            raise NotListable(
                 f"exact_gradient: terms of plate {name!r} depend on the rest of their minibatch, "
                 f"as by batch normalisation: there are {number:,} minibatches, more than "
                 f"max_states={max_states:,}. Put such modules into .eval(), run the whole plate "
                 f"(subsample_size=None), raise max_states, or take {LONG_RUN}"
             )
         choose = itertools.permutations if ordered else itertools.combinations
-        choices[name] = torch.tensor(list(choose(range(size), batch)), device=device)
+        choices[name] = torch.tensor(list(choose(range(size), batch)), device=devices[name])
     return choices, dependent
 
 
-Pair = tuple[list[Tensor], list[Tensor]]
+Arrangements = tuple[list[Tensor], list[Tensor]]
+Sums = tuple[Tensor, Tensor]
 
 
-def _reverse(order: Tensor, batch: int) -> Pair:
+def _reverse(order: Tensor, batch: int) -> Arrangements:
     """Take a minibatch, and reverse it."""
     return [order[:batch]], [order[:batch].flip(0)]
 
 
-def _exchange(order: Tensor, batch: int) -> Pair:
+def _exchange(order: Tensor, batch: int) -> Arrangements:
     """Take two minibatches that differ as far as possible, and exchange half of what differs."""
     differing = min(batch, len(order) - batch)
     shared, one, other = order[: batch + differing].tensor_split([batch - differing, batch])
@@ -316,75 +277,69 @@ def _exchange(order: Tensor, batch: int) -> Pair:
     return whole, [torch.cat([shared, *half]) for half in halves]
 
 
-class _Comparison:
-    """Comparison of minibatches of one plate that have the same elements in another arrangement.
+def _reads_others(
+    call: Call,
+    leaves: Sequence[Tensor],
+    start: Mapping[str, Tensor],
+    plate: str,
+    size: int,
+    arrange: Callable[[Tensor, int], Arrangements],
+) -> bool:
+    """Compare minibatches of a plate that have the same elements in another arrangement.
 
     Each element keeps its own latent values. A sum over elements, each with a random weight, does
     not change in total if two minibatches exchange elements. That holds for the terms of the bound
     and for the probabilities of latent values, and for their gradients.
     """
+    with torch.no_grad():
+        sites = discrete_sites(run(call, start).guide)
 
-    def __init__(
-        self,
-        call: Call,
-        leaves: Sequence[Tensor],
-        plate: str,
-        size: int,
-        subsamples: Mapping[str, Tensor],
-    ) -> None:
-        self.call, self.leaves, self.plate, self.size = call, leaves, plate, size
-        self.subsamples = subsamples
-        self.generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            self.sites = discrete_sites(run(call, subsamples).sites)
-
-    def finds_difference(self, arrange: Callable[[Tensor, int], Pair], batch: int) -> bool:
-        """Return whether sums change between the two arrangements of a random order."""
-        for _ in range(_COMPARED):
-            self.weights = torch.rand(self.size, generator=self.generator) + 0.5
-            self.digits = {site.name: self._draw_digits(site) for site in self.sites}
-            arranged = arrange(torch.randperm(self.size, generator=self.generator), batch)
-            some, others = ([self._sums(index) for index in part] for part in arranged)
-            if not all(map(_close, zip(*some, strict=True), zip(*others, strict=True))):
-                return True
-        return False
-
-    def _draw_digits(self, site: DiscreteSite) -> Tensor:
-        shape = [*site.batch_shape, *site.inner_shape]
-        if self.plate in site.plates:
-            shape[len(site.batch_shape) + site.plates[self.plate]] = self.size
-        return torch.randint(len(site.support), shape, generator=self.generator)
-
-    def _sums(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum every term over elements with their weights; and the gradient of all sums."""
+    def sums(index: Tensor, weights: Tensor, digits: Mapping[str, Tensor]) -> Sums:
         seed_torch(0)  # the same noise in each run, if the programs draw some
-        values = {**self.subsamples}
-        values[self.plate] = index.to(values[self.plate].device)
-        for site in self.sites:
-            digits = self.digits[site.name]
-            if self.plate in site.plates:
-                axis = len(site.batch_shape) + site.plates[self.plate]
-                digits = digits.index_select(axis, index)
-            values[site.name] = site.support[digits]
-        found = run(self.call, values)
-        parts = [(term.value, term.dims) for term in found.terms]
-        parts += [(found.log_probs[site.name], site.plates) for site in self.sites]
-        sums = torch.stack([self._weighted(value, plates, index) for value, plates in parts])
-        gradient = sums.new_zeros(1)
-        if sums.requires_grad:
-            scales = torch.arange(1, 1 + len(sums), dtype=sums.dtype, device=sums.device).sqrt()
-            gradients = torch.autograd.grad(
-                scales @ sums, self.leaves, allow_unused=True, materialize_grads=True
-            )
-            gradient = torch.cat([gradient.flatten() for gradient in gradients])
-        return sums.detach(), gradient
+        given = {**start, plate: index.to(start[plate].device)}
+        for site in sites:
+            own = digits[site.name]
+            if plate in site.plates:
+                own = own.index_select(len(site.batch_shape) + site.plates[plate], index)
+            given[site.name] = site.support[own]
+        return _weighted_sums(run(call, given), leaves, plate, weights[index])
 
-    def _weighted(self, value: Tensor, plates: Mapping[str, int], index: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_COMPARED):
+        weights, digits = torch.rand(size, generator=generator) + 0.5, {}
+        for site in sites:
+            shape = [*site.batch_shape, *site.inner_shape]
+            if plate in site.plates:
+                shape[len(site.batch_shape) + site.plates[plate]] = size
+            digits[site.name] = torch.randint(len(site.support), shape, generator=generator)
+        order = torch.randperm(size, generator=generator)
+        arranged = arrange(order, len(start[plate]))
+        some, others = ([sums(index, weights, digits) for index in part] for part in arranged)
+        if not all(map(_close, zip(*some, strict=True), zip(*others, strict=True))):
+            return True
+    return False
+
+
+def _weighted_sums(found: Run, leaves: Sequence[Tensor], plate: str, weights: Tensor) -> Sums:
+    """Sum every term and score over elements with their weights; and the gradient of all sums."""
+    parts = [(term.value, plate_dims(term.frames)) for term in found.terms]
+    parts += [
+        (found.log_prob(n), plate_dims(site_frames(site))) for n, site in found.guide.items()
+    ]
+    totals = []
+    for value, plates in parts:
         value = value.nan_to_num(posinf=0.0, neginf=0.0)
-        if self.plate in plates:
-            weights = self.weights[index].to(value)
-            value = value * weights.reshape(-1, *(1,) * (-1 - plates[self.plate]))
-        return value.sum()
+        if plate in plates:
+            value = value * weights.to(value).reshape(-1, *(1,) * (-1 - plates[plate]))
+        totals.append(value.sum())
+    sums = torch.stack(totals)
+    if not sums.requires_grad:
+        return sums, sums.new_zeros(1)
+    scales = torch.arange(1, 1 + len(sums), dtype=sums.dtype, device=sums.device).sqrt()
+    gradients = torch.autograd.grad(
+        scales @ sums, leaves, allow_unused=True, materialize_grads=True
+    )
+    return sums.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def _close(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

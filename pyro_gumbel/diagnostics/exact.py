@@ -16,11 +16,11 @@ from pyro_gumbel._validate import check_coords, check_dims, check_programs, inte
 from pyro_gumbel.diagnostics._moments import dims_of
 from pyro_gumbel.diagnostics._programs import (
     LONG_RUN,
-    DiscreteSite,
-    Run,
+    NotListable,
     States,
     discrete_sites,
     find_minibatches,
+    plate_dims,
     run,
 )
 from pyro_gumbel.diagnostics._state import (
@@ -34,14 +34,14 @@ from pyro_gumbel.diagnostics._state import (
 )
 from pyro_gumbel.estimators import Call
 from pyro_gumbel.infer._dependence import Dependence
+from pyro_gumbel.infer._run import DeeperPlates, Run
+from pyro_gumbel.infer._sampling import MAIN, Layout, left_filled
 
 __all__ = ["exact_gradient", "sum_states"]
 
 _ELEMENTS = 20_000  # rows times elements of plates in one run
 _COMPARED = 6  # runs with one value an element
 _KINDS = 4  # of elements of a plate
-
-Plates = Mapping[str, int]  # dimensions by name
 
 
 def exact_gradient(
@@ -117,7 +117,7 @@ def sum_states(
     dims: Any = None,
     deadline: float = math.inf,
 ) -> xr.Dataset:
-    """Compute the gradient, until ``time.perf_counter()`` passes ``deadline``: TimeoutError."""
+    """Compute the gradient, unless ``time.perf_counter()`` passes ``deadline``: NotListable."""
     with preserved() as keep, torch.enable_grad():
         seed_everything(seeds(seed, 1)[0])  # parameters are made as gradient_draws makes them
         leaves = find_parameters(call, keep, params)
@@ -137,14 +137,14 @@ def sum_states(
                 parts, count = _walk(call, given, limit), 0
             else:
                 each = f" in each of {batches:,} minibatches" if dependent else ""
-                raise ValueError(
+                raise NotListable(
                     f"exact_gradient: {fewest.count:,} joint states of the sites "
                     f"{[site.name for site in fewest.sites]}{each} are more than "
                     f"max_states={max_states:,}. Raise max_states, or take {LONG_RUN}"
                 )
             for part in parts:
                 if time.perf_counter() > deadline:
-                    raise TimeoutError("the joint states take too long")
+                    raise NotListable("exact_gradient: the joint states take too long.")
                 loss -= part.item() / batches
                 count += states is None
                 if part.requires_grad:
@@ -168,10 +168,20 @@ def _find_states(
         The states, or ``None`` if no choice of at most ``limit`` states agrees with single runs;
         and the fewest states that there may be.
     """
-    first = run(call, given)
-    sites = discrete_sites(first.sites)
-    nesting = max((-frame.dim for term in first.terms for frame in term.plates), default=0)
-    gathered = _gathered_plates(call, given, sites)
+    with Dependence() as dependence:
+        first = run(call, given, dependence=dependence)
+        marks = [dependence.marks(term.value) for term in first.terms]
+    sites = discrete_sites(first.guide)
+    gathered = {
+        plate
+        for term, reached in zip(first.terms, marks, strict=True)
+        for site in sites
+        if site.name in reached
+        for plate in set(site.plates) - set(plate_dims(term.frames))
+    }
+    nesting = max(
+        (-dim for term in first.terms for dim in plate_dims(term.frames).values()), default=0
+    )
     plates = sorted({name for site in sites for name in site.plates} - gathered)
     fewest = States(sites, frozenset(plates), nesting)
     for size in range(len(plates), -1, -1):
@@ -182,48 +192,26 @@ def _find_states(
     return None, fewest
 
 
-def _gathered_plates(
-    call: Call, given: Mapping[str, Tensor], sites: list[DiscreteSite]
-) -> set[str]:
-    """Find the plates whose elements meet in a term outside of them."""
-    plates = {site.name: set(site.plates) for site in sites}
-    with Dependence() as dependence:
-        values = {
-            site.name: dependence.follow(
-                site.name,
-                site.support[
-                    torch.randint(len(site.support), site.batch_shape + site.inner_shape)
-                ],
-            )
-            for site in sites
-        }
-        return {
-            plate
-            for term in run(call, {**given, **values}).terms
-            for name in dependence.marks(term.value)
-            for plate in plates[name] - set(term.dims)
-        }
-
-
 def _expectations(call: Call, given: Mapping[str, Tensor], states: States) -> Iterator[Tensor]:
     """Yield the parts of the ELBO, a few states at a time, each with its gradient."""
     elements = max((math.prod(site.batch_shape) for site in states.sites), default=1)
-    for numbers in torch.arange(states.count).split(max(1, _ELEMENTS // max(elements, 1))):
-        values = states.rows(states.digits(numbers))
-        found = run(call, {**given, **values}, (len(numbers), -states.nesting - 1))
-        yield _weigh(found, states, len(numbers))
+    for some in torch.arange(states.count).split(max(1, _ELEMENTS // max(elements, 1))):
+        values = states.values(states.numbers(some))
+        found = run(call, {**given, **values}, Layout(states.nesting, (MAIN,), len(some), True))
+        yield _weigh(found, states, len(some))
 
 
 def _weigh(found: Run, states: States, rows: int) -> Tensor:
     """Sum the terms of a run whose rows are states, each with the probability of its state."""
     total = torch.zeros(())
     for term in found.terms:
-        plates = term.dims
+        plates = plate_dims(term.frames)
         log_weight = torch.zeros(())
         for site in states.sites:
-            if states.parallel & set(site.plates) <= set(plates):
-                log_weight = log_weight + states.reduce(found.log_probs[site.name], site.plates)
-            else:  # the term does not depend on it: each of its values counts alike
+            if states.has_bearing(site, plates):
+                log_prob = found.log_prob(site.name)
+                log_weight = log_weight + states.reduce(log_prob, site.plates)
+            else:  # each of its values counts alike
                 log_weight = log_weight - math.log(states.size(site))
         weight, value = torch.broadcast_tensors(
             log_weight.exp(), states.reduce(term.value, plates)
@@ -237,114 +225,83 @@ def _weigh(found: Run, states: States, rows: int) -> Tensor:
 def _agrees(call: Call, given: Mapping[str, Tensor], states: States) -> bool:
     """Compare runs of one state, whose elements differ, with a run whose rows are states.
 
-    In a single run each element of a parallel plate is of one of a few kinds, and takes the values
-    of its kind. In a row all elements are of the same kind. So an element has the terms of its
-    kind's row, unless a program mixes rows or an element sees the values of another.
+    In a single run each element of a parallel plate takes one of a few states. In a row all
+    elements are in the same state. So an element has the terms of its state's row, unless a
+    program mixes rows or an element sees the values of another.
     """
-    sizes = {
-        name: site.batch_shape[dim]
-        for site in states.sites
-        for name, dim in site.plates.items()
-        if name in states.parallel
-    }
-    steps = {name: _KINDS**place for place, name in enumerate(sizes)}
-    count = _KINDS ** len(sizes)
-    tables, kinds, singles = [], [], []
+    singles = []
     for repeat in range(_COMPARED):
-        tables.append(
-            {s.name: _draw_digits(s, states, steps, count, repeat) for s in states.sites}
-        )
-        # Elements come in all kinds that there is room for.
-        kinds.append({n: steps[n] * (torch.randperm(size) % _KINDS) for n, size in sizes.items()})
-        values = {}
-        for site in states.sites:
-            shape = (count, *site.batch_shape, *site.inner_shape)
-            own = _own_rows(kinds[-1], site.plates, len(site.batch_shape))
-            own = own.reshape(own.shape + (1,) * len(site.inner_shape))
-            digits = torch.take_along_dim(tables[-1][site.name].expand(shape), own, 0)[0]
-            values[site.name] = site.support[digits]
-        singles.append(run(call, {**given, **values}))
-    taken = {1, *(frame.size for found in singles for t in found.terms for frame in t.plates)}
-    joined = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
-    together = _run_rows(call, given, states, joined, taken)
+        numbers = _draw_numbers(states, repeat)
+        single = run(call, {**given, **states.values(numbers, rows=False)})
+        own = [states.states(numbers, plate_dims(term.frames)) for term in single.terms]
+        singles.append((single, own))
+    met = torch.cat([each.flatten() for _, own in singles for each in own]).unique()
+    taken = {1, *(f.size for single, _ in singles for term in single.terms for f in term.frames)}
+    together = _run_rows(call, given, states, met, taken)
     return together is not None and all(
-        _same(single, together, states, kinds[repeat], repeat * count)
-        for repeat, single in enumerate(singles)
+        _same(single, own, together, states, met) for single, own in singles
     )
 
 
-def _draw_digits(
-    site: DiscreteSite, states: States, steps: Plates, count: int, repeat: int
-) -> Tensor:
-    """Draw a site's digits for each row.
+def _draw_numbers(states: States, repeat: int) -> dict[str, Tensor]:
+    """Draw a number for each element of each site; elements of one kind have the same numbers.
 
-    The first two kinds of elements take the first and the last value, as all elements do in the
-    first two repeats: hard functions are seldom extreme elsewhere.
+    In the first two repeats all have the first value, or all the last, and later one kind of
+    elements has either: hard functions are seldom extreme elsewhere.
     """
-    shape, last = (count, *states.shape(site)), len(site.support) - 1
-    if repeat < 2:
-        return torch.full(shape, repeat * last)
-    digits = torch.randint(last + 1, shape)
-    own = [steps[name] for name in site.plates if name in steps]
-    if own:
-        digits[0], digits[sum(own)] = 0, last
-    rows = torch.arange(count)
-    return digits[sum((rows // step % _KINDS * step for step in own), torch.zeros_like(rows))]
-
-
-def _own_rows(kinds: Mapping[str, Tensor], plates: Plates, rank: int) -> Tensor:
-    """The row of each element, ``(1, plates...)``; of plates outside, that of the first kind."""
-    rows = torch.zeros((1,) * (rank + 1), dtype=torch.long)
-    for name, dim in plates.items():
-        if name in kinds:
-            rows = rows + kinds[name].reshape(-1, *(1,) * (-1 - dim))
-    return rows
+    sizes = {n: s.batch_shape[s.plates[n]] for s in states.sites for n in s.plates}
+    kinds = {name: torch.randperm(size) % _KINDS for name, size in sizes.items()}
+    order, numbers = torch.randperm(_KINDS), {}
+    for site in states.sites:
+        last = states.size(site) - 1
+        drawn = torch.randint(last + 1, (_KINDS,))
+        drawn[:2] = torch.tensor([0, last])
+        own = torch.zeros((1,) * (states.nesting + 1), dtype=torch.long)
+        for name in states.parallel & set(site.plates):
+            own = own + kinds[name].reshape(-1, *(1,) * (-1 - site.plates[name]))
+        own = drawn[order][own % _KINDS]
+        numbers[site.name] = own if repeat > 1 else torch.full_like(own, repeat * last)
+    return numbers
 
 
 def _run_rows(
-    call: Call,
-    given: Mapping[str, Tensor],
-    states: States,
-    digits: Mapping[str, Tensor],
-    taken: set[int],
+    call: Call, given: Mapping[str, Tensor], states: States, met: Tensor, taken: set[int]
 ) -> Run | None:
     """Run the programs on rows; ``None`` if a term is not laid out as rows and plates say.
 
     Rows are repeated until their number differs from the sizes of plates, ``taken``.
     """
-    nesting, number = states.nesting, max(map(len, digits.values()), default=1)
-    rows = next(rows for rows in itertools.count(number) if rows not in taken)
-    order = torch.arange(rows).clamp(max=number - 1)
-    values = states.rows({name: own[order] for name, own in digits.items()})
+    nesting = states.nesting
+    rows = next(rows for rows in itertools.count(len(met)) if rows not in taken)
+    numbers = states.numbers(met[torch.arange(rows).clamp(max=len(met) - 1)])
+    layout = Layout(nesting, (MAIN,), rows, True)
     try:
         with Dependence() as dependence:
-            values = {name: dependence.follow(name, value) for name, value in values.items()}
-            found = run(call, {**given, **values}, (rows, -nesting - 1))
-            reached = [bool(dependence.marks(term.value)) for term in found.terms]
-    except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
+            found = run(call, {**given, **states.values(numbers)}, layout, dependence)
+            reached = [dependence.marks(term.value).keys() for term in found.terms]
+    except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError, DeeperPlates):
         return None  # the programs do not broadcast
-    for term, depends in zip(found.terms, reached, strict=True):
-        shape = (1,) * (nesting + 1 - term.value.dim()) + tuple(term.value.shape)
-        dims = term.dims.values()
-        stray = any(shape[dim] != 1 for dim in range(-nesting, 0) if dim not in dims)
+    for term, names in zip(found.terms, reached, strict=True):
+        shape = left_filled(term.value, nesting + 1).shape
+        own = plate_dims(term.frames).values()
+        stray = any(shape[dim] != 1 for dim in range(-nesting, 0) if dim not in own)
         # What is computed from values that differ between rows has a number for each of them.
-        if stray or len(shape) > nesting + 1 or shape[0] not in ({rows} if depends else {1, rows}):
+        fine = {rows} if names & found.guide.keys() else {1, rows}
+        if stray or len(shape) > nesting + 1 or shape[0] not in fine:
             return None
     return found
 
 
-def _same(
-    single: Run, together: Run, states: States, kinds: Mapping[str, Tensor], start: int
-) -> bool:
-    """Compare a single run with the rows of its kinds, which are those from ``start`` on."""
-    if [term.name for term in single.terms] != [term.name for term in together.terms]:
+def _same(single: Run, own: list[Tensor], together: Run, states: States, met: Tensor) -> bool:
+    """Compare a single run with the rows of its elements' states, ``own`` for each term."""
+    if [term.site for term in single.terms] != [term.site for term in together.terms]:
         return False
-    for one, many in zip(single.terms, together.terms, strict=True):
-        plates = one.dims
+    for one, many, elements in zip(single.terms, together.terms, own, strict=True):
+        plates = plate_dims(one.frames)
         alone, rows = states.reduce(one.value, plates), states.reduce(many.value, plates)
         if len(rows) > 1:
-            own = start + _own_rows(kinds, plates, states.nesting)
-            rows = torch.take_along_dim(rows, own.to(rows.device), 0)
+            places = torch.searchsorted(met, elements).to(rows.device)
+            rows = torch.take_along_dim(rows, places, 0)
         tolerance = 1e4 * torch.finfo(alone.dtype).eps
         if not torch.allclose(alone, rows, rtol=tolerance, atol=tolerance, equal_nan=True):
             return False
@@ -358,19 +315,19 @@ def _walk(call: Call, given: Mapping[str, Tensor], limit: int) -> Iterator[Tenso
     while waiting:
         values = waiting.pop()
         found = run(call, {**given, **values})
-        missing = [site for site in discrete_sites(found.sites) if site.name not in values]
+        missing = [site for site in discrete_sites(found.guide) if site.name not in values]
         if not missing:
             visited += 1
-            log_prob = torch.stack([value.sum() for value in found.log_probs.values()]).sum()
+            log_prob = torch.stack([found.log_prob(name).sum() for name in found.guide]).sum()
             weight = log_prob.exp()
             reward = torch.stack([term.value.sum() for term in found.terms]).sum()
             yield torch.where(weight == 0, 0.0, weight * torch.where(weight == 0, 0.0, reward))
             continue
         states = States(missing[:1], frozenset(), len(missing[0].batch_shape))
         if visited + len(waiting) + states.count > limit:
-            raise ValueError(
+            raise NotListable(
                 f"exact_gradient: more than {limit:,} joint states, visited one by one. Raise "
                 f"max_states, or take {LONG_RUN}"
             )
-        (digits,) = states.digits(torch.arange(states.count)).values()
-        waiting += [{**values, missing[0].name: missing[0].support[own]} for own in digits]
+        (rows,) = states.values(states.numbers(torch.arange(states.count))).values()
+        waiting += [{**values, missing[0].name: row} for row in rows]

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from pyro_gumbel._arviz import tail_khat
 from pyro_gumbel._validate import check_programs, integer
-from pyro_gumbel.diagnostics._programs import Run, plates_of, run
+from pyro_gumbel.diagnostics._programs import run
 from pyro_gumbel.diagnostics._state import preserved, seed_everything, seeds
 from pyro_gumbel.estimators import Call
+from pyro_gumbel.infer._costs import site_frames
+from pyro_gumbel.infer._run import Run
 from pyro_gumbel.infer._sampling import SharedSubsample
 
 __all__ = ["guide_khat"]
@@ -92,7 +94,7 @@ def guide_khat(
             first = run(call)
         if plate is None:
             _warn_of_minibatch(first)
-        draws = [_log_weights(run(call), plate) for _ in range(num_samples)]
+        draws = [_log_weights(run(call, layout=first.layout), plate) for _ in range(num_samples)]
     log_weights = torch.stack(draws, -1).cpu().numpy()
     khats = np.array([_khat(row) for row in log_weights.reshape(-1, num_samples)])
     if plate is None:
@@ -108,11 +110,11 @@ class _Unscaled(Messenger):
 
 
 def _warn_of_minibatch(first: Run) -> None:
-    plates = frozenset(frame for term in first.terms for frame in term.plates)
+    plates = frozenset(frame for term in first.terms for frame in term.frames)
     for frame in plates:
         if frame.full_size is None or frame.full_size <= frame.size:
             continue
-        outside = [name for name, site in first.sites.items() if frame not in plates_of(site)]
+        outside = [name for name, site in first.guide.items() if frame not in site_frames(site)]
         if outside:
             warnings.warn(
                 f"guide_khat: site {outside[0]!r} is outside the plate {frame.name!r}, of which "
@@ -138,10 +140,10 @@ def _log_weights(found: Run, plate: str | None) -> Tensor:
     if plate is None:
         return torch.stack([term.value.double().sum() for term in found.terms]).sum()
     inside = [
-        (term, frame) for term in found.terms for frame in term.plates if frame.name == plate
+        (term, frame) for term in found.terms for frame in term.frames if frame.name == plate
     ]
     if not inside:
-        plates = sorted({frame.name for term in found.terms for frame in term.plates})
+        plates = sorted({frame.name for term in found.terms for frame in term.frames})
         raise ValueError(f"guide_khat: no plate is called {plate!r}; there are {plates}.")
     rows = []
     for term, frame in inside:
