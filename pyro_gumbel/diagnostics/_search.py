@@ -18,17 +18,17 @@ from pyro_gumbel.diagnostics.draws import gradient_draws
 from pyro_gumbel.estimators import Call, Estimator, Route
 from pyro_gumbel.infer import Estimator_ELBO, GradientWarning
 
-__all__ = ["FAILURES", "Budget", "Search", "Trial"]
+__all__ = ["Budget", "Search", "Trial"]
 
-FAILURES = (ValueError, RuntimeError, TypeError, IndexError, NotImplementedError)
-
+# Why an estimator cannot be run here; of other errors the user has to know at once.
+_FAILURES = (ValueError, RuntimeError, TypeError, IndexError, NotImplementedError)
 _LOOKED = 3  # draws that show the cost of a draw: the median of three survives one pause
 _WARMUP = 3  # draws until a moving baseline is near the cost
 _FEWEST = 8  # draws that a comparison rests on
-_BESIDE = _WARMUP + 4  # draws that a call of gradient_draws costs beside its own
+_BESIDE = 4  # runs that a call of gradient_draws costs beside draws and warm-up
 _MOST = 20_000
 _FINALISTS = 3
-_CHAINS = 4  # turns of the finalists
+_CHAINS = 4  # turns of the finalists: what slows the machine slows all of them alike
 _HORIZON = 100  # draws of the cheapest candidate that noise is averaged over, by default
 
 
@@ -81,16 +81,11 @@ class Trial:
     @property
     def num_draws(self) -> int:
         """The number of draws."""
-        return 0 if self.draws is None else self.draws.sizes["draw"]
+        return 0 if self.draws is None else self.draws.sizes["chain"] * self.draws.sizes["draw"]
 
-    def drop(self, unit: str) -> None:
+    def skip(self, reason: str) -> None:
         """Give up for want of budget."""
-        self.failure = f"too slow for the budget: {self.cost:.2g} {unit} a gradient"
-        self.draws, self.skipped = None, True
-
-    def affordable(self, budget: float) -> int:
-        """The number of draws that a budget pays for."""
-        return min(int(budget / max(self.cost, 1e-9)) - _BESIDE, _MOST)
+        self.failure, self.draws, self.skipped = reason, None, True
 
     def judge(self, reference: xr.Dataset | None, unit: str, horizon: float) -> None:
         """Compute the error of draws averaged over a horizon, in the budget's unit."""
@@ -122,47 +117,50 @@ class Search:
     seed: int
     reference: xr.Dataset | None  # the exact gradient, where it is known
     trials: dict[str, Trial] = field(default_factory=dict)
+    noted: set[str] = field(default_factory=set)  # warnings of single trials
 
     def run(self, rivals: list[Trial]) -> Iterator[str]:
         """Search; yield the name of each part before it begins."""
-        self.seeds = seeds(self.seed + 1, 5)
+        looked, screened, long, halved, last = seeds(self.seed + 1, 5)
         self.trials = {trial.key: trial for trial in rivals}
         yield f"{len(rivals)} candidates"
-        self._look()
-        self._screen()
+        self._look(looked)
+        self._screen(screened)
         yield "reference"
-        self._find_reference()
+        self._find_reference(long)
         yield "halving"
-        self._halve()
-        self._mix(rivals)
+        pool = self.order()
+        while len(pool) > _FINALISTS:
+            pool = [trial for trial in self.order() if trial in pool][: math.ceil(len(pool) / 2)]
+            rounds = math.ceil(math.log2(max(len(pool) / _FINALISTS, 1))) + 2
+            self._measure(pool, self.budget.left() / rounds, halved)
+        self._mix(rivals, halved)
         yield "finalists"
-        self._compare_finalists()
+        self._measure(self.order()[:_FINALISTS], self.budget.left(), last, num_chains=_CHAINS)
 
-    def _look(self) -> None:
+    def _look(self, seed: int) -> None:
         """Measure the cost of a draw of each candidate. Note which candidates fail."""
         left, looked = self.budget.set_aside(0.5 * self.budget.left()), False
         for trial in self.trials.values():
             if looked and not left():
-                trial.failure, trial.skipped = "not tried: the budget was too short", True
+                trial.skip("not tried: the budget was too short")
             else:
-                self._take(trial, _LOOKED, self.seeds[0], num_warmup=0)
+                self._take([trial], _LOOKED, seed, num_warmup=0)
                 looked = looked or trial.draws is not None
 
-    def _screen(self) -> None:
-        """Measure each candidate a little, the cheapest first; drop those that cost too much.
+    def _screen(self, seed: int) -> None:
+        """Measure each candidate a little; drop the most expensive until that can be paid for.
 
-        The fewest draws may cost more than a candidate's share, so that expensive ones find the
-        budget spent. Exact sums come first: nothing is better where they are affordable.
+        Exact sums stay: nothing is better where they are affordable.
         """
-        looked = [trial for trial in self.trials.values() if trial.draws is not None]
-        looked.sort(key=lambda trial: (not trial.exact, trial.cost))
-        self._share(looked, 0.5 * self.budget.left(), self.seeds[1], stretch=True)
-        measured = [trial for trial in looked if trial.num_draws >= _FEWEST]
-        for trial in looked:
-            if trial not in (measured or looked[:_FINALISTS]):
-                trial.drop(self.budget.unit)
+        pool = [trial for trial in self.trials.values() if trial.draws is not None]
+        pool.sort(key=lambda trial: (not trial.exact, trial.cost))
+        while len(pool) > 1 and self._affordable(pool, self.budget.left()) < _FEWEST:
+            slow = pool.pop()
+            slow.skip(f"too slow for the budget: {slow.cost:.2g} {self.budget.unit} a gradient")
+        self._measure(pool, 0.25 * self.budget.left(), seed, least=_FEWEST)
 
-    def _find_reference(self) -> None:
+    def _find_reference(self, seed: int) -> None:
         """Run the most efficient unbiased candidate for long, where no exact gradient is known."""
         candidates = [
             trial
@@ -172,26 +170,19 @@ class Search:
         if self.reference is not None or not candidates:
             return
         best = min(candidates, key=lambda trial: trial.row["variance"] * trial.cost)
-        number, long = best.affordable(0.4 * self.budget.left()), replace(best)
-        if not best.exact and number >= _FEWEST:  # else all draws are alike
-            self._take(long, number, self.seeds[4])
+        long = replace(best)
+        if not best.exact:  # else all draws are alike
+            self._measure([long], 0.4 * self.budget.left(), seed)
         self.reference = best.draws if long.draws is None else long.draws
         for trial in self.trials.values():
             trial.row = {}
 
-    def _halve(self) -> None:
-        """Give the better half of the candidates more draws, over and over, until few are left."""
-        pool = self.order()
-        while len(pool) > _FINALISTS:
-            pool = [trial for trial in self.order() if trial in pool][: math.ceil(len(pool) / 2)]
-            rounds = math.ceil(math.log2(max(len(pool) / _FINALISTS, 1))) + 2
-            self._share(pool, self.budget.left() / rounds, self.seeds[2])
-
-    def _mix(self, rivals: list[Trial]) -> None:
+    def _mix(self, rivals: list[Trial], seed: int) -> None:
         """Give single sites of the best candidate to the estimators that came next."""
         sites = list(rivals[0].config)
         for site in sites if len(sites) > 1 else []:
             best, *others = self.order()
+            mixtures = []
             for other in [trial for trial in others if trial in rivals][:_FINALISTS]:
                 estimator = other.config[site]
                 mixture = Trial(
@@ -201,83 +192,66 @@ class Search:
                     cost=best.cost + other.cost,  # a guess
                 )
                 if mixture.key not in self.trials and self.budget.left():
-                    self.trials[mixture.key] = mixture
-                    share = 0.1 * self.budget.left()
-                    self._measure(mixture, share, self.seeds[2], limit=3 * share)
-                    if not (mixture.num_draws or mixture.failure):
-                        mixture.drop(self.budget.unit)
+                    mixtures.append(mixture)
+            self._measure(mixtures, 0.3 * self.budget.left(), seed)
+            self.trials |= {
+                mixture.key: mixture
+                for mixture in mixtures
+                if mixture.num_draws or mixture.failure
+            }
 
-    def _compare_finalists(self) -> None:
-        """Spend what is left on the best few.
+    def _affordable(self, trials: list[Trial], amount: float, num_chains: int = 1) -> int:
+        """The number of draws of each, in every chain, that an amount pays for."""
+        cost = max(sum(trial.cost for trial in trials), 1e-9)
+        return min(int(amount / cost) - _BESIDE, _MOST) // num_chains - _WARMUP
 
-        A part of a budget in seconds pays for draws in turns, so that other work of the machine
-        slows all of them alike.
-        """
-        finalists = self.order()[:_FINALISTS]
-        affordable = 0.2 * self.budget.left() / sum(trial.cost for trial in finalists)
-        number = int(affordable - _BESIDE) // _CHAINS
-        if self.budget.unit == "seconds" and number > 1:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # they were noted before
-                timed = self._gradients(finalists, number, self.seeds[0], num_chains=_CHAINS)
-            for trial, draws in zip(finalists, timed, strict=True):
-                seconds = {name: draws.attrs[name] for name in ("seconds", "seconds_mcse")}
-                assert trial.draws is not None
-                trial.draws, trial.row = trial.draws.assign_attrs(seconds), {}
-                trial.cost = seconds["seconds"]
-        self._share(finalists, self.budget.left(), self.seeds[3])
-
-    def _share(
-        self, trials: list[Trial], amount: float, seed: int, *, stretch: bool = False
+    def _measure(
+        self, trials: list[Trial], amount: float, seed: int, *, least: int = 0, num_chains: int = 1
     ) -> None:
-        """Share an amount among trials; each gets its part of what those before it have left.
+        """Draw as often as an amount allows, if that is enough, and more often than before."""
+        number = max(self._affordable(trials, amount, num_chains), least)
+        fewer = [trial for trial in trials if trial.num_draws < number * num_chains]
+        if fewer and number * num_chains >= _FEWEST:
+            self._take(fewer, number, seed, num_chains=num_chains)
 
-        With ``stretch`` the fewest draws may take all that is left.
-        """
-        left = self.budget.set_aside(amount)
-        for number, trial in enumerate(trials):
-            part = left() / (len(trials) - number)
-            self._measure(trial, part, seed, limit=left() if stretch else part)
-
-    def _measure(self, trial: Trial, budget: float, seed: int, limit: float) -> None:
-        """Draw as often as a budget allows, or the fewest times where only ``limit`` does."""
-        number = trial.affordable(budget)
-        if number < _FEWEST <= trial.affordable(limit):
-            number = _FEWEST
-        if number >= _FEWEST and number > trial.num_draws:
-            self._take(trial, number, seed)
-
-    def _take(self, trial: Trial, number: int, seed: int, **options: Any) -> None:
+    def _take(self, trials: list[Trial], number: int, seed: int, **options: Any) -> None:
         """Draw; note what is warned of, and why it cannot be done."""
-        trial.draws, trial.row = None, {}
+        failure = ""
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             try:
-                (draws,) = self._gradients([trial], number, seed, **options)
-            except FAILURES as error:
+                draws = self._gradients(trials, number, seed, **options)
+            except _FAILURES as error:
                 reason = next(iter(str(error).splitlines()), "")
-                trial.failure = f"cannot be run: {type(error).__name__}: {reason}"
-                return
-        notes = [one for one in seen if issubclass(one.category, UserWarning)]
-        missed = [one for one in notes if issubclass(one.category, GradientWarning)]
-        trial.misses_cost = trial.misses_cost or bool(missed)
-        if notes:
-            trial.warning = str((missed or notes)[0].message)
-        trial.cost = float(draws.attrs[self.budget.unit])
-        if np.isfinite(draws.coords["trace"]).all():
-            trial.draws = draws
-        else:
-            trial.failure = "some gradients are not finite"
+                failure = f"cannot be run: {type(error).__name__}: {reason}"
+        notes = {str(one.message): one for one in seen if issubclass(one.category, UserWarning)}
+        new = notes.keys() - self.noted
+        if len(trials) > 1 and (failure or new):
+            for trial in trials:  # which of them is it?
+                self._take([trial], number, seed, **options)
+            return
+        self.noted |= new
+        if new:
+            missed = [m for m in new if issubclass(notes[m].category, GradientWarning)]
+            trials[0].misses_cost |= bool(missed)
+            trials[0].warning = (missed or list(new))[0]
+        if failure:
+            trials[0].draws, trials[0].failure = None, failure
+            return
+        for trial, own in zip(trials, draws, strict=True):
+            trial.cost, trial.row = float(own.attrs[self.budget.unit]), {}
+            finite = bool(np.isfinite(own.coords["trace"]).all())
+            trial.draws = own if finite else None
+            trial.failure = "" if finite else "some gradients are not finite"
 
     def _gradients(
         self, trials: list[Trial], number: int, seed: int, **options: Any
     ) -> list[xr.Dataset]:
-        vectorize = {"vectorize_particles": self.vectorize_particles}
+        elbo = {"vectorize_particles": self.vectorize_particles}
         choices = {
-            str(place): (trial.config, Estimator_ELBO(trial.num_particles, **vectorize))
+            str(place): (trial.config, Estimator_ELBO(trial.num_particles, **elbo))
             for place, trial in enumerate(trials)
         }
-        defaults = {"num_chains": 1, "num_warmup": _WARMUP, "project": 1, "site_draws": 0}
         draws = gradient_draws(
             self.call.model,
             self.call.guide,
@@ -287,7 +261,7 @@ class Search:
             params=self.params,
             seed=seed,
             progress=False,
-            **(defaults | options),
+            **({"num_chains": 1, "num_warmup": _WARMUP, "project": 1, "site_draws": 0} | options),
             **self.call.kwargs,
         )
         labelled = zip(trials, draws.values(), strict=True)

@@ -15,7 +15,8 @@ from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
 from pyro_gumbel._validate import check_programs, integer, positive
-from pyro_gumbel.diagnostics._search import FAILURES, Budget, Search, Trial
+from pyro_gumbel.diagnostics._programs import NotListable
+from pyro_gumbel.diagnostics._search import Budget, Search, Trial
 from pyro_gumbel.diagnostics._state import (
     EvaluationCounter,
     Params,
@@ -54,19 +55,6 @@ class Recommendation:
             reason in ``warning``.
         within_noise: Whether another candidate could as well be the best.
         message: All that in words.
-
-    Example:
-        >>> from pyro_gumbel.diagnostics import recommend
-        >>> from pyro_gumbel.infer import config_gradient
-        >>> def model():
-        ...     pyro.sample("z", dist.Bernoulli(0.3))
-        >>> def guide():
-        ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.0))))
-        >>> found = recommend(model, guide, budget_evaluations=1000, progress=False)
-        >>> loss = found.elbo().loss(model, config_gradient(guide, found.config))
-        >>> config, table = found
-        >>> print(found.message)
-        Recommended: {'z': Enumerate()} with num_particles=1. ...
     """
 
     config: dict[str, Estimator]
@@ -163,7 +151,10 @@ def recommend(
         ValueError: If the guide has no latent site, no candidate runs and gives finite gradients,
             a budget is not positive, or a step is not in the budget's unit.
 
+    An error of the programs themselves, while their states are summed, is raised as it is.
+
     Example:
+        >>> from pyro_gumbel.infer import config_gradient
         >>> def model():
         ...     pyro.sample("z", dist.Bernoulli(0.3))
         >>> def guide():
@@ -171,6 +162,7 @@ def recommend(
         >>> found = recommend(model, guide, budget_evaluations=1000, progress=False)
         >>> found.config
         {'z': Enumerate()}
+        >>> loss = found.elbo().loss(model, config_gradient(guide, found.config))
     """
     check_programs(model, guide)
     unit, amount, horizon = _check_budget(
@@ -188,7 +180,7 @@ def recommend(
         find_parameters(call, keep, params)
         names = None if isinstance(params, Mapping) else params  # values were set by now
         rivals = _candidates(_latent_distributions(call), candidates, num_particles)
-        exact = _exact(call, names, max_states, seed, budget, counter)
+        exact = _exact(call, names, max_states, seed, budget)
         search = Search(call, names, vectorize_particles, budget, horizon, seed, exact)
         for name in (bar := tqdm(search.run(rivals), disable=not progress, unit="round")):
             bar.set_description(name)
@@ -273,12 +265,7 @@ def _latent_distributions(call: Call) -> dict[str, Any]:
 
 
 def _exact(
-    call: Call,
-    params: Params,
-    max_states: int,
-    seed: int,
-    budget: Budget,
-    counter: EvaluationCounter,
+    call: Call, params: Params, max_states: int, seed: int, budget: Budget
 ) -> xr.Dataset | None:
     """The exact gradient, unless it needs more than a quarter of the budget."""
     share, deadline = 0.25 * budget.left(), math.inf
@@ -287,11 +274,9 @@ def _exact(
     else:
         max_states = min(max_states, int(share))
     try:
-        exact = sum_states(call, params, max_states, seed, deadline=deadline)
-    except (*FAILURES, TimeoutError):
+        return sum_states(call, params, max_states, seed, deadline=deadline)
+    except NotListable:
         return None
-    counter.total += exact.attrs["states"]
-    return exact
 
 
 def _conclude(search: Search) -> Recommendation:
@@ -329,8 +314,7 @@ def _row(trial: Trial) -> dict[str, Any]:
     row = {"config": repr(trial.config), "particles": trial.num_particles}
     if trial.draws is None:
         return row | {"warning": trial.failure}
-    number = trial.draws.sizes["chain"] * trial.draws.sizes["draw"]
-    row |= {"error": trial.error, "error_mcse": trial.error_mcse, "draws": number}
+    row |= {"error": trial.error, "error_mcse": trial.error_mcse, "draws": trial.num_draws}
     notes = [note for note in (trial.row["warning"], trial.warning) if note]
     return row | trial.row | {"warning": "; ".join(notes)}
 

@@ -89,7 +89,7 @@ def test_estimators_that_miss_the_cost_rank_last() -> None:
 
 def test_a_moving_average_has_to_be_clearly_ahead() -> None:
     candidates = {"average": Score(MovingAverage()), "others": Score(LeaveOneOut())}
-    ahead = quick(bits_program, candidates=candidates, budget_evaluations=1500)
+    ahead = quick(bits_program, candidates=candidates, budget_evaluations=3000)
     assert isinstance(ahead.config["z"].baseline, MovingAverage)
     near = quick(bits_program, candidates=candidates, budget_evaluations=400)
     assert isinstance(near.config["z"].baseline, LeaveOneOut)
@@ -312,7 +312,7 @@ def broken_model() -> None:
         (
             broken_model,
             some_site,
-            {"candidates": {"s": Score()}},
+            {"candidates": {"s": Score()}, "max_states": 1},
             ValueError,
             "no candidate can be measured here. s: cannot be run: RuntimeError: only without",
         ),
@@ -321,3 +321,26 @@ def broken_model() -> None:
 def test_errors(model, guide, options, error, match) -> None:
     with pytest.raises(error, match=match):
         recommend(model, guide, **({"budget_seconds": 0.5, "progress": False} | options))
+
+
+def test_an_error_of_the_program_is_raised_as_it_is() -> None:
+    """It does not mean that there is no exact gradient."""
+    with pytest.raises(RuntimeError, match="only without gradient"):
+        recommend(broken_model, some_site, candidates={"s": Score()}, progress=False)
+
+
+def listed() -> None:
+    pyro.sample("z", dist.Poisson(pyro.param("r", torch.tensor(2.0))))
+
+
+@pytest.mark.parametrize(("guide", "states"), [(some_site, 1), (listed, 100)])
+def test_states_that_cannot_be_listed_or_are_too_many(guide, states: int) -> None:
+    found = recommend(
+        guide,
+        guide,
+        candidates={"s": Score()},
+        max_states=states,
+        budget_evaluations=200,
+        progress=False,
+    )
+    assert "against a long run of 's'" in found.message
