@@ -5,11 +5,10 @@ table, :func:`recommend` the choice. :func:`to_arviz` puts the draws into ArviZ'
 """
 
 from pyro_gumbel.diagnostics.arviz import to_arviz
-from pyro_gumbel.diagnostics.check import UnbiasedCheck, check_unbiased
+from pyro_gumbel.diagnostics.check import UnbiasedCheck, check_unbiased, guide_khat
 from pyro_gumbel.diagnostics.compare import compare_gradients
 from pyro_gumbel.diagnostics.draws import gradient_draws
 from pyro_gumbel.diagnostics.exact import exact_gradient
-from pyro_gumbel.diagnostics.khat import guide_khat
 from pyro_gumbel.diagnostics.plots import plot_efficiency, plot_gradients, plot_training
 from pyro_gumbel.diagnostics.recommend import Recommendation, recommend
 from pyro_gumbel.diagnostics.training import train

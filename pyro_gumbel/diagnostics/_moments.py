@@ -87,25 +87,15 @@ class Block:
 
     :math:`\Sigma` is the covariance of one draw. A gradient that is known exactly is the mean of
     infinitely many draws without scatter.
-
-    Attributes:
-        mean: The mean over draws, ``(n,)``.
-        variance: The sample variances, ``(n,)``.
-        norms: The norm of each draw, ``(chain, draw)``.
-        count: Number of draws ``N``.
-        trace: Estimate of :math:`\mathrm{tr}\,\Sigma`, the sum of sample variances.
-        trace_variance: Variance of that estimate.
-        square_trace: Estimate of :math:`\mathrm{tr}\,\Sigma^2`, between
-            :math:`(\mathrm{tr}\,\Sigma)^2` over the dimension and :math:`(\mathrm{tr}\,\Sigma)^2`.
     """
 
-    mean: np.ndarray
-    variance: np.ndarray
-    norms: np.ndarray
-    count: float
-    trace: float
-    trace_variance: float
-    square_trace: float
+    mean: np.ndarray  # over draws, (n,)
+    variance: np.ndarray  # of the sample, (n,)
+    norms: np.ndarray  # of each draw, (chain, draw)
+    count: float  # of draws
+    trace: float  # estimate of tr Sigma, the sum of sample variances
+    trace_variance: float  # of that estimate
+    square_trace: float  # estimate of tr Sigma^2, at most (tr Sigma)^2
 
     @property
     def carriers(self) -> float:
@@ -120,10 +110,9 @@ class Block:
 
 
 class Moments:
-    """Mean and variance of each coordinate, and the scatter of each block of coordinates.
+    """Mean and variance of each coordinate; scatter and norms of blocks of the given sizes.
 
-    Draws come in batches of rows. Everything is taken relative to the first draw, so that draws
-    that are all equal have a variance of exactly zero. ``sizes`` are those of the blocks.
+    Everything is taken relative to the first draw, so that equal draws have a variance of zero.
     """
 
     def __init__(self, sizes: list[int]) -> None:
@@ -131,6 +120,7 @@ class Moments:
         self.count = 0
         self._pairs = 0
         self._shift: Tensor | None = None
+        self._norms: list[Tensor] = []
 
     def update(self, draws: Tensor) -> Tensor:
         """Take in a batch of shape ``(B, n)``; return cosines with the others' mean.
@@ -138,6 +128,9 @@ class Moments:
         Operations on single draws are in their own precision, sums over batches in double.
         """
         shift = self._start(draws) if self._shift is None else self._shift
+        wide = torch.promote_types(draws.dtype, torch.float32)
+        pieces = draws.to(wide).split(self.sizes, 1)
+        self._norms.append(torch.stack([piece.norm(dim=1) for piece in pieces], 1).double())
         x = draws - shift
         batch, total = len(x), self.count + len(x)
         mean = x.mean(0)
@@ -169,6 +162,11 @@ class Moments:
     def variance(self) -> Tensor:
         """The sample variance of each coordinate, ``(n,)``."""
         return self.squares / (self.count - 1)
+
+    @property
+    def norms(self) -> np.ndarray:
+        """The norm of each block of each draw, ``(draws, blocks)``."""
+        return torch.cat(self._norms).cpu().numpy()
 
     def spreads(self) -> np.ndarray:
         """Compute what ``SPREAD`` names, for each block and last for all, ``(blocks + 1, 3)``."""
@@ -256,9 +254,29 @@ def check_reference(reference: Any) -> None:
         )
 
 
-def blocks_of(dataset: xr.Dataset, *, each: bool = False) -> dict[str, Block]:
-    """Summarise draws: a block for each parameter, or each coordinate, and the block ``"all"``."""
-    return _summarise(dataset, dataset, each=each)
+def blocks_of(
+    dataset: xr.Dataset, like: xr.Dataset | None = None, *, each: bool = False
+) -> dict[str, Block]:
+    """Summarise draws or an exact gradient: a block for each parameter, and the block ``"all"``.
+
+    The parameters are those of ``like``, by default its own; with ``each`` a block has one
+    coordinate.
+    """
+    like = dataset if like is None else like
+    names, parts = parameters_of(like), _parts(like, each=each)
+    if not {"chain", "draw"} <= set(dataset.dims):
+        mean, variance, count, spreads, norms = _exact(dataset, names, len(parts))
+    elif is_projected(dataset):
+        mean, variance, count, spreads, norms = _stored(dataset, names)
+    else:
+        mean, variance, count, spreads, norms = _pass_over(dataset, names, list(parts.values()))
+    norms = np.concatenate([norms, np.linalg.norm(norms, axis=-1, keepdims=True)], -1)
+    cuts = np.cumsum(list(parts.values()))[:-1]
+    means, variances = [*np.split(mean, cuts), mean], [*np.split(variance, cuts), variance]
+    return {
+        part: Block(means[i], variances[i], norms[..., i], count, *map(float, spreads[i]))
+        for i, part in enumerate([*parts, "all"])
+    }
 
 
 def reference_blocks(
@@ -268,7 +286,7 @@ def reference_blocks(
     check_reference(reference)
     for name in parameters_of(draws):
         _check_fit(reference, draws, name)
-    return _summarise(reference, draws, each=each)
+    return blocks_of(reference, draws, each=each)
 
 
 def _check_fit(reference: xr.Dataset, draws: xr.Dataset, name: str) -> None:
@@ -312,47 +330,28 @@ def _parts(draws: xr.Dataset, *, each: bool) -> dict[str, int]:
     return parts
 
 
-def _summarise(dataset: xr.Dataset, like: xr.Dataset, *, each: bool) -> dict[str, Block]:
-    """Summarise draws or an exact gradient by the parameters of ``like``."""
-    names, parts = parameters_of(like), _parts(like, each=each)
-    drawn = {"chain", "draw"} <= set(dataset.dims)
-    if not drawn:
-        mean = np.concatenate([dataset[name].values.astype(float).ravel() for name in names])
-        for name in names:
-            if not np.isfinite(dataset[name]).all():
-                raise ValueError(f"reference is not finite at parameter {name!r}.")
-        spreads = np.zeros((len(parts) + 1, len(SPREAD)))
-        count, norms = math.inf, np.zeros((0, 0, len(parts)))
-        variance = np.zeros_like(mean)
-    elif is_projected(dataset):
-        mean, variance, count, spreads, norms = _stored(dataset, names)
-    else:
-        mean, variance, count, spreads, norms = _pass_over(dataset, names, list(parts.values()))
-    norms = np.concatenate([norms, np.sqrt((norms**2).sum(-1, keepdims=True))], -1)
-    cuts = np.cumsum(list(parts.values()))[:-1]
-    means, variances = [*np.split(mean, cuts), mean], [*np.split(variance, cuts), variance]
-    return {
-        part: Block(means[i], variances[i], norms[..., i], count, *map(float, spreads[i]))
-        for i, part in enumerate([*parts, "all"])
-    }
-
-
 Summary = tuple[np.ndarray, np.ndarray, float, np.ndarray, np.ndarray]
+
+
+def _exact(reference: xr.Dataset, names: list[str], blocks: int) -> Summary:
+    for name in names:
+        if not np.isfinite(reference[name]).all():
+            raise ValueError(f"reference is not finite at parameter {name!r}.")
+    mean = np.concatenate([reference[name].values.astype(float).ravel() for name in names])
+    spreads, norms = np.zeros((blocks + 1, len(SPREAD))), np.zeros((0, 0, blocks))
+    return mean, np.zeros_like(mean), math.inf, spreads, norms
 
 
 def _pass_over(dataset: xr.Dataset, names: list[str], sizes: list[int]) -> Summary:
     """Pass once over the draws, chain after chain, a few at a time."""
     shape = (dataset.sizes["chain"], dataset.sizes["draw"])
     rows = [dataset[name].values.reshape(math.prod(shape), -1) for name in names]
-    moments, lengths = Moments(sizes), []
+    moments = Moments(sizes)
     for start in range(0, math.prod(shape), BATCH):
         batch = np.concatenate([row[start : start + BATCH] for row in rows], 1)
-        draws = torch.from_numpy(batch.astype(float))
-        moments.update(draws)
-        pieces = [torch.linalg.vector_norm(piece, dim=1) for piece in draws.split(sizes, 1)]
-        lengths.append(torch.stack(pieces, 1))
-    norms = torch.cat(lengths).numpy().reshape(*shape, len(sizes))
-    return moments.mean.numpy(), moments.variance.numpy(), moments.count, moments.spreads(), norms
+        moments.update(torch.from_numpy(batch.astype(float)))
+    mean, variance = moments.mean.numpy(), moments.variance.numpy()
+    return mean, variance, moments.count, moments.spreads(), moments.norms.reshape(*shape, -1)
 
 
 def _stored(dataset: xr.Dataset, names: list[str]) -> Summary:

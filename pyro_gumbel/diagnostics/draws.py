@@ -157,7 +157,7 @@ def gradient_draws(
                 recorders[label] = _Recorder(leaves, (num_chains, num_draws), dims, project)
                 trials[label] = replica(choice)
                 trials[label].step()  # what fails does so before the others are drawn
-        for chain, chain_seed in enumerate(chain_seeds):
+        for chain_seed in chain_seeds:
             # In turns: what slows the machine slows all alike.
             for label, choice in estimators.items():
                 bar.set_description(label)
@@ -167,9 +167,9 @@ def gradient_draws(
                     for _ in range(num_warmup):
                         own.step()
                     read_gradients(leaves)  # what earlier steps left
-                    for draw in range(num_draws):
+                    for _ in range(num_draws):
                         step = own.step()
-                        recorders[label].add(chain, draw, step, read_gradients(leaves))
+                        recorders[label].add(step, read_gradients(leaves))
                         bar.update()
                     check_complete(leaves, params)
         datasets = {}
@@ -199,12 +199,10 @@ def _named(label: str) -> Iterator[None]:
 
 
 class _Recorder:
-    """Takes in the gradients of one estimator, draw by draw.
+    """Takes in the gradients of one estimator, in batches.
 
-    Either each coordinate of each draw is kept, in the parameter's own precision. Or, with
-    ``project``, each draw's inner product with a few directions, its norm and its cosine, and once
-    for all draws the moments of each coordinate. The directions are random, of length one, and the
-    same in every call. The cosine is that with the mean of all other draws so far.
+    It keeps each coordinate of each draw, in the parameter's own precision; or, with ``project``,
+    inner products with a few random directions, cosines and moments.
     """
 
     def __init__(
@@ -223,57 +221,50 @@ class _Recorder:
                 "Keep projections and moments instead, project=8, or name the parameters to "
                 "record, params=[...]."
             )
-        self.steps = {name: np.zeros(shape) for name in Step._fields}
-        self.norms = np.zeros((*shape, len(leaves)))
-        self.cosines = np.zeros(shape)
+        self._steps: list[Step] = []
+        self._rows: list[Tensor] = []  # of the batch
         self._moments = Moments([leaf.numel() for leaf in leaves.values()])
-        self._kept = {}
-        self._directions = []
-        generator = torch.Generator().manual_seed(0)
+        self._cosines: list[np.ndarray] = []
+        self._kept, self._directions = {}, []
+        generator = torch.Generator().manual_seed(0)  # the same directions in every call
         for name, leaf in leaves.items():
-            if project is None:
-                dtype = _numpy(leaf.new_empty(0)).dtype
-                self._kept[name] = np.empty((*shape, *leaf.shape), dtype)
-            else:
-                self._kept[name] = np.empty((*shape, project))
+            own, dtype = leaf.shape, _numpy(leaf.new_empty(0)).dtype
+            if project is not None:
+                own, dtype = torch.Size([project]), np.dtype(float)
                 random = torch.randn(leaf.numel(), project, generator=generator)
                 self._directions.append(torch.nn.functional.normalize(random, dim=0).to(leaf))
-        self._buffers = [leaf.new_empty(BATCH, leaf.numel()) for leaf in leaves.values()]
-        self._places: list[tuple[int, int]] = []
+            self._kept[name] = np.empty((math.prod(shape), *own), dtype)
 
-    def add(self, chain: int, draw: int, step: Step, gradients: list[Tensor]) -> None:
-        """Take in one draw."""
-        for name, value in step._asdict().items():
-            self.steps[name][chain, draw] = value
-        for buffer, gradient in zip(self._buffers, gradients, strict=True):
-            buffer[len(self._places)] = gradient.flatten()
-        self._places.append((chain, draw))
-        if len(self._places) == BATCH:
+    def add(self, step: Step, gradients: list[Tensor]) -> None:
+        """Take in the next draw."""
+        self._steps.append(step)
+        self._rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+        if len(self._rows) == BATCH:
             self._flush()
 
     def _flush(self) -> None:
-        if not self._places:
-            return
-        at = tuple(np.array(self._places).T)
-        rows = [buffer[: len(self._places)] for buffer in self._buffers]
-        self.norms[at] = torch.stack([_norms(row) for row in rows], 1).cpu().numpy()
-        kept = rows
+        rows = torch.stack(self._rows)
+        self._cosines.append(self._moments.update(rows).cpu().numpy())
+        pieces = rows.split(self._moments.sizes, 1)
         if self.project is not None:
-            kept = [row @ own for row, own in zip(rows, self._directions, strict=True)]
-            self.cosines[at] = self._moments.update(torch.cat(rows, 1)).cpu().numpy()
-        for array, row in zip(self._kept.values(), kept, strict=True):
-            array[at] = _numpy(row).reshape(len(row), *array.shape[2:])
-        self._places.clear()
+            pieces = [one @ own.to(one) for one, own in zip(pieces, self._directions, strict=True)]
+        taken = slice(len(self._steps) - len(rows), len(self._steps))
+        for array, piece in zip(self._kept.values(), pieces, strict=True):
+            array[taken] = _numpy(piece).reshape(array[taken].shape)
+        self._rows.clear()
 
     def dataset(self) -> xr.Dataset:
         """Label the draws, and what was noted beside them."""
-        self._flush()
+        if self._rows:
+            self._flush()
         each, leaves = ("chain", "draw"), self.leaves
+        by_leaf = self._moments.norms.reshape(*self.shape, -1)
+        steps = np.array(self._steps, float).reshape(*self.shape, -1)
         coords: dict[str, Any] = {
             "chain": np.arange(self.shape[0]),
             "draw": np.arange(self.shape[1]),
-            "grad_norm": (each, np.sqrt((self.norms**2).sum(-1))),
-            **{name: (each, values) for name, values in self.steps.items()},
+            "grad_norm": (each, np.linalg.norm(by_leaf, axis=-1)),
+            **{name: (each, steps[..., i]) for i, name in enumerate(Step._fields)},
         }
         for name, leaf in leaves.items():
             # Values have a dimension of their own: a coordinate that only some of the variables
@@ -281,53 +272,51 @@ class _Recorder:
             value = leaf.detach().double().flatten().cpu().clone().numpy()
             index = free_name(f"{name}.index", leaves)
             coords[free_name(f"{name}.value", leaves)] = ([index], value)
-        attrs = self._attributes()
-        dims = self.dims
+        attrs, dims = self._attributes(steps), self.dims
         if self.project is not None:
             dims = dict.fromkeys(leaves, ["direction"])
-            coords |= {"cosine": (each, self.cosines), **self._summary()}
-            attrs |= {"project": self.project, "moments_of": self._moments.count}
-        data = {name: ((*each, *dims[name]), kept) for name, kept in self._kept.items()}
+            coords["cosine"] = (each, np.concatenate(self._cosines).reshape(self.shape))
+            coords |= {
+                "parameter": list(leaves),
+                "parameter_norm": ([*each, "parameter"], by_leaf),
+            }
+            coords |= self._summary()
+            attrs |= {"project": self.project, "moments_of": len(self._steps)}
+        data = {
+            name: ([*each, *dims[name]], kept.reshape(*self.shape, *kept.shape[1:]))
+            for name, kept in self._kept.items()
+        }
         return xr.Dataset(data, coords, attrs)
 
     def _summary(self) -> dict[str, Any]:
-        coords: dict[str, Any] = {
-            "parameter": list(self.leaves),
-            "parameter_norm": (["chain", "draw", "parameter"], self.norms),
-            "block": [*self.leaves, "all"],
-        }
+        columns = zip(SPREAD, self._moments.spreads().T, strict=True)
+        coords: dict[str, Any] = {"block": [*self.leaves, "all"]}
+        coords |= {name: (["block"], column) for name, column in columns}
         for statistic in ("mean", "variance"):
             pieces = getattr(self._moments, statistic).cpu().split(self._moments.sizes)
             for (name, leaf), piece in zip(self.leaves.items(), pieces, strict=True):
                 label = free_name(f"{name}.{statistic}", self.leaves)
                 coords[label] = (self.dims[name], piece.reshape(leaf.shape).numpy())
-        columns = zip(SPREAD, self._moments.spreads().T, strict=True)
-        return coords | {name: (["block"], column) for name, column in columns}
+        return coords
 
-    def _attributes(self) -> dict[str, Any]:
+    def _attributes(self, steps: np.ndarray) -> dict[str, Any]:
         leaves = self.leaves.values()
         coarsest = max((leaf.dtype for leaf in leaves), key=lambda dtype: torch.finfo(dtype).eps)
-        seconds = self.steps["seconds"]
+        _, seconds, evaluations = np.moveaxis(steps, -1, 0)
         # The median's standard deviation, from the median absolute deviation of normal draws: the
         # machine's pauses count for nothing.
         deviation = stats.median_abs_deviation(seconds, axis=None, scale="normal")
-        evaluations = np.percentile(self.steps["evaluations"], 50, method="lower")
         return {
             "gradient_of": "loss (negative ELBO), by unconstrained parameters",
             "device": str(next(iter(leaves)).device),
             "dtype": str(coarsest).removeprefix("torch."),  # the precision of the gradients
             "seconds": float(np.median(seconds)),
             "seconds_mcse": float(1.2533 * deviation / np.sqrt(seconds.size)),
-            "evaluations": int(evaluations),
+            "evaluations": int(np.percentile(evaluations, 50, method="lower")),
             "inference_library": "pyro",
             "inference_library_version": pyro.__version__,
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
         }
-
-
-def _norms(rows: Tensor) -> Tensor:
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).double()
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
@@ -342,16 +331,9 @@ def _site_effects(
 
     The noise of a site is every random number from the moment at which the guide arrives there to
     its arrival at the next one. With ``g`` and ``g'`` two gradients that share all noise but that
-    of site ``s``,
-
-    .. math:: T_s = \tfrac12 E \|g - g'\|^2 = E[\mathrm{tr\,Var}(g \mid \epsilon_{-s})]
-
-    with :math:`\epsilon_{-s}` the noise of all others, is the variance that would be left if all
-    other sites were held fixed, on average: the *total effect* of the site (Jansen, 1999,
-    https://doi.org/10.1016/S0010-4655(98)00154-4). What is random without being a site's, a
-    minibatch say, is held fixed too. Effects add up to the whole variance if each site adds noise
-    of its own, and to more where sites act together. Estimators and their state are the same in
-    both gradients: that of ``replica``, which has taken a step before.
+    of a site, the mean of :math:`\tfrac12 \|g - g'\|^2` is the variance that is left if all
+    other sites are held fixed: the *total effect* of the site (Jansen, 1999,
+    https://doi.org/10.1016/S0010-4655(98)00154-4). Other noise, as of a minibatch, is held fixed.
     """
     restore = replica.save()
     base_seeds = seeds(seed, 2 * number)
