@@ -6,10 +6,9 @@ import copy
 import fnmatch
 import functools
 import math
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -31,9 +30,10 @@ from pyro_gumbel._validate import is_integer
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.infer import Estimator_ELBO, config_gradient
 from pyro_gumbel.infer._checks import PARTICLE_PLATE
+from pyro_gumbel.infer._costs import site_frames
 from pyro_gumbel.infer._operations import Undo
 from pyro_gumbel.infer._operations import leaves as nested
-from pyro_gumbel.infer._state import generator_states, set_generator_states
+from pyro_gumbel.infer._state import preserved_rng
 from pyro_gumbel.infer.config import configure_module
 
 __all__ = [
@@ -67,9 +67,7 @@ def seeds(seed: int, number: int) -> list[int]:
 
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and torch's generators, those of all devices."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    pyro.set_rng_seed(seed % 2**32)
 
 
 def seed_torch(seed: int) -> None:
@@ -137,20 +135,15 @@ def preserved() -> Iterator[Keeper]:
     tensors only if it has seen them: call it with leaves, and first run the programs inside its
     ``watch()``.
     """
-    store = pyro.get_param_store()
-    # Private: set_state copies into the store, so it cannot remove parameters or keep their order.
-    tables = (store._params, store._param_to_name, store._constraints)
-    contents = [dict(table) for table in tables]
-    generators, keep = generator_states(), Keeper()
-    keep(dict(store.named_parameters()).values())
-    try:
+    store, keep = pyro.get_param_store(), Keeper()
+    keep(leaf for _, leaf in store.named_parameters())
+    with ExitStack() as stack:
+        # A scope cuts the links from values to unconstrained ones; reading the values ties them.
+        stack.callback(lambda: list(store.values()))
+        stack.enter_context(preserved_rng())
+        stack.enter_context(store.scope(store.get_state()))
+        stack.callback(keep.restore)
         yield keep
-    finally:
-        for table, content in zip(tables, contents, strict=True):
-            table.clear()
-            table.update(content)
-        keep.restore()
-        set_generator_states(generators)
 
 
 @torch.no_grad()
@@ -176,16 +169,16 @@ def find_parameters(call: Call, keep: Keeper, params: Params = None) -> dict[str
             "Neither the guide nor the model has a parameter: write pyro.param(...) or "
             "pyro.module(...) in them, or make them PyroModules."
         )
-    if params is None:
-        return leaves
     store = pyro.get_param_store()
     if isinstance(params, Mapping):
+        known = store.get_state()["constraints"]
         for name, value in params.items():
             _check_known(name, [name] if name in leaves else [], leaves)
-            constraint = store._constraints.get(name) or sites[name]["kwargs"].get("constraint")
+            constraint = known.get(name) or sites[name]["kwargs"].get("constraint")
             _set_value(name, leaves[name], value, constraint or constraints.real)
-        return leaves
-    return _select({**leaves, **dict(store.named_parameters()), **leaves}, params)
+    elif params is not None:
+        return _select({**leaves, **dict(store.named_parameters()), **leaves}, params)
+    return leaves
 
 
 def _set_value(name: str, leaf: Tensor, value: Any, constraint: Any) -> None:
@@ -200,12 +193,12 @@ def _set_value(name: str, leaf: Tensor, value: Any, constraint: Any) -> None:
             f"params: the value for {name!r} must satisfy {constraint!r}, the parameter's "
             f"constraint; got {value.detach().cpu().numpy()}."
         )
-    unconstrained = transform_to(constraint).inv(value)
+    transform = transform_to(constraint)
+    unconstrained = transform.inv(value)
     if unconstrained.shape != leaf.shape:
-        shape = tuple(transform_to(constraint)(leaf).shape)
         raise ValueError(
             f"params: the value for {name!r} has shape {tuple(value.shape)}; the parameter has "
-            f"{shape}."
+            f"{tuple(transform(leaf).shape)}."
         )
     # A tensor of its own: the caller's storage is put back afterwards, untouched.
     leaf.data = unconstrained.clone()
@@ -219,13 +212,13 @@ def _select(leaves: dict[str, Tensor], params: Any) -> dict[str, Tensor]:
             "params must be names of parameters, such as params=['logits'], or a dict of their "
             f"values; got {params!r}."
         )
+    if not patterns:
+        raise ValueError(f"params is empty; the parameters are {list(leaves)}.")
     chosen: list[str] = []
     for pattern in patterns:
         found = [pattern] if pattern in leaves else fnmatch.filter(leaves, pattern)
         _check_known(pattern, found, leaves)
         chosen += found
-    if not chosen:
-        raise ValueError(f"params is empty; the parameters are {list(leaves)}.")
     return {name: leaf for name, leaf in leaves.items() if name in chosen}
 
 
@@ -372,8 +365,8 @@ class EvaluationCounter(Messenger):
             return
         fn: Any = msg["fn"]
         batch = list(fn.batch_shape)
-        for frame in msg["cond_indep_stack"]:
-            own = frame.vectorized and frame.name != PARTICLE_PLATE
-            if own and frame.dim is not None and len(batch) >= -frame.dim:
+        for frame in site_frames(msg):
+            inside = frame.dim is not None and len(batch) >= -frame.dim
+            if frame.name != PARTICLE_PLATE and inside:
                 batch[frame.dim] = 1
         self._elements = max(self._elements, math.prod(batch))

@@ -17,16 +17,13 @@ from pyro.infer import SVI
 from pyro.optim import PyroOptim
 from tqdm.auto import tqdm
 
-from pyro_gumbel._validate import (
-    check_estimators,
-    check_programs,
-    integer,
-    is_integer,
-)
+from pyro_gumbel._validate import check_estimators, check_programs, integer, is_integer
 from pyro_gumbel.diagnostics._state import Replica, find_parameters, preserved, seed_everything
 from pyro_gumbel.estimators import Call
 
 __all__ = ["train"]
+
+_RECORDED = ("elbo", "grad_norm", "seconds")
 
 
 def train(
@@ -79,14 +76,8 @@ def train(
         ...     pyro.sample("z", dist.Bernoulli(0.3))
         >>> def guide():
         ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.0))))
-        >>> history = train(
-        ...     model,
-        ...     guide,
-        ...     estimators={"exact": "enumerate"},
-        ...     optim=pyro.optim.Adam({"lr": 0.1}),
-        ...     num_steps=100,
-        ...     progress=False,
-        ... )
+        >>> options = {"optim": pyro.optim.Adam({"lr": 0.1}), "num_steps": 100}
+        >>> history = train(model, guide, estimators={"exact": "enumerate"}, **options)
         >>> float(history.elbo[0, -1, 0]) > float(history.elbo[0, 0, 0])
         True
     """
@@ -96,7 +87,7 @@ def train(
     num_steps = integer("num_steps", num_steps, 1)
     num_particles = integer("num_particles", num_particles, 1)
     shape = (len(numbers), num_steps, len(estimators))
-    histories = {name: np.empty(shape) for name in ("elbo", "grad_norm", "seconds")}
+    records = np.empty((*shape, len(_RECORDED)))
 
     def call(step: int) -> Call:
         return Call(model, guide, args if batches is None else _batch(batches, step), kwargs)
@@ -111,10 +102,9 @@ def train(
                     find_parameters(first, keep)
                     seed_everything(seed)
                     replica = Replica(choice, first, num_particles, vectorize_particles)
-                    steps = _steps(replica, _fresh(optim), call, num_steps)
-                    for step, values in enumerate(steps):
-                        for history, value in zip(histories.values(), values, strict=True):
-                            history[chain, step, column] = value
+                    steps = _steps(replica, _fresh(optim), map(call, range(num_steps)))
+                    for step, record in enumerate(steps):
+                        records[chain, step, column] = record
                         bar.update()
     dims = ("chain", "draw", "estimator")
     coords = {
@@ -124,43 +114,35 @@ def train(
         "estimator": list(estimators),
     }
     return xr.Dataset(
-        {name: (dims, history) for name, history in histories.items()},
+        {name: (dims, records[..., place]) for place, name in enumerate(_RECORDED)},
         coords,
         {"inference_library": "pyro", "inference_library_version": pyro.__version__},
     )
 
 
 def _steps(
-    replica: Replica, optim: PyroOptim, call: Callable[[int], Call], number: int
+    replica: Replica, optim: PyroOptim, calls: Iterable[Call]
 ) -> Iterator[tuple[float, float, float]]:
-    """Take steps of ``SVI``; yield the ELBO, the gradient's norm and the seconds of each."""
+    """Take steps of ``SVI``; yield what ``_RECORDED`` names of each."""
     norm = 0.0
 
     def loss_and_grads(model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal norm
         with poutine.trace(param_only=True) as capture:
             loss = replica.elbo.loss_and_grads(model, guide, *args, **kwargs)
-        norm = _gradient_norm(capture.trace)
+        # The optimiser moves parameters of estimators, too; they are no part of the gradient.
+        sites = capture.trace.nodes.items()
+        leaves = (s["value"].unconstrained() for n, s in sites if not n.startswith("gradient$"))
+        norms = [leaf.grad.norm().double().cpu() for leaf in leaves if leaf.grad is not None]
+        norm = float(torch.stack(norms).norm()) if norms else 0.0
         return loss
 
     svi = SVI(replica.call.model, replica.guide, optim, replica.elbo.loss, loss_and_grads)
-    for step in range(number):
-        here = call(step)
+    for call in calls:
         start = time.perf_counter()
-        loss = svi.step(*here.args, **here.kwargs)
+        loss = svi.step(*call.args, **call.kwargs)
         seconds = time.perf_counter() - start
         yield -(loss[0] if isinstance(loss, tuple) else loss), norm, seconds
-
-
-def _gradient_norm(trace: Any) -> float:
-    """The norm of the gradient, but for parameters that belong to estimators."""
-    leaves = [
-        site["value"].unconstrained()
-        for name, site in trace.nodes.items()
-        if not name.startswith("gradient$")
-    ]
-    norms = [leaf.grad.norm().double().cpu() for leaf in leaves if leaf.grad is not None]
-    return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 def _fresh(optim: Any) -> PyroOptim:
@@ -184,7 +166,6 @@ def _fresh(optim: Any) -> PyroOptim:
 
 
 def _batch(batches: Any, step: int) -> tuple[Any, ...]:
-    """The arguments at a step."""
     found = batches(step) if callable(batches) else batches
     if not callable(batches) or not isinstance(found, (tuple, list)):
         raise TypeError(
@@ -196,12 +177,11 @@ def _batch(batches: Any, step: int) -> tuple[Any, ...]:
 
 def _seeds(seeds: Any) -> list[int]:
     given = range(int(seeds)) if is_integer(seeds) else seeds
-    found = list(given) if isinstance(given, Iterable) else [given]
-    if not isinstance(given, Iterable) or not all(map(is_integer, found)):
+    if not isinstance(given, Iterable) or not all(map(is_integer, given := list(given))):
         raise TypeError(
             "seeds must be integers, such as seeds=[0, 1, 2], or their number, seeds=3; got "
             f"{seeds!r}."
         )
-    if not found:
+    if not given:
         raise ValueError("seeds is empty; give seeds=3, or seeds=[0, 1, 2].")
-    return [int(seed) for seed in found]
+    return [int(seed) for seed in given]
