@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -16,15 +16,15 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_gumbel.diagnostics._state import seed_torch
 from pyro_gumbel.distributions.families import event_dims, has_law_of, support_values, unwrap
 from pyro_gumbel.estimators import Call, Estimator, Pathwise, Score
 from pyro_gumbel.infer._checks import PARTICLE_PLATE
 from pyro_gumbel.infer._costs import Frames, site_frames
 from pyro_gumbel.infer._dependence import Dependence
 from pyro_gumbel.infer._execution import preflight
-from pyro_gumbel.infer._run import Run, collect, run_programs
+from pyro_gumbel.infer._run import DeeperPlates, Run, collect, run_programs
 from pyro_gumbel.infer._sampling import (
+    MAIN,
     Layout,
     Memory,
     NestingNeeded,
@@ -35,13 +35,12 @@ from pyro_gumbel.infer._sampling import (
 
 __all__ = [
     "LONG_RUN",
+    "Minibatches",
     "NotListable",
-    "States",
-    "discrete_sites",
-    "find_minibatches",
-    "plain_estimator",
-    "plate_dims",
+    "expectations",
+    "find_states",
     "run",
+    "walk",
 ]
 
 LONG_RUN = (
@@ -49,16 +48,16 @@ LONG_RUN = (
     "estimators={'reference': 'auto'}, num_draws=100_000, project=8, seed=1)['reference']."
 )
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
-_FEW = 64  # minibatches that are all taken without a comparison
-_COMPARED = 5  # pairs of minibatches
-_LARGEST_TOLERANCE = 0.05  # in half precision
+_ELEMENTS = 20_000  # rows times elements of plates in one run
+_COMPARED = 6  # runs with one value an element
+_KINDS = 4  # of elements of a plate
 
 
 class NotListable(ValueError):
     """States cannot be listed, or are too many: there is no exact gradient."""
 
 
-class _Minibatches(Messenger):
+class Minibatches(Messenger):
     """Gives minibatches to plates, and notes the sites of plates that draw one."""
 
     def __init__(self, indices: Mapping[str, Tensor] = NOTHING) -> None:
@@ -93,7 +92,7 @@ def run(
         layout, plain_estimator, Memory(), exact=True, values=values, dependence=dependence
     )
     try:
-        with _Minibatches(values):
+        with Minibatches(values):
             traces = run_programs(call, sampler, SharedSubsample())
     except NestingNeeded:  # a site of the model is summed
         return run(call, values, Layout(preflight(call, plain_estimator)[1]), dependence)
@@ -214,139 +213,179 @@ class States:
         return value.sum(summed, keepdim=True) if summed else value
 
 
-def find_minibatches(
-    call: Call, leaves: Sequence[Tensor], max_states: int
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Choose at most ``max_states`` minibatches of each plate, with the average bound of all.
+@torch.no_grad()
+def find_states(
+    call: Call, given: Mapping[str, Tensor], limit: int
+) -> tuple[States | None, States]:
+    """Choose the plates whose elements are summed one by one: as many as possible.
 
-    If elements do not depend on the rest of their minibatch, the bound is a sum over elements.
-    Minibatches that contain each element equally often then suffice. Otherwise all are taken.
+    A plate whose elements meet in a term outside of it is not one of them. For the others runs
+    are compared.
 
     Returns:
-        The minibatches of each subsampled plate, ``(number, batch)``; and the plates whose
-        elements depend on the rest of their minibatch.
+        The states, or ``None`` if no choice of at most ``limit`` states agrees with single runs;
+        and the fewest states that there may be.
     """
-    with torch.no_grad(), _Minibatches() as met:
-        run(call)
-    devices = {name: site["value"].device for name, site in met.sites.items()}
-    sizes = {
-        name: (site["fn"].size, site["fn"].subsample_size) for name, site in met.sites.items()
+    with Dependence() as dependence:
+        first = run(call, given, dependence=dependence)
+        marks = [dependence.marks(term.value) for term in first.terms]
+    sites = discrete_sites(first.guide)
+    gathered = {
+        plate
+        for term, reached in zip(first.terms, marks, strict=True)
+        for site in sites
+        if site.name in reached
+        for plate in set(site.plates) - set(plate_dims(term.frames))
     }
-    sizes = {name: own for name, own in sizes.items() if own[1] is not None and own[1] < own[0]}
-    choices, dependent = {}, []
-    for name, (size, batch) in sizes.items():  # windows have each element equally often
-        starts = torch.arange(0, size, batch if size % batch == 0 else 1)
-        windows = (starts[:, None] + torch.arange(batch)) % size
-        choices[name] = windows.to(devices[name])
-    start = {name: own[0] for name, own in choices.items()}
-    for name, (size, batch) in sizes.items():
-        ordered = _reads_others(call, leaves, start, name, size, _reverse)
-        number = (math.perm if ordered else math.comb)(size, batch)
-        if number > _FEW:
-            if not (ordered or _reads_others(call, leaves, start, name, size, _exchange)):
-                continue
-            dependent.append(name)
-        if number > max_states:
-            raise NotListable(
-                f"exact_gradient: terms of plate {name!r} depend on the rest of their minibatch, "
-                f"as by batch normalisation: there are {number:,} minibatches, more than "
-                f"max_states={max_states:,}. Put such modules into .eval(), run the whole plate "
-                f"(subsample_size=None), raise max_states, or take {LONG_RUN}"
-            )
-        choose = itertools.permutations if ordered else itertools.combinations
-        choices[name] = torch.tensor(list(choose(range(size), batch)), device=devices[name])
-    return choices, dependent
-
-
-Arrangements = tuple[list[Tensor], list[Tensor]]
-Sums = tuple[Tensor, Tensor]
-
-
-def _reverse(order: Tensor, batch: int) -> Arrangements:
-    """Take a minibatch, and reverse it."""
-    return [order[:batch]], [order[:batch].flip(0)]
-
-
-def _exchange(order: Tensor, batch: int) -> Arrangements:
-    """Take two minibatches that differ as far as possible, and exchange half of what differs."""
-    differing = min(batch, len(order) - batch)
-    shared, one, other = order[: batch + differing].tensor_split([batch - differing, batch])
-    cut = differing // 2
-    halves = [one[:cut], other[cut:]], [other[:cut], one[cut:]]
-    whole = [torch.cat([shared, one]), torch.cat([shared, other])]
-    return whole, [torch.cat([shared, *half]) for half in halves]
-
-
-def _reads_others(
-    call: Call,
-    leaves: Sequence[Tensor],
-    start: Mapping[str, Tensor],
-    plate: str,
-    size: int,
-    arrange: Callable[[Tensor, int], Arrangements],
-) -> bool:
-    """Compare minibatches of a plate that have the same elements in another arrangement.
-
-    Each element keeps its own latent values. A sum over elements, each with a random weight, does
-    not change in total if two minibatches exchange elements. That holds for the terms of the bound
-    and for the probabilities of latent values, and for their gradients.
-    """
-    with torch.no_grad():
-        sites = discrete_sites(run(call, start).guide)
-
-    def sums(index: Tensor, weights: Tensor, digits: Mapping[str, Tensor]) -> Sums:
-        seed_torch(0)  # the same noise in each run, if the programs draw some
-        given = {**start, plate: index.to(start[plate].device)}
-        for site in sites:
-            own = digits[site.name]
-            if plate in site.plates:
-                own = own.index_select(len(site.batch_shape) + site.plates[plate], index)
-            given[site.name] = site.support[own]
-        return _weighted_sums(run(call, given), leaves, plate, weights[index])
-
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(_COMPARED):
-        weights, digits = torch.rand(size, generator=generator) + 0.5, {}
-        for site in sites:
-            shape = [*site.batch_shape, *site.inner_shape]
-            if plate in site.plates:
-                shape[len(site.batch_shape) + site.plates[plate]] = size
-            digits[site.name] = torch.randint(len(site.support), shape, generator=generator)
-        order = torch.randperm(size, generator=generator)
-        arranged = arrange(order, len(start[plate]))
-        some, others = ([sums(index, weights, digits) for index in part] for part in arranged)
-        if not all(map(_close, zip(*some, strict=True), zip(*others, strict=True))):
-            return True
-    return False
-
-
-def _weighted_sums(found: Run, leaves: Sequence[Tensor], plate: str, weights: Tensor) -> Sums:
-    """Sum every term and score over elements with their weights; and the gradient of all sums."""
-    parts = [(term.value, plate_dims(term.frames)) for term in found.terms]
-    parts += [
-        (found.log_prob(n), plate_dims(site_frames(site))) for n, site in found.guide.items()
-    ]
-    totals = []
-    for value, plates in parts:
-        value = value.nan_to_num(posinf=0.0, neginf=0.0)
-        if plate in plates:
-            value = value * weights.to(value).reshape(-1, *(1,) * (-1 - plates[plate]))
-        totals.append(value.sum())
-    sums = torch.stack(totals)
-    if not sums.requires_grad:
-        return sums, sums.new_zeros(1)
-    scales = torch.arange(1, 1 + len(sums), dtype=sums.dtype, device=sums.device).sqrt()
-    gradients = torch.autograd.grad(
-        scales @ sums, leaves, allow_unused=True, materialize_grads=True
+    nesting = max(
+        (-dim for term in first.terms for dim in plate_dims(term.frames).values()), default=0
     )
-    return sums.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+    plates = sorted({name for site in sites for name in site.plates} - gathered)
+    fewest = States(sites, frozenset(plates), nesting)
+    for size in range(len(plates), -1, -1):
+        for parallel in itertools.combinations(plates, size):
+            states = States(sites, frozenset(parallel), nesting)
+            if states.count <= limit and _agrees(call, given, states):
+                return states, fewest
+    return None, fewest
 
 
-def _close(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Compare two sums of minibatches."""
-    if len({len(part) for part in (*some, *others)}) > 1:
-        return False  # the programs ran another course
-    largest = max(part.abs().max() for part in (*some, *others))
-    eps = max(torch.finfo(part.dtype).eps for part in some)
-    difference = torch.stack([*some]).sum(0) - torch.stack([*others]).sum(0)
-    return bool(difference.abs().max() <= min(1e4 * eps, _LARGEST_TOLERANCE) * largest)
+def expectations(call: Call, given: Mapping[str, Tensor], states: States) -> Iterator[Tensor]:
+    """Yield the parts of the ELBO, a few states at a time, each with its gradient."""
+    elements = max((math.prod(site.batch_shape) for site in states.sites), default=1)
+    for some in torch.arange(states.count).split(max(1, _ELEMENTS // max(elements, 1))):
+        values = states.values(states.numbers(some))
+        found = run(call, {**given, **values}, Layout(states.nesting, (MAIN,), len(some), True))
+        yield _weigh(found, states, len(some))
+
+
+def _weigh(found: Run, states: States, rows: int) -> Tensor:
+    """Sum the terms of a run whose rows are states, each with the probability of its state."""
+    total = torch.zeros(())
+    for term in found.terms:
+        plates = plate_dims(term.frames)
+        log_weight = torch.zeros(())
+        for site in states.sites:
+            if states.has_bearing(site, plates):
+                log_prob = found.log_prob(site.name)
+                log_weight = log_weight + states.reduce(log_prob, site.plates)
+            else:  # each of its values counts alike
+                log_weight = log_weight - math.log(states.size(site))
+        weight, value = torch.broadcast_tensors(
+            log_weight.exp(), states.reduce(term.value, plates)
+        )
+        value = value.expand(rows, *value.shape[1:])
+        # A state of probability zero may have an infinite cost: 0 * inf would be nan.
+        total = total + (weight * value.masked_fill(weight == 0, 0.0)).sum()
+    return total
+
+
+def _agrees(call: Call, given: Mapping[str, Tensor], states: States) -> bool:
+    """Compare runs of one state, whose elements differ, with a run whose rows are states.
+
+    In a single run each element of a parallel plate takes one of a few states. In a row all
+    elements are in the same state. So an element has the terms of its state's row, unless a
+    program mixes rows or an element sees the values of another.
+    """
+    singles = []
+    for repeat in range(_COMPARED):
+        numbers = _draw_numbers(states, repeat)
+        single = run(call, {**given, **states.values(numbers, rows=False)})
+        own = [states.states(numbers, plate_dims(term.frames)) for term in single.terms]
+        singles.append((single, own))
+    met = torch.cat([each.flatten() for _, own in singles for each in own]).unique()
+    taken = {1, *(f.size for single, _ in singles for term in single.terms for f in term.frames)}
+    together = _run_rows(call, given, states, met, taken)
+    return together is not None and all(
+        _same(single, own, together, states, met) for single, own in singles
+    )
+
+
+def _draw_numbers(states: States, repeat: int) -> dict[str, Tensor]:
+    """Draw a number for each element of each site; elements of one kind have the same numbers.
+
+    In the first two repeats all have the first value, or all the last, and later one kind of
+    elements has either: hard functions are seldom extreme elsewhere.
+    """
+    sizes = {n: s.batch_shape[s.plates[n]] for s in states.sites for n in s.plates}
+    kinds = {name: torch.randperm(size) % _KINDS for name, size in sizes.items()}
+    order, numbers = torch.randperm(_KINDS), {}
+    for site in states.sites:
+        last = states.size(site) - 1
+        drawn = torch.randint(last + 1, (_KINDS,))
+        drawn[:2] = torch.tensor([0, last])
+        own = torch.zeros((1,) * (states.nesting + 1), dtype=torch.long)
+        for name in states.parallel & set(site.plates):
+            own = own + kinds[name].reshape(-1, *(1,) * (-1 - site.plates[name]))
+        own = drawn[order][own % _KINDS]
+        numbers[site.name] = own if repeat > 1 else torch.full_like(own, repeat * last)
+    return numbers
+
+
+def _run_rows(
+    call: Call, given: Mapping[str, Tensor], states: States, met: Tensor, taken: set[int]
+) -> Run | None:
+    """Run the programs on rows; ``None`` if a term is not laid out as rows and plates say.
+
+    Rows are repeated until their number differs from the sizes of plates, ``taken``.
+    """
+    nesting = states.nesting
+    rows = next(rows for rows in itertools.count(len(met)) if rows not in taken)
+    numbers = states.numbers(met[torch.arange(rows).clamp(max=len(met) - 1)])
+    layout = Layout(nesting, (MAIN,), rows, True)
+    try:
+        with Dependence() as dependence:
+            found = run(call, {**given, **states.values(numbers)}, layout, dependence)
+            reached = [dependence.marks(term.value).keys() for term in found.terms]
+    except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError, DeeperPlates):
+        return None  # the programs do not broadcast
+    for term, names in zip(found.terms, reached, strict=True):
+        shape = left_filled(term.value, nesting + 1).shape
+        own = plate_dims(term.frames).values()
+        stray = any(shape[dim] != 1 for dim in range(-nesting, 0) if dim not in own)
+        # What is computed from values that differ between rows has a number for each of them.
+        fine = {rows} if names & found.guide.keys() else {1, rows}
+        if stray or len(shape) > nesting + 1 or shape[0] not in fine:
+            return None
+    return found
+
+
+def _same(single: Run, own: list[Tensor], together: Run, states: States, met: Tensor) -> bool:
+    """Compare a single run with the rows of its elements' states, ``own`` for each term."""
+    if [term.site for term in single.terms] != [term.site for term in together.terms]:
+        return False
+    for one, many, elements in zip(single.terms, together.terms, own, strict=True):
+        plates = plate_dims(one.frames)
+        alone, rows = states.reduce(one.value, plates), states.reduce(many.value, plates)
+        if len(rows) > 1:
+            places = torch.searchsorted(met, elements).to(rows.device)
+            rows = torch.take_along_dim(rows, places, 0)
+        tolerance = 1e4 * torch.finfo(alone.dtype).eps
+        if not torch.allclose(alone, rows, rtol=tolerance, atol=tolerance, equal_nan=True):
+            return False
+    return True
+
+
+def walk(call: Call, given: Mapping[str, Tensor], limit: int) -> Iterator[Tensor]:
+    """Yield the parts of the ELBO state by state, for programs whose course depends on values."""
+    waiting: list[dict[str, Tensor]] = [{}]
+    visited = 0
+    while waiting:
+        values = waiting.pop()
+        found = run(call, {**given, **values})
+        missing = [site for site in discrete_sites(found.guide) if site.name not in values]
+        if not missing:
+            visited += 1
+            log_prob = torch.stack([found.log_prob(name).sum() for name in found.guide]).sum()
+            weight = log_prob.exp()
+            reward = torch.stack([term.value.sum() for term in found.terms]).sum()
+            yield torch.where(weight == 0, 0.0, weight * torch.where(weight == 0, 0.0, reward))
+            continue
+        states = States(missing[:1], frozenset(), len(missing[0].batch_shape))
+        if visited + len(waiting) + states.count > limit:
+            raise NotListable(
+                f"exact_gradient: more than {limit:,} joint states, visited one by one. Raise "
+                f"max_states, or take {LONG_RUN}"
+            )
+        (rows,) = states.values(states.numbers(torch.arange(states.count))).values()
+        waiting += [{**values, missing[0].name: row} for row in rows]

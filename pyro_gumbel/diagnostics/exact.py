@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,12 +16,12 @@ from pyro_gumbel._validate import check_coords, check_dims, check_programs, inte
 from pyro_gumbel.diagnostics._moments import dims_of
 from pyro_gumbel.diagnostics._programs import (
     LONG_RUN,
+    Minibatches,
     NotListable,
-    States,
-    discrete_sites,
-    find_minibatches,
-    plate_dims,
+    expectations,
+    find_states,
     run,
+    walk,
 )
 from pyro_gumbel.diagnostics._state import (
     Params,
@@ -30,18 +30,17 @@ from pyro_gumbel.diagnostics._state import (
     preserved,
     read_gradients,
     seed_everything,
+    seed_torch,
     seeds,
 )
 from pyro_gumbel.estimators import Call
-from pyro_gumbel.infer._dependence import Dependence
-from pyro_gumbel.infer._run import DeeperPlates, Run
-from pyro_gumbel.infer._sampling import MAIN, Layout, left_filled
 
 __all__ = ["exact_gradient", "sum_states"]
 
-_ELEMENTS = 20_000  # rows times elements of plates in one run
-_COMPARED = 6  # runs with one value an element
-_KINDS = 4  # of elements of a plate
+_FEW = 64  # minibatches that are all taken without a comparison
+_COMPARED = 5  # pairs of minibatches
+_LARGEST_TOLERANCE = 0.05  # in half precision
+Arrangements = tuple[list[Tensor], list[Tensor]]
 
 
 def exact_gradient(
@@ -124,210 +123,131 @@ def sum_states(
         check_dims(dims, leaves)
         own_dims = {name: dims_of(name, leaf.dim(), dims, leaves) for name, leaf in leaves.items()}
         read_gradients(leaves)
-        choices, dependent = find_minibatches(call, list(leaves.values()), max_states)
-        batches = math.prod(map(len, choices.values()))
-        limit = max_states // batches if dependent else max_states
-        loss, count = 0.0, 0
-        for indices in itertools.product(*choices.values()):
-            given = dict(zip(choices, indices, strict=True))
-            states, fewest = _find_states(call, given, limit)
-            if states is not None:
-                parts, count = _expectations(call, given, states), states.count
-            elif fewest.count <= limit:
-                parts, count = _walk(call, given, limit), 0
-            else:
-                each = f" in each of {batches:,} minibatches" if dependent else ""
-                raise NotListable(
-                    f"exact_gradient: {fewest.count:,} joint states of the sites "
-                    f"{[site.name for site in fewest.sites]}{each} are more than "
-                    f"max_states={max_states:,}. Raise max_states, or take {LONG_RUN}"
-                )
-            for part in parts:
-                if time.perf_counter() > deadline:
-                    raise NotListable("exact_gradient: the joint states take too long.")
-                loss -= part.item() / batches
-                count += states is None
-                if part.requires_grad:
-                    (-part / batches).backward()
+        exact = _ExactSum(call, leaves, max_states, deadline)
+        choices = exact.find_minibatches()
+        total = torch.zeros(())
+        for minibatches in itertools.product(*choices.values()):
+            total = total + exact.at(dict(zip(choices, minibatches, strict=True)))
+        total = total / math.prod(map(len, choices.values()))
         check_complete(leaves, params)
-        gradients = [gradient.detach().cpu().numpy().copy() for gradient in read_gradients(leaves)]
-    variables = {n: (own_dims[n], gradient) for n, gradient in zip(leaves, gradients, strict=True)}
-    return xr.Dataset(variables, attrs={"loss": loss, "states": count, "estimator": "exact"})
+    loss, *gradients = total.split([1, *(leaf.numel() for leaf in leaves.values())])
+    variables = {}
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        own = gradient.reshape(leaf.shape).to(leaf.dtype).cpu().numpy()
+        variables[name] = (own_dims[name], own)
+    attrs = {"loss": loss.item(), "states": exact.states, "estimator": "exact"}
+    return xr.Dataset(variables, attrs=attrs)
 
 
-@torch.no_grad()
-def _find_states(
-    call: Call, given: Mapping[str, Tensor], limit: int
-) -> tuple[States | None, States]:
-    """Choose the plates whose elements are summed one by one: as many as possible.
+class _ExactSum:
+    """The loss and its gradient by sums over all states, for given minibatches."""
 
-    A plate whose elements meet in a term outside of it is not one of them. For the others runs
-    are compared.
+    def __init__(
+        self, call: Call, leaves: dict[str, Tensor], max_states: int, deadline: float
+    ) -> None:
+        self.call, self.leaves, self.deadline = call, leaves, deadline
+        self.max_states, self.batches = max_states, 1  # those that share the limit
+        self.states, self.eps = 0, 0.0  # the number of states, and the coarsest precision met
 
-    Returns:
-        The states, or ``None`` if no choice of at most ``limit`` states agrees with single runs;
-        and the fewest states that there may be.
-    """
-    with Dependence() as dependence:
-        first = run(call, given, dependence=dependence)
-        marks = [dependence.marks(term.value) for term in first.terms]
-    sites = discrete_sites(first.guide)
-    gathered = {
-        plate
-        for term, reached in zip(first.terms, marks, strict=True)
-        for site in sites
-        if site.name in reached
-        for plate in set(site.plates) - set(plate_dims(term.frames))
-    }
-    nesting = max(
-        (-dim for term in first.terms for dim in plate_dims(term.frames).values()), default=0
-    )
-    plates = sorted({name for site in sites for name in site.plates} - gathered)
-    fewest = States(sites, frozenset(plates), nesting)
-    for size in range(len(plates), -1, -1):
-        for parallel in itertools.combinations(plates, size):
-            states = States(sites, frozenset(parallel), nesting)
-            if states.count <= limit and _agrees(call, given, states):
-                return states, fewest
-    return None, fewest
-
-
-def _expectations(call: Call, given: Mapping[str, Tensor], states: States) -> Iterator[Tensor]:
-    """Yield the parts of the ELBO, a few states at a time, each with its gradient."""
-    elements = max((math.prod(site.batch_shape) for site in states.sites), default=1)
-    for some in torch.arange(states.count).split(max(1, _ELEMENTS // max(elements, 1))):
-        values = states.values(states.numbers(some))
-        found = run(call, {**given, **values}, Layout(states.nesting, (MAIN,), len(some), True))
-        yield _weigh(found, states, len(some))
-
-
-def _weigh(found: Run, states: States, rows: int) -> Tensor:
-    """Sum the terms of a run whose rows are states, each with the probability of its state."""
-    total = torch.zeros(())
-    for term in found.terms:
-        plates = plate_dims(term.frames)
-        log_weight = torch.zeros(())
-        for site in states.sites:
-            if states.has_bearing(site, plates):
-                log_prob = found.log_prob(site.name)
-                log_weight = log_weight + states.reduce(log_prob, site.plates)
-            else:  # each of its values counts alike
-                log_weight = log_weight - math.log(states.size(site))
-        weight, value = torch.broadcast_tensors(
-            log_weight.exp(), states.reduce(term.value, plates)
-        )
-        value = value.expand(rows, *value.shape[1:])
-        # A state of probability zero may have an infinite cost: 0 * inf would be nan.
-        total = total + (weight * value.masked_fill(weight == 0, 0.0)).sum()
-    return total
-
-
-def _agrees(call: Call, given: Mapping[str, Tensor], states: States) -> bool:
-    """Compare runs of one state, whose elements differ, with a run whose rows are states.
-
-    In a single run each element of a parallel plate takes one of a few states. In a row all
-    elements are in the same state. So an element has the terms of its state's row, unless a
-    program mixes rows or an element sees the values of another.
-    """
-    singles = []
-    for repeat in range(_COMPARED):
-        numbers = _draw_numbers(states, repeat)
-        single = run(call, {**given, **states.values(numbers, rows=False)})
-        own = [states.states(numbers, plate_dims(term.frames)) for term in single.terms]
-        singles.append((single, own))
-    met = torch.cat([each.flatten() for _, own in singles for each in own]).unique()
-    taken = {1, *(f.size for single, _ in singles for term in single.terms for f in term.frames)}
-    together = _run_rows(call, given, states, met, taken)
-    return together is not None and all(
-        _same(single, own, together, states, met) for single, own in singles
-    )
-
-
-def _draw_numbers(states: States, repeat: int) -> dict[str, Tensor]:
-    """Draw a number for each element of each site; elements of one kind have the same numbers.
-
-    In the first two repeats all have the first value, or all the last, and later one kind of
-    elements has either: hard functions are seldom extreme elsewhere.
-    """
-    sizes = {n: s.batch_shape[s.plates[n]] for s in states.sites for n in s.plates}
-    kinds = {name: torch.randperm(size) % _KINDS for name, size in sizes.items()}
-    order, numbers = torch.randperm(_KINDS), {}
-    for site in states.sites:
-        last = states.size(site) - 1
-        drawn = torch.randint(last + 1, (_KINDS,))
-        drawn[:2] = torch.tensor([0, last])
-        own = torch.zeros((1,) * (states.nesting + 1), dtype=torch.long)
-        for name in states.parallel & set(site.plates):
-            own = own + kinds[name].reshape(-1, *(1,) * (-1 - site.plates[name]))
-        own = drawn[order][own % _KINDS]
-        numbers[site.name] = own if repeat > 1 else torch.full_like(own, repeat * last)
-    return numbers
-
-
-def _run_rows(
-    call: Call, given: Mapping[str, Tensor], states: States, met: Tensor, taken: set[int]
-) -> Run | None:
-    """Run the programs on rows; ``None`` if a term is not laid out as rows and plates say.
-
-    Rows are repeated until their number differs from the sizes of plates, ``taken``.
-    """
-    nesting = states.nesting
-    rows = next(rows for rows in itertools.count(len(met)) if rows not in taken)
-    numbers = states.numbers(met[torch.arange(rows).clamp(max=len(met) - 1)])
-    layout = Layout(nesting, (MAIN,), rows, True)
-    try:
-        with Dependence() as dependence:
-            found = run(call, {**given, **states.values(numbers)}, layout, dependence)
-            reached = [dependence.marks(term.value).keys() for term in found.terms]
-    except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError, DeeperPlates):
-        return None  # the programs do not broadcast
-    for term, names in zip(found.terms, reached, strict=True):
-        shape = left_filled(term.value, nesting + 1).shape
-        own = plate_dims(term.frames).values()
-        stray = any(shape[dim] != 1 for dim in range(-nesting, 0) if dim not in own)
-        # What is computed from values that differ between rows has a number for each of them.
-        fine = {rows} if names & found.guide.keys() else {1, rows}
-        if stray or len(shape) > nesting + 1 or shape[0] not in fine:
-            return None
-    return found
-
-
-def _same(single: Run, own: list[Tensor], together: Run, states: States, met: Tensor) -> bool:
-    """Compare a single run with the rows of its elements' states, ``own`` for each term."""
-    if [term.site for term in single.terms] != [term.site for term in together.terms]:
-        return False
-    for one, many, elements in zip(single.terms, together.terms, own, strict=True):
-        plates = plate_dims(one.frames)
-        alone, rows = states.reduce(one.value, plates), states.reduce(many.value, plates)
-        if len(rows) > 1:
-            places = torch.searchsorted(met, elements).to(rows.device)
-            rows = torch.take_along_dim(rows, places, 0)
-        tolerance = 1e4 * torch.finfo(alone.dtype).eps
-        if not torch.allclose(alone, rows, rtol=tolerance, atol=tolerance, equal_nan=True):
-            return False
-    return True
-
-
-def _walk(call: Call, given: Mapping[str, Tensor], limit: int) -> Iterator[Tensor]:
-    """Yield the parts of the ELBO state by state, for programs whose course depends on values."""
-    waiting: list[dict[str, Tensor]] = [{}]
-    visited = 0
-    while waiting:
-        values = waiting.pop()
-        found = run(call, {**given, **values})
-        missing = [site for site in discrete_sites(found.guide) if site.name not in values]
-        if not missing:
-            visited += 1
-            log_prob = torch.stack([found.log_prob(name).sum() for name in found.guide]).sum()
-            weight = log_prob.exp()
-            reward = torch.stack([term.value.sum() for term in found.terms]).sum()
-            yield torch.where(weight == 0, 0.0, weight * torch.where(weight == 0, 0.0, reward))
-            continue
-        states = States(missing[:1], frozenset(), len(missing[0].batch_shape))
-        if visited + len(waiting) + states.count > limit:
+    def at(self, given: Mapping[str, Tensor], found: Any = None) -> Tensor:
+        """The loss and its gradient as one vector; ``found`` is what ``find_states`` returns."""
+        limit = self.max_states // self.batches
+        states, fewest = found or find_states(self.call, given, limit)
+        if states is None and fewest.count > limit:
+            each = f" in each of {self.batches:,} minibatches" if self.batches > 1 else ""
             raise NotListable(
-                f"exact_gradient: more than {limit:,} joint states, visited one by one. Raise "
-                f"max_states, or take {LONG_RUN}"
+                f"exact_gradient: {fewest.count:,} joint states of the sites "
+                f"{[site.name for site in fewest.sites]}{each} are more than "
+                f"max_states={self.max_states:,}. Raise max_states, or take {LONG_RUN}"
             )
-        (rows,) = states.values(states.numbers(torch.arange(states.count))).values()
-        waiting += [{**values, missing[0].name: row} for row in rows]
+        parts = expectations(self.call, given, states) if states else walk(self.call, given, limit)
+        loss, number = 0.0, 0
+        for part in parts:
+            if time.perf_counter() > self.deadline:
+                raise NotListable("exact_gradient: the joint states take too long.")
+            loss, number = loss - part.item(), number + 1
+            self.eps = max(self.eps, torch.finfo(part.dtype).eps)
+            if part.requires_grad:
+                (-part).backward()
+        self.states = states.count if states else number
+        gradients = [gradient.flatten().double() for gradient in read_gradients(self.leaves)]
+        return torch.cat([gradients[0].new_tensor([loss]), *gradients])
+
+    def find_minibatches(self) -> dict[str, Tensor]:
+        """Choose minibatches of each subsampled plate, ``(number, batch)``, to average over.
+
+        If elements do not depend on the rest of their minibatch, the bound is a sum over elements.
+        Minibatches that contain each element equally often then suffice. Otherwise all are taken.
+        """
+        with torch.no_grad(), Minibatches() as met:
+            run(self.call)
+        sizes = {n: (site["fn"].size, site["fn"].subsample_size) for n, site in met.sites.items()}
+        sizes = {n: own for n, own in sizes.items() if own[1] is not None and own[1] < own[0]}
+        choices: dict[str, Tensor] = {}
+        for name, (size, batch) in sizes.items():  # windows have each element equally often
+            starts = torch.arange(0, size, batch if size % batch == 0 else 1)
+            windows = (starts[:, None] + torch.arange(batch)) % size
+            choices[name] = windows.to(met.sites[name]["value"].device)
+        start = {name: own[0] for name, own in choices.items()}
+        dependent = []
+        for name, (size, batch) in sizes.items():
+            ordered = self._differ(start, name, size, _reverse)
+            number = (math.perm if ordered else math.comb)(size, batch)
+            if number > _FEW:
+                if not (ordered or self._differ(start, name, size, _exchange)):
+                    continue
+                dependent.append(name)
+            if number > self.max_states:
+                raise NotListable(
+                    f"exact_gradient: terms of plate {name!r} depend on the rest of their "
+                    f"minibatch, as by batch normalisation: there are {number:,} minibatches, "
+                    f"more than max_states={self.max_states:,}. Put such modules into .eval(), "
+                    "run the whole plate (subsample_size=None), raise max_states, or take "
+                    f"{LONG_RUN}"
+                )
+            choose = itertools.permutations if ordered else itertools.combinations
+            choices[name] = start[name].new_tensor(list(choose(range(size), batch)))
+        if dependent:
+            self.batches = math.prod(map(len, choices.values()))
+        return choices
+
+    def _differ(
+        self,
+        start: Mapping[str, Tensor],
+        plate: str,
+        size: int,
+        arrange: Callable[[Tensor, int], Arrangements],
+    ) -> bool:
+        """Compare the sums of minibatches that have the same elements in another arrangement."""
+        generator = torch.Generator().manual_seed(0)
+        found = find_states(self.call, start, self.max_states)
+
+        def at(minibatch: Tensor) -> Tensor:
+            seed_torch(0)  # the same noise in each run, if the programs draw some
+            given = {**start, plate: minibatch.to(start[plate].device)}
+            return self.at(given, found).nan_to_num(posinf=0.0, neginf=0.0)
+
+        for _ in range(_COMPARED):
+            order = torch.randperm(size, generator=generator)
+            arranged = arrange(order, len(start[plate]))
+            one, other = (torch.stack(list(map(at, part))) for part in arranged)
+            tolerance = min(1e4 * self.eps, _LARGEST_TOLERANCE)
+            difference = (one.sum(0) - other.sum(0)).abs().max()
+            if difference > tolerance * torch.cat([one, other]).abs().max():
+                return True
+        return False
+
+
+def _reverse(order: Tensor, batch: int) -> Arrangements:
+    """Take a minibatch, and reverse it."""
+    return [order[:batch]], [order[:batch].flip(0)]
+
+
+def _exchange(order: Tensor, batch: int) -> Arrangements:
+    """Take two minibatches that differ as far as possible, and exchange half of what differs."""
+    differing = min(batch, len(order) - batch)
+    shared, one, other = order[: batch + differing].tensor_split([batch - differing, batch])
+    cut = differing // 2
+    halves = [one[:cut], other[cut:]], [other[:cut], one[cut:]]
+    whole = [torch.cat([shared, one]), torch.cat([shared, other])]
+    return whole, [torch.cat([shared, *half]) for half in halves]
