@@ -15,7 +15,7 @@ import xarray as xr
 from pyro_gumbel.diagnostics._state import EvaluationCounter, Params, seeds
 from pyro_gumbel.diagnostics.compare import compare_gradients
 from pyro_gumbel.diagnostics.draws import gradient_draws
-from pyro_gumbel.estimators import Call, Estimator, Route
+from pyro_gumbel.estimators import Call, Estimator, MovingAverage, Route
 from pyro_gumbel.infer import Estimator_ELBO, GradientWarning
 
 __all__ = ["Budget", "Search", "Trial"]
@@ -79,9 +79,20 @@ class Trial:
         return all(estimator.route is Route.ENUMERATE for estimator in self.config.values())
 
     @property
+    def has_history(self) -> bool:
+        """Return whether a baseline is an average over the steps before."""
+        baselines = [getattr(estimator, "baseline", None) for estimator in self.config.values()]
+        return any(isinstance(baseline, MovingAverage) for baseline in baselines)
+
+    @property
     def num_draws(self) -> int:
         """The number of draws."""
         return 0 if self.draws is None else self.draws.sizes["chain"] * self.draws.sizes["draw"]
+
+    def rivals(self, best: Trial) -> bool:
+        """Return whether it may be as good as the best, as far as noise shows."""
+        reaches = self.bounds[0] < best.bounds[1]
+        return self is best or (reaches and self.misses_cost <= best.misses_cost)
 
     def skip(self, reason: str) -> None:
         """Give up for want of budget."""
@@ -215,57 +226,37 @@ class Search:
             self._take(fewer, number, seed, num_chains=num_chains)
 
     def _take(self, trials: list[Trial], number: int, seed: int, **options: Any) -> None:
-        """Draw; note what is warned of, and why it cannot be done."""
-        failure = ""
+        """Draw from all in turns; note what is warned of, and why it cannot be done."""
+        options = {"num_chains": 1, "num_warmup": _WARMUP, "num_draws": number} | options
+        elbo = {"vectorize_particles": self.vectorize_particles}
+        choices = {t.key: (t.config, Estimator_ELBO(t.num_particles, **elbo)) for t in trials}
+        options |= {"estimators": choices, "params": self.params, "seed": seed}
+        options |= {"project": 1, "site_draws": 0, "progress": False, **self.call.kwargs}
+        call, failure = self.call, ""
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             try:
-                draws = self._gradients(trials, number, seed, **options)
+                draws = gradient_draws(call.model, call.guide, *call.args, **options)
             except _FAILURES as error:
                 reason = next(iter(str(error).splitlines()), "")
                 failure = f"cannot be run: {type(error).__name__}: {reason}"
         notes = {str(one.message): one for one in seen if issubclass(one.category, UserWarning)}
-        new = notes.keys() - self.noted
+        new = [message for message in notes if message not in self.noted]
         if len(trials) > 1 and (failure or new):
             for trial in trials:  # which of them is it?
                 self._take([trial], number, seed, **options)
             return
-        self.noted |= new
+        self.noted |= set(new)
         if new:
             missed = [m for m in new if issubclass(notes[m].category, GradientWarning)]
             trials[0].misses_cost |= bool(missed)
-            trials[0].warning = (missed or list(new))[0]
-        if failure:
-            trials[0].draws, trials[0].failure = None, failure
-            return
-        for trial, own in zip(trials, draws, strict=True):
-            trial.cost, trial.row = float(own.attrs[self.budget.unit]), {}
-            finite = bool(np.isfinite(own.coords["trace"]).all())
-            trial.draws = own if finite else None
-            trial.failure = "" if finite else "some gradients are not finite"
-
-    def _gradients(
-        self, trials: list[Trial], number: int, seed: int, **options: Any
-    ) -> list[xr.Dataset]:
-        elbo = {"vectorize_particles": self.vectorize_particles}
-        choices = {
-            str(place): (trial.config, Estimator_ELBO(trial.num_particles, **elbo))
-            for place, trial in enumerate(trials)
-        }
-        draws = gradient_draws(
-            self.call.model,
-            self.call.guide,
-            *self.call.args,
-            estimators=choices,
-            num_draws=number,
-            params=self.params,
-            seed=seed,
-            progress=False,
-            **({"num_chains": 1, "num_warmup": _WARMUP, "project": 1, "site_draws": 0} | options),
-            **self.call.kwargs,
-        )
-        labelled = zip(trials, draws.values(), strict=True)
-        return [dataset.assign_attrs(estimator=trial.label) for trial, dataset in labelled]
+            trials[0].warning = (missed or new)[0]
+        for trial in trials:
+            own = None if failure else draws[trial.key].assign_attrs(estimator=trial.label)
+            finite = own is not None and bool(np.isfinite(own.coords["trace"]).all())
+            trial.draws, trial.row = own if finite else None, {}
+            trial.cost = trial.cost if own is None else float(own.attrs[self.budget.unit])
+            trial.failure = "" if finite else failure or "some gradients are not finite"
 
     def running(self) -> list[Trial]:
         """The trials with finite gradients, judged."""

@@ -77,23 +77,35 @@ def seed_torch(seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
 
 
-class Keeper:
-    """Remembers parameters and memory that programs write to, and puts them back."""
+class Keeper(Undo):
+    """Remembers parameters, and memory that programs write to inside it, and puts them back.
+
+    As a context it undoes the writes of a run, and remembers the parameters that are in no store.
+    It sees the operations of its own thread only.
+    """
 
     def __init__(self) -> None:
+        super().__init__()
         self._leaves: dict[int, tuple[Tensor, Tensor, Tensor, Tensor | None]] = {}
-        self.written: dict[Any, tuple[UntypedStorage, UntypedStorage]] = {}
+        self._written: dict[Any, tuple[UntypedStorage, UntypedStorage]] = {}
 
-    def __call__(self, leaves: Iterable[Tensor]) -> None:
+    def remember(self, leaves: Iterable[Tensor]) -> None:
         """Remember leaves with their gradients, and clear these."""
         for leaf in leaves:
             if id(leaf) not in self._leaves:
                 self._leaves[id(leaf)] = (leaf, leaf.data, leaf.data.clone(), leaf.grad)
                 leaf.grad = None
 
-    def watch(self) -> _Watch:
-        """Remember parameters that no store has, and buffers, before programs use them inside."""
-        return _Watch(self)
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        tensors = [value for value in nested((args, kwargs)) if isinstance(value, Tensor)]
+        self.remember(tensor for tensor in tensors if tensor.is_leaf and tensor.requires_grad)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def __exit__(self, *error: Any) -> None:
+        self._written = {**self._copies, **self._written}
+        super().__exit__(*error)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -101,30 +113,8 @@ class Keeper:
             if not torch.equal(storage, value):
                 storage.copy_(value)
             leaf.data, leaf.grad = storage, gradient
-        for memory, contents in self.written.values():
+        for memory, contents in self._written.values():
             memory.copy_(contents)
-
-
-class _Watch(Undo):
-    """Undoes the writes of a run, and records which tensors it read and wrote.
-
-    It sees the operations of its own thread only.
-    """
-
-    def __init__(self, keep: Keeper) -> None:
-        super().__init__()
-        self._keep = keep
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        tensors = [value for value in nested((args, kwargs)) if isinstance(value, Tensor)]
-        self._keep(tensor for tensor in tensors if tensor.is_leaf and tensor.requires_grad)
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def __exit__(self, *error: Any) -> None:
-        self._keep.written = {**self._copies, **self._keep.written}
-        super().__exit__(*error)
 
 
 @contextmanager
@@ -132,11 +122,10 @@ def preserved() -> Iterator[Keeper]:
     """Restore parameters, their gradients, buffers and random number generators on exit.
 
     Parameters that a program makes inside are removed from Pyro's store. The keeper restores other
-    tensors only if it has seen them: call it with leaves, and first run the programs inside its
-    ``watch()``.
+    tensors only if it has seen them: first run the programs inside it.
     """
     store, keep = pyro.get_param_store(), Keeper()
-    keep(leaf for _, leaf in store.named_parameters())
+    keep.remember(leaf for _, leaf in store.named_parameters())
     with ExitStack() as stack:
         # A scope cuts the links from values to unconstrained ones; reading the values ties them.
         stack.callback(lambda: list(store.values()))
@@ -155,7 +144,7 @@ def find_parameters(call: Call, keep: Keeper, params: Params = None) -> dict[str
     """
     sites: dict[str, Any] = {}
     for _ in range(_TRIALS):
-        with keep.watch(), poutine.trace(param_only=True) as capture:
+        with keep, poutine.trace(param_only=True) as capture:
             guide = poutine.trace(call.guide).get_trace(*call.args, **call.kwargs)
             poutine.replay(call.model, trace=guide)(*call.args, **call.kwargs)
         found = capture.trace.nodes.items()
@@ -163,7 +152,7 @@ def find_parameters(call: Call, keep: Keeper, params: Params = None) -> dict[str
     values = {name: site["value"] for name, site in sites.items()}
     leaves = {name: getattr(v, "unconstrained", lambda v=v: v)() for name, v in values.items()}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    keep(leaves.values())
+    keep.remember(leaves.values())
     if not leaves:
         raise ValueError(
             "Neither the guide nor the model has a parameter: write pyro.param(...) or "

@@ -10,12 +10,10 @@ from typing import Any
 import pandas as pd
 import torch
 import xarray as xr
-from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
 from pyro_gumbel._validate import check_programs, integer, positive
-from pyro_gumbel.diagnostics._programs import NotListable
+from pyro_gumbel.diagnostics._programs import NotListable, run
 from pyro_gumbel.diagnostics._search import Budget, Search, Trial
 from pyro_gumbel.diagnostics._state import (
     EvaluationCounter,
@@ -27,14 +25,7 @@ from pyro_gumbel.diagnostics._state import (
 )
 from pyro_gumbel.diagnostics.exact import sum_states
 from pyro_gumbel.distributions.families import unwrap
-from pyro_gumbel.estimators import (
-    Call,
-    Estimator,
-    LeaveOneOut,
-    MovingAverage,
-    Pathwise,
-    Score,
-)
+from pyro_gumbel.estimators import Call, Estimator, LeaveOneOut, MovingAverage, Pathwise, Score
 from pyro_gumbel.estimators.registry import CLASSES
 from pyro_gumbel.infer import Estimator_ELBO
 
@@ -110,9 +101,8 @@ def recommend(
 
     Training averages noise over steps, but not bias: a longer ``step_seconds`` favours estimators
     without bias, a shorter one those with little noise. The reference for the bias is the exact
-    gradient, where the states are few enough to be summed in a quarter of the budget, else a long
-    run of the unbiased candidate that is most efficient; a bias below what the budget can show
-    counts as none.
+    gradient, where the states can be summed in a quarter of the budget, else a long run of the
+    most efficient unbiased candidate; a bias below what the budget can show counts as none.
 
     First every candidate serves all sites that it can; at the others stand the defaults. The
     better half is measured for longer, over and over, until few are left (successive halving).
@@ -125,11 +115,9 @@ def recommend(
         guide: The guide, at parameters where the choice is to hold: the ranking changes as
             training goes on.
         *args: Arguments of both.
-        budget_seconds: Time that the measurement may take, about. What has begun is brought to its
-            end, and for an answer at least one candidate has to be looked at and drawn from a few
-            times: where a gradient takes a good part of the budget, it takes longer.
-        budget_evaluations: Evaluations of the model that the measurement may take, about. It
-            replaces ``budget_seconds``.
+        budget_seconds: Time that the measurement may take, about: what has begun is brought to its
+            end, and an answer takes a few draws of at least one candidate.
+        budget_evaluations: Evaluations of the model instead of seconds.
         step_seconds: Time over which noise is averaged; by default that of a hundred draws of the
             cheapest candidate.
         step_evaluations: The same in evaluations, for ``budget_evaluations``.
@@ -179,7 +167,9 @@ def recommend(
         seed_everything(seeds(seed, 1)[0])
         find_parameters(call, keep, params)
         names = None if isinstance(params, Mapping) else params  # values were set by now
-        rivals = _candidates(_latent_distributions(call), candidates, num_particles)
+        with torch.no_grad():
+            sites = {name: unwrap(site["fn"]) for name, site in run(call).guide.items()}
+        rivals = _candidates(sites, candidates, num_particles)
         exact = _exact(call, names, max_states, seed, budget)
         search = Search(call, names, vectorize_particles, budget, horizon, seed, exact)
         for name in (bar := tqdm(search.run(rivals), disable=not progress, unit="round")):
@@ -207,12 +197,15 @@ def _check_budget(
 
 def _candidates(sites: Mapping[str, Any], given: Any, num_particles: int | None) -> list[Trial]:
     """Make a candidate of each estimator: defaults serve the sites that it cannot serve."""
+    if not sites:
+        raise ValueError("recommend: the guide has no latent site, so there is nothing to choose.")
     named = _known_estimators() if given is None else given
     if not isinstance(named, Mapping):
         raise TypeError(
             "recommend: candidates must be a dict of labels, such as candidates={'reinmax': "
             f"ReinMax()}}; got {named!r}."
         )
+    defaults = {True: Pathwise(), False: Score(MovingAverage())}
     found: dict[str, Trial] = {}
     for label, estimator in named.items():
         if not isinstance(estimator, Estimator):
@@ -223,7 +216,7 @@ def _candidates(sites: Mapping[str, Any], given: Any, num_particles: int | None)
         if not any(estimator.supports(fn) for fn in sites.values()):
             continue
         config = {
-            name: estimator if estimator.supports(fn) else _default(fn)
+            name: estimator if estimator.supports(fn) else defaults[fn.has_rsample]
             for name, fn in sites.items()
         }
         needed = max(choice.min_particles for choice in config.values())
@@ -244,24 +237,6 @@ def _known_estimators() -> dict[str, Estimator]:
         "leave_one_out_2": Score(LeaveOneOut()),
         "leave_one_out_4": Score(LeaveOneOut()),
     }
-
-
-def _default(fn: Any) -> Estimator:
-    return Pathwise() if fn.has_rsample else Score(MovingAverage())
-
-
-@torch.no_grad()
-def _latent_distributions(call: Call) -> dict[str, Any]:
-    """The distribution of each latent site of the guide."""
-    trace = poutine.trace(call.guide).get_trace(*call.args, **call.kwargs)
-    sites = {
-        name: unwrap(trace.nodes[name]["fn"])
-        for name in trace.stochastic_nodes
-        if not site_is_subsample(trace.nodes[name])
-    }
-    if not sites:
-        raise ValueError("recommend: the guide has no latent site, so there is nothing to choose.")
-    return sites
 
 
 def _exact(
@@ -285,28 +260,15 @@ def _conclude(search: Search) -> Recommendation:
     # leave a large uncertainty, which counts as error.
     order = sorted(search.order(), key=lambda t: (t.misses_cost, t.error + t.error_mcse))
     # A moving average is at its best here, where parameters and so costs stay as they are.
-    lasting = [trial for trial in order if not _has_history(trial)]
-    best = next((trial for trial in lasting if _as_good(trial, order[0])), order[0])
+    lasting = [trial for trial in order if not trial.has_history]
+    best = next((trial for trial in lasting if trial.rivals(order[0])), order[0])
     order.sort(key=lambda trial: trial is not best)
-    close = [trial.label for trial in order[1:] if _as_good(trial, best)]
+    close = [trial.label for trial in order[1:] if trial.rivals(best)]
     failed = [trial for trial in search.trials.values() if trial.draws is None]
-    table = pd.DataFrame.from_dict(
-        {trial.label: _row(trial) for trial in order + failed}, orient="index"
-    ).rename_axis("estimator")
+    rows = {trial.label: _row(trial) for trial in order + failed}
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("estimator")
     message = _message(search, best, close)
     return Recommendation(best.config, best.num_particles, table, bool(close), message)
-
-
-def _has_history(trial: Trial) -> bool:
-    """Return whether a baseline is an average over the steps before."""
-    baselines = [getattr(estimator, "baseline", None) for estimator in trial.config.values()]
-    return any(isinstance(baseline, MovingAverage) for baseline in baselines)
-
-
-def _as_good(trial: Trial, best: Trial) -> bool:
-    """Return whether one may be as good as the best, as far as noise shows."""
-    reaches = trial.bounds[0] < best.bounds[1]
-    return trial is best or (reaches and trial.misses_cost <= best.misses_cost)
 
 
 def _row(trial: Trial) -> dict[str, Any]:
