@@ -79,16 +79,12 @@ def to_arviz(
             f"to_arviz: the estimators' numbers of chains and draws differ: {sizes}. Draw as many "
             "with each, or convert them one by one."
         )
-    configs = [f"{label}: {dataset.attrs.get('config', '')}" for label, dataset in draws.items()]
-    first = next(iter(draws.values()))
-    gradients = {
-        label: dataset[parameters_of(dataset)].reset_coords(drop=True)
-        for label, dataset in draws.items()
-    }
+    configs = "; ".join(f"{label}: {d.attrs.get('config', '')}" for label, d in draws.items())
+    gradients = {n: d[parameters_of(d)].reset_coords(drop=True) for n, d in draws.items()}
     groups = {
-        "gradients": _join(gradients).assign_attrs(config="; ".join(configs)),
+        "gradients": _join(gradients).assign_attrs(config=configs),
         "sample_stats": _join({label: _statistics(dataset) for label, dataset in draws.items()}),
-        "constant_data": _constants(first, reference),
+        "constant_data": _constants(next(iter(draws.values())), reference),
     }
     if posterior is not None:
         groups["posterior"] = _posterior(posterior)
@@ -96,14 +92,15 @@ def to_arviz(
 
 
 def _statistics(dataset: xr.Dataset) -> xr.Dataset:
-    each = {name: dataset.coords[name].values for name in _PER_DRAW if name in dataset.coords}
+    each = dataset.reset_coords()[[name for name in _PER_DRAW if name in dataset.coords]]
     if "loss" in each:
         each["elbo"] = -each["loss"]
     shape = (dataset.sizes["chain"], dataset.sizes["draw"])
     for name in ("evaluations", "num_particles"):
-        each.setdefault(name, np.full(shape, float(dataset.attrs.get(name, np.nan))))
-    own = {dim: dataset.coords[dim] for dim in ("chain", "draw") if dim in dataset.coords}
-    return xr.Dataset({name: (("chain", "draw"), values) for name, values in each.items()}, own)
+        if name not in each:
+            value = float(dataset.attrs.get(name, np.nan))
+            each[name] = (("chain", "draw"), np.full(shape, value))
+    return each.drop_attrs()
 
 
 def _join(datasets: dict[str, xr.Dataset]) -> xr.Dataset:

@@ -33,7 +33,7 @@ from pyro_gumbel.diagnostics.exact import exact_gradient
 from pyro_gumbel.estimators import Call
 from pyro_gumbel.infer._costs import site_frames
 from pyro_gumbel.infer._run import Run
-from pyro_gumbel.infer._sampling import SharedSubsample
+from pyro_gumbel.infer._sampling import SharedSubsample, left_filled
 
 __all__ = ["UnbiasedCheck", "check_unbiased", "guide_khat"]
 
@@ -79,8 +79,7 @@ def check_unbiased(
     The mean of each coordinate is compared with its exact value, in standard errors of the mean.
     The variance of a coordinate counts as at least a hundredth of its parameter's mean variance,
     since the estimate may rest on few events. A rare event that no draw met may still look like a
-    bias (see :func:`compare_gradients`); the error says so if fewer than ten draws carry a
-    parameter's variance.
+    bias (see :func:`compare_gradients`): the error mentions it where that is likely.
 
     Args:
         model: The model.
@@ -101,8 +100,7 @@ def check_unbiased(
         **kwargs: Keyword arguments of both programs.
 
     Returns:
-        The worst coordinate, its ``z``, and the resolution. A resolution above 10 % gives a
-        warning.
+        The worst coordinate, its ``z``, and the resolution. Above 10 % it gives a warning.
 
     Raises:
         AssertionError: If a coordinate is off by more than ``max_z``: names the worst, its ``z``,
@@ -115,8 +113,7 @@ def check_unbiased(
         ...     pyro.sample("z", dist.Bernoulli(0.3))
         >>> def guide():
         ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.0))))
-        >>> found = check_unbiased(model, guide, estimator="score", num_draws=2000)
-        >>> found.z < 5
+        >>> check_unbiased(model, guide, estimator="score", num_draws=2000).z < 5
         True
     """
     num_draws = integer("check_unbiased: num_draws", num_draws, 2)
@@ -155,20 +152,22 @@ def _judge(
     draws: xr.Dataset, reference: xr.Dataset, num_draws: int, max_z: float
 ) -> UnbiasedCheck:
     blocks, others = blocks_of(draws), reference_blocks(reference, draws)
-    worst, z, squared_error = ("", 0), -1.0, 0.0
-    for name in parameters_of(draws):
-        if blocks[name].mean.size:
-            variance = _variance(blocks[name], others[name])
-            zs = _distances(blocks[name].mean, others[name].mean, variance, draws)
-            squared_error += float(variance.sum())
-            if zs.max() > z:
-                worst, z = (name, int(zs.argmax())), float(zs.max())
-    name, index = worst
+    z, name, index, squared_error = -1.0, "", 0, 0.0
+    for each in parameters_of(draws):
+        block, other = blocks[each], others[each]
+        if not block.mean.size:
+            continue
+        variance = np.maximum(block.variance, block.variance.mean() / 100) / block.count
+        variance = variance + other.variance / other.count
+        squared_error += float(variance.sum())
+        zs = _distances(block.mean, other.mean, variance, draws)
+        if zs.max() > z:
+            z, name, index = float(zs.max()), each, int(zs.argmax())
     at = np.unravel_index(index, own_array(draws, name).shape) if name else ()
     coordinate = f"{name}{list(map(int, at)) if at else ''}"
     if z > max_z:
-        message = _explain_bias(coordinate, blocks[name], others[name], index, z, max_z)
-        raise AssertionError(message)
+        mean, exact = blocks[name].mean[index], others[name].mean[index]
+        raise AssertionError(_explain_bias(coordinate, blocks[name], mean, exact, z, max_z))
     length = float(np.linalg.norm(others["all"].mean))
     resolution = math.sqrt(squared_error) / length if length else math.inf
     if resolution > _COARSE:
@@ -179,12 +178,6 @@ def _judge(
             stacklevel=3,
         )
     return UnbiasedCheck(coordinate, z, resolution, num_draws)
-
-
-def _variance(block: Block, reference: Block) -> np.ndarray:
-    """The variance of the difference of two means, by coordinate."""
-    variance = np.maximum(block.variance, block.variance.mean() / 100) / block.count
-    return variance + reference.variance / reference.count
 
 
 def _distances(
@@ -198,18 +191,16 @@ def _distances(
 
 
 def _explain_bias(
-    coordinate: str, block: Block, reference: Block, index: int, z: float, max_z: float
+    coordinate: str, block: Block, mean: float, exact: float, z: float, max_z: float
 ) -> str:
     number, doubt = block.count, rare_events(block)
-    mean = f"at {coordinate} the mean of {number:,} draws is {block.mean[index]:.6g}"
+    text = f"at {coordinate} the mean of {number:,} draws is {mean:.6g}"
     if math.isinf(z):
-        return (
-            f"no estimate: {mean}. Look at gradient_draws(...) for the draws that are not finite."
-        )
+        return f"no estimate: {text}. Look at gradient_draws(...) for draws that are not finite."
     needed = max(math.ceil(number * (max_z / z) ** 2), 2)
     return (
-        f"biased: {mean}, the exact gradient {reference.mean[index]:.6g}, {z:.1f} standard errors "
-        f"apart; about {needed:,} draws are enough to see it."
+        f"biased: {text}, the exact gradient {exact:.6g}, {z:.1f} standard errors apart; about "
+        f"{needed:,} draws are enough to see it."
     ) + (f" Or it is {doubt}." if doubt else "")
 
 
@@ -246,8 +237,7 @@ def guide_khat(
     Returns:
         The shape k-hat, or with ``plate`` a DataArray of that dimension. It is 0 where all weights
         are equal to within a percent (the guide is the posterior), ``inf`` where all are zero, and
-        ``nan`` where the largest weights have fewer than ten different values (a guide with few
-        states has no tail).
+        ``nan`` where the largest weights have fewer than ten values (few states have no tail).
 
     Raises:
         TypeError: If an argument is of another kind.
@@ -274,7 +264,7 @@ def guide_khat(
     num_samples = integer("guide_khat: num_samples", num_samples, 25)  # fewer have no tail
     call = Call(model, guide, args, kwargs)
     with preserved() as keep, SharedSubsample(), _Unscaled():
-        with keep.watch():
+        with keep:
             seed_everything(seeds(seed, 1)[0])
             first = run(call)
         if plate is None:
@@ -324,14 +314,13 @@ def _log_weights(found: Run, plate: str | None) -> Tensor:
     """Sum a run's terms; with ``plate``, those inside it, ``(elements,)``."""
     if plate is None:
         return torch.stack([term.value.double().sum() for term in found.terms]).sum()
-    inside = [
-        (term, frame) for term in found.terms for frame in term.frames if frame.name == plate
-    ]
-    if not inside:
-        plates = sorted({frame.name for term in found.terms for frame in term.frames})
-        raise ValueError(f"guide_khat: no plate is called {plate!r}; there are {plates}.")
+    frames = [(term, frame) for term in found.terms for frame in term.frames]
     rows = []
-    for term, frame in inside:
-        value = term.value.reshape((1,) * (-frame.dim - term.value.dim()) + term.value.shape)
-        rows.append(value.movedim(frame.dim, 0).reshape(frame.size, -1).double().sum(1))
+    for term, frame in frames:
+        if frame.name == plate:
+            value = left_filled(term.value, -frame.dim).movedim(frame.dim, 0)
+            rows.append(value.reshape(frame.size, -1).double().sum(1))
+    if not rows:
+        plates = sorted({frame.name for _, frame in frames})
+        raise ValueError(f"guide_khat: no plate is called {plate!r}; there are {plates}.")
     return torch.stack(rows).sum(0)

@@ -53,25 +53,20 @@ def compare_gradients(
       bias it grows with ``N``.
     * ``relative_bias``: ``bias`` over :math:`\|g^*\|`.
     * ``variance``: :math:`\mathrm{tr}\,\Sigma`, the sum of the coordinates' sample variances.
-    * ``relative_std``: its root over :math:`\|g^*\|`, or :math:`\|\bar g\|` without a reference;
-      over the mean in any case it is the reciprocal of ``snr``.
-    * ``mse``: of one draw, variance plus squared bias, without the contribution of noise to the
-      latter.
+    * ``relative_std``: its root over :math:`\|g^*\|`, or :math:`\|\bar g\|` without a reference.
+    * ``mse``: of one draw, variance plus squared bias, the latter without what noise adds to it.
     * ``snr``: :math:`\|E g\| / \sqrt{\mathrm{tr}\,\Sigma}`, likewise corrected.
     * ``cosine``: of :math:`\bar g` with :math:`g^*`.
     * ``khat``: the Pareto shape of the tail of :math:`\|g\|`. Above 1/2 the variance is infinite,
-      and above 0.7 its estimate is useless. It is ``nan`` if the largest draws have fewer than
-      ten different norms, as with few discrete states.
+      and above 0.7 its estimate is useless; ``nan`` if the largest are of fewer than ten sizes.
     * ``seconds`` and ``evaluations`` of the model, a draw.
     * ``efficiency``: 1 over variance times seconds, the precision per second.
     * ``warning``: notes in words.
 
     A rare event that no draw met is missing from the mean and from the variance, so that it looks
-    like a bias: all of 240 draws of a Bernoulli variable of logit -4.5 are zero in 7 % of
-    repetitions. If fewer than ten draws carry the variance, ``warning`` mentions this; other noise
-    hides it. With more than about ``15 / p`` draws, missing an event of
-    probability ``p`` is less likely than a ``bias_z`` of 5 by chance. With more draws, ``bias``
-    stays only if it is the estimator's.
+    like a bias. If fewer than ten draws carry the variance, ``warning`` mentions this. With more
+    than about ``15 / p`` draws, missing an event of probability ``p`` is less likely than a
+    ``bias_z`` of 5 by chance. With more draws, ``bias`` stays only if it is the estimator's.
 
     Monte Carlo standard errors stand beside the columns (``*_mcse``). Rows are sorted by ``mse``,
     or without a reference by ``variance``; columns that need a reference are then ``nan``.
@@ -83,10 +78,9 @@ def compare_gradients(
             another seed, whose standard errors are taken into account; or the label of such an
             estimator among ``draws``.
         by: ``"parameter"`` or ``"coordinate"`` for a row for each of these; ``"site"`` for the
-            contribution of each site's sampling to the variance: ``variance``, half the mean
-            squared distance of two gradients that share all noise except the site's (as many pairs
-            as the ``site_draws`` of :func:`gradient_draws`), its standard error, and ``share`` of
-            the total. Shares add up to more than one if sites interact.
+            contribution of each site's sampling: ``variance``, half the mean squared distance of
+            two gradients that share all noise except the site's (``site_draws`` pairs), and
+            ``share`` of the total. Shares add up to more than one if sites interact.
         rhat: Add the column ``rhat``, the folded split R-hat of the gradient's norm. Above 1.01
             the draws are not exchangeable, for example because a baseline is still moving.
 
@@ -96,8 +90,7 @@ def compare_gradients(
     Raises:
         TypeError: If draws or reference are of another kind.
         ValueError: If draws are missing, too few, or of different parameters; if the reference has
-            other parameters or shapes; if ``by`` is unknown, or the draws do not have the data for
-            it; if R-hat is requested for a single chain.
+            other parameters or shapes; if ``by`` or R-hat is unknown or needs other draws.
 
     Example:
         >>> noisy = np.random.default_rng(0).normal(size=(4, 500))

@@ -73,9 +73,8 @@ def gradient_draws(
     of the estimator's state, such as a moving average. All estimators use the same seeds, which
     reduces the noise of their differences.
 
-    Parameters and their gradients, the state of estimators and baselines, the parameter store and
-    all random number generators are restored. Parameters that the programs have not made yet are
-    made under ``seed``, and removed.
+    Parameters, gradients, the state of estimators, the parameter store and all random number
+    generators are restored. Parameters that do not exist yet are made under ``seed``, and removed.
 
     Args:
         model: The model.
@@ -92,12 +91,10 @@ def gradient_draws(
             dict of values at which to take the gradient. Parameters that are not in the dict keep
             their values; all are recorded.
         project: For networks: instead of the draws, keep their inner products with this many fixed
-            random directions, their norms and cosines with the mean, and the mean and variance of
-            every coordinate. The memory for coordinates then does not grow with the number of
-            draws.
+            random directions, their norms and cosines with the mean of the others so far, and the
+            mean and variance of every coordinate.
         site_draws: Number of draws that are repeated with new noise at one site, for
-            ``compare_gradients(by="site")``. Each takes one more gradient a site. The default adds
-            5 % to the cost.
+            ``compare_gradients(by="site")``, a gradient a site each. The default adds 5 % of cost.
         coords: Coordinates of named dimensions.
         dims: For each parameter the names of its dimensions; else ``<name>_dim_0``, ...
         seed: Seed of all noise. On a CPU the same seed gives the same draws bit for bit, but for
@@ -109,9 +106,9 @@ def gradient_draws(
         A Dataset for each label with one variable a parameter, of dims ``chain, draw`` and the
         parameter's own (with ``project`` instead ``direction``). Coordinates hold each draw's
         ``loss``, ``grad_norm``, ``seconds`` and ``evaluations`` of the model, and the parameter's
-        unconstrained value, flattened, ``<name>.value``; attributes the label, configuration,
-        particles, seed, device, and the medians of ``seconds`` and ``evaluations``. Where a
-        parameter has one of these names, the other's has an underscore more.
+        unconstrained value, flattened, ``<name>.value`` (with an underscore more where a parameter
+        has that name); attributes the label, configuration, particles, seed, device, and the
+        medians of ``seconds`` and ``evaluations``.
 
     Raises:
         TypeError: If an argument is of another kind.
@@ -120,14 +117,11 @@ def gradient_draws(
 
     Example:
         >>> def model():
-        ...     z = pyro.sample("z", dist.Bernoulli(0.3))
-        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.9))
+        ...     pyro.sample("z", dist.Bernoulli(0.3))
         >>> def guide():
         ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.2))))
-        >>> draws = gradient_draws(
-        ...     model, guide, estimators={"reinmax": "reinmax"}, num_draws=50, progress=False
-        ... )
-        >>> draws["reinmax"]["l"].dims
+        >>> draws = gradient_draws(model, guide, estimators={"r": "reinmax"}, num_draws=50)
+        >>> draws["r"]["l"].dims
         ('chain', 'draw')
     """
     check_programs(model, guide)

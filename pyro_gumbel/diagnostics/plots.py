@@ -5,7 +5,6 @@ matplotlib and ArviZ's plots are imported when a figure is drawn.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -67,24 +66,30 @@ def plot_gradients(
     draws = check_draws(draws)
     first = next(iter(draws.values()))
     names = _names(first, var_names)
-    rows = sum(math.prod(first[name].shape[2:]) for name in names)
-    if rows > _MAX_ROWS:
+    if (rows := sum(first[name][0, 0].size for name in names)) > _MAX_ROWS:
         raise ValueError(
             f"plot_gradients: {rows} coordinates are too many rows for a figure. Choose "
             f"parameters, var_names=[...], of {parameters_of(first)}, or part of each Dataset, "
             "such as draws[label].isel(...)."
         )
-    length = min(dataset.sizes["draw"] for dataset in draws.values())
+    chains, length = (min(d.sizes[dim] for d in draws.values()) for dim in ("chain", "draw"))
     average = max(length // _MEANS, 1) if average is None else average
     average = _between("average", average, length, "a chain's")
-    chains = min(dataset.sizes["chain"] for dataset in draws.values())
     shown = {}
     for label, dataset in draws.items():
         kept = dataset[names].isel(chain=slice(chains), draw=slice(length)).astype(float)
         means = kept.reset_coords(drop=True).drop_vars(["chain", "draw"], errors="ignore")
         shown[label] = means.coarsen(draw=average, boundary="trim").mean()
     if reference is not None:
-        shown["reference"] = _constant(reference, first[names], next(iter(shown.values())))
+        if is_projected(first):
+            raise ValueError(
+                "plot_gradients: draws that were kept as projections cannot be compared with a "
+                "reference; leave it out, or draw without project=, params=[...]."
+            )
+        blocks, like = reference_blocks(reference, first[names]), next(iter(shown.values()))
+        shown["reference"] = like.map(
+            lambda array: xr.zeros_like(array) + blocks[array.name].mean.reshape(array.shape[2:])
+        )
     return plot_forest(shown, **kwargs)
 
 
@@ -111,19 +116,6 @@ def _between(name: str, value: Any, most: int, what: str) -> int:
     raise error(f"{name} must be between 1 and {most}, {what}, and an integer; got {value!r}.")
 
 
-def _constant(reference: xr.Dataset, draws: xr.Dataset, like: xr.Dataset) -> xr.Dataset:
-    """The reference as draws that are all equal."""
-    if is_projected(draws):
-        raise ValueError(
-            "plot_gradients: draws that were kept as projections cannot be compared with a "
-            "reference; leave it out, or draw without project=, params=[...]."
-        )
-    blocks = reference_blocks(reference, draws)
-    return like.map(
-        lambda array: xr.zeros_like(array) + blocks[array.name].mean.reshape(array.shape[2:])
-    )
-
-
 def plot_training(
     histories: xr.Dataset | Mapping[str, xr.Dataset], *, smooth: int | None = None
 ) -> Any:
@@ -141,16 +133,9 @@ def plot_training(
         ValueError: If histories are missing, or ``smooth`` is not between one and the steps.
 
     Example:
-        >>> from pyro_gumbel.diagnostics import train
-        >>> def model():
-        ...     pyro.sample("z", dist.Bernoulli(0.3))
-        >>> def guide():
-        ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.0))))
-        >>> optim = pyro.optim.Adam({"lr": 0.1})
-        >>> history = train(
-        ...     model, guide, estimators={"s": "score"}, optim=optim, num_steps=20, progress=False
-        ... )
-        >>> figure = plot_training(history, smooth=5)
+        >>> steps = (("chain", "draw"), np.random.default_rng(0).exponential(size=(2, 50)))
+        >>> history = xr.Dataset({"elbo": steps, "grad_norm": steps, "seconds": steps})
+        >>> figure = plot_training({"score": history}, smooth=5)
         >>> [axis.get_ylabel() for axis in figure.axes]
         ['ELBO', 'ELBO', 'norm of the gradient']
     """
@@ -163,14 +148,14 @@ def plot_training(
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for number, (label, history) in enumerate(lines.items()):
         smoothed = history.rolling(draw=smooth).mean().isel(draw=slice(smooth - 1, None))
-        step, seconds = smoothed.draw.values, _clock(history)[smooth - 1 :]
-        panels = ((step, "elbo"), (seconds, "elbo"), (step, "grad_norm"))
-        for axis, (x, name) in zip(axes, panels, strict=True):
-            chains = smoothed[name].transpose("chain", "draw").values
-            axis.plot(x, chains.mean(0), color=f"C{number}", label=label)
-            axis.fill_between(
-                x, chains.min(0), chains.max(0), color=f"C{number}", alpha=0.2, linewidth=0
-            )
+        seconds = history.seconds.mean("chain").values.copy()
+        seconds[0] = np.median(seconds[min(1, len(seconds) - 1) :])  # without what it sets up
+        panels = (smoothed.draw, "elbo"), (seconds.cumsum()[smooth - 1 :], "elbo")
+        for axis, (x, name) in zip(axes, (*panels, (smoothed.draw, "grad_norm")), strict=True):
+            chains, colour = smoothed[name], f"C{number}"
+            axis.plot(x, chains.mean("chain"), color=colour, label=label)
+            low, high = chains.min("chain"), chains.max("chain")
+            axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
     axes[0].set(xlabel="step", ylabel="ELBO", ylim=_limits(lines.values()))
     axes[1].set(xlabel="seconds", ylabel="ELBO", ylim=_limits(lines.values()))
     axes[2].set(xlabel="step", ylabel="norm of the gradient", yscale="log")
@@ -178,13 +163,6 @@ def plot_training(
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
     return figure
-
-
-def _clock(history: xr.Dataset) -> np.ndarray:
-    """Seconds since the start; the first step, which sets things up, counts like the others."""
-    seconds = history.seconds.mean("chain").values.copy()
-    seconds[0] = np.median(seconds[1:]) if len(seconds) > 1 else seconds[0]
-    return seconds.cumsum()
 
 
 def _lines(histories: Any) -> dict[str, xr.Dataset]:
@@ -246,8 +224,7 @@ def plot_efficiency(table: pd.DataFrame) -> Any:
     wanted = "the table of compare_gradients(gradient_draws(...))"
     if not isinstance(table, pd.DataFrame):
         raise TypeError(f"table must be {wanted}; got {type(table).__name__}.")
-    lacking = [name for name in _PLOTTED if name not in table]
-    if lacking:
+    if lacking := [name for name in _PLOTTED if name not in table]:
         raise ValueError(f"table must be {wanted}; it has no columns {lacking}.")
     timed = table[np.isfinite(table.seconds) & (table.variance > 0)]
     if timed.empty:
@@ -256,25 +233,23 @@ def plot_efficiency(table: pd.DataFrame) -> Any:
         )
     barred = table[table.bias.notna()]
     panels = 1 if barred.empty else 2
-    figure, axes = plt.subplots(
-        1, panels, figsize=(1 + 4.5 * panels, 4), squeeze=False, layout="constrained"
-    )
+    size = (1 + 4.5 * panels, 4)
+    figure, axes = plt.subplots(1, panels, figsize=size, squeeze=False, layout="constrained")
     # By name, so that an estimator has one colour whatever its place in the table.
     colours = {label: f"C{number % 10}" for number, label in enumerate(sorted(table.index))}
-    _draw_costs(axes[0, 0], timed, colours)
+    points = _draw_costs(axes[0, 0], timed, colours)
     if panels == 2:
         _draw_biases(axes[0, 1], barred, colours)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    named = set(map(str, barred.index))
-    unnamed = [one for one, label in zip(handles, labels, strict=True) if label not in named]
+    unnamed = [handle for label, handle in points.items() if label not in barred.index]
     if unnamed:  # a reference, or all where there is none
         axes[0, 0].legend(handles=unnamed, frameon=False, fontsize=8)
     return figure
 
 
-def _draw_costs(axis: Any, timed: pd.DataFrame, colours: dict[Any, str]) -> None:
+def _draw_costs(axis: Any, timed: pd.DataFrame, colours: dict[Any, str]) -> dict[Any, Any]:
+    points = {}
     for label, row in timed.iterrows():
-        axis.errorbar(
+        points[label] = axis.errorbar(
             1e3 * row.seconds,
             row.variance,
             xerr=1e3 * row.seconds_mcse,
@@ -290,6 +265,7 @@ def _draw_costs(axis: Any, timed: pd.DataFrame, colours: dict[Any, str]) -> None
     axis.set(xlim=x, ylim=y)
     _label_ticks(axis.xaxis, *x)
     _label_ticks(axis.yaxis, *y)
+    return points
 
 
 def _label_ticks(axis: Any, low: float, high: float) -> None:
