@@ -1,8 +1,6 @@
-"""The differences between ArviZ 0.x and 1.x, in one place.
+"""The differences between ArviZ 0.x and 1.x, in one file that needs neither torch nor Pyro.
 
-The file needs NumPy, xarray and ArviZ alone, so that it can be loaded by its path and tested where
-neither torch nor Pyro is installed. ArviZ 0.x imports matplotlib, so ArviZ is imported where it is
-used.
+ArviZ 0.x imports matplotlib, so ArviZ is imported where it is used.
 """
 
 from __future__ import annotations
@@ -33,21 +31,10 @@ ARVIZ_1 = int(version("arviz").split(".", 1)[0]) >= 1
 
 
 def tree(groups: Mapping[str, xr.Dataset]) -> Any:
-    """Put named groups into the installed ArviZ's container.
+    """Put named groups into an ``arviz.InferenceData`` (0.x) or an ``xarray.DataTree`` (1.x).
 
     ArviZ's functions need coordinates, so dimensions without any are numbered. Slashes in names,
     which netCDF cannot hold, become dots.
-
-    Args:
-        groups: A Dataset for each group's name.
-
-    Returns:
-        An ``arviz.InferenceData`` (0.x) or an ``xarray.DataTree`` (1.x). Both have ``to_netcdf``,
-        and ``arviz.from_netcdf`` of either reads the other's files.
-
-    Example:
-        >>> sorted(group(tree({"gradients": xr.Dataset({"a": 1.0})}), "gradients"))
-        ['a']
     """
     ready = {name: _without_slashes(_numbered(dataset)) for name, dataset in groups.items()}
     if ARVIZ_1:
@@ -81,11 +68,7 @@ def group(data: Any, name: str) -> xr.Dataset:
 
 
 def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    r"""Pareto-smooth log weights along the last axis.
-
-    Returns:
-        The smoothed, normalised log weights and the shape :math:`\hat k` of the tail.
-    """
+    """Pareto-smooth log weights along the last axis; return them and the shape of the tail."""
     if ARVIZ_1:
         from arviz_stats.base import array_stats
 
@@ -99,13 +82,7 @@ def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def tail_khat(log_values: np.ndarray) -> float:
     """Estimate the Pareto shape of the upper tail of positive values, given their logarithms.
 
-    Args:
-        log_values: Of shape ``(draws,)``.
-
-    Returns:
-        The shape; ``nan`` where the tail has none: the largest values are of fewer than ten
-        different sizes (or some of them equal, where there are fewer), or there are fewer than 25
-        draws.
+    It is ``nan`` for fewer than 25 draws, or if the largest are of fewer than ten different sizes.
     """
     number = len(log_values)
     tail = int(np.ceil(min(number / 5, 3 * number**0.5)))
@@ -121,21 +98,13 @@ def tail_khat(log_values: np.ndarray) -> float:
 
 
 def pareto_khat(values: np.ndarray) -> float:
-    """Estimate the Pareto shape of the upper tail of non-negative values.
-
-    A shape above 1/2 means that the variance is infinite, above 1 the mean. See :func:`tail_khat`
-    for where it is ``nan``.
-    """
+    """Estimate the Pareto shape as :func:`tail_khat`, from values that may be zero."""
     # A draw of zero is in the lower tail, whatever its logarithm is set to.
     return tail_khat(np.log(np.maximum(values, np.finfo(np.float64).tiny)))
 
 
 def folded_rhat(values: np.ndarray) -> float:
-    """Compute the folded split R-hat of one quantity: whether chains differ in their spread.
-
-    Args:
-        values: Of shape ``(chains, draws)``.
-    """
+    """Compute the folded split R-hat of ``(chains, draws)``: whether they differ in spread."""
     import arviz as az
 
     dataset = xr.Dataset({"values": (("chain", "draw"), values)})
@@ -143,11 +112,7 @@ def folded_rhat(values: np.ndarray) -> float:
 
 
 def plot_forest(draws: Mapping[str, xr.Dataset], **kwargs: Any) -> Any:
-    """Draw intervals of several Datasets over one another, with a legend.
-
-    Returns:
-        What the installed ArviZ returns: an array of axes (0.x) or a ``PlotCollection`` (1.x).
-    """
+    """Draw intervals of several Datasets over one another, with a legend."""
     import arviz as az
 
     if ARVIZ_1:
