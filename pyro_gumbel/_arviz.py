@@ -12,17 +12,6 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-__all__ = [
-    "ARVIZ_1",
-    "folded_rhat",
-    "group",
-    "pareto_khat",
-    "plot_forest",
-    "psislw",
-    "tail_khat",
-    "tree",
-]
-
 _FEWEST = 25  # draws that have a tail
 _SIZES = 10  # of which it consists at least: a fit to steps depends on where they are cut
 

@@ -6,21 +6,6 @@ from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = [
-    "RESERVED",
-    "check_coords",
-    "check_dims",
-    "check_estimators",
-    "check_names",
-    "check_number",
-    "check_programs",
-    "integer",
-    "is_integer",
-    "is_number",
-    "positive",
-    "without_dimensions",
-]
-
 
 def is_integer(value: Any) -> bool:
     """Return whether a value is an integer of any library; ``True`` is not."""

@@ -9,8 +9,6 @@ from typing import Any
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch.distributions import Distribution
 
-__all__ = ["has_law_of", "law_of", "nearest_library", "overridden", "wraps_like"]
-
 _LIBRARIES = ("torch", "pyro", "pyro_gumbel")
 # The methods that define a distribution. ``expand`` is not among them, since it returns another
 # distribution, which is examined itself, and subclasses with a constructor must override it.

@@ -30,8 +30,6 @@ from pyro_gumbel.distributions.relaxed import RelaxedOneHot
 from pyro_gumbel.distributions.relaxed_bernoulli import RelaxedBernoulli
 from pyro_gumbel.distributions.truncated_gumbel import TruncatedGumbel
 
-__all__: list[str] = []
-
 
 def kl_from_log_probs(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Return the divergence over the last dimension; infinite only if q is 0 where p is not."""

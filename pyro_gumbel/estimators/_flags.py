@@ -6,16 +6,6 @@ import warnings
 from enum import Enum
 from typing import Any
 
-__all__ = [
-    "FLAGS",
-    "Branches",
-    "BranchGraph",
-    "Route",
-    "convert_class",
-    "convert_flags",
-    "read_flag",
-]
-
 
 class Route(Enum):
     """How the gradient passes a site.

@@ -11,8 +11,6 @@ import pyro
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["STORE_PREFIX", "StatefulModule", "is_newer", "note_own", "note_stored"]
-
 _UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 STORE_PREFIX = "gradient$"  # of the names of estimators' parameters in the parameter store

@@ -14,16 +14,6 @@ from pyro_gumbel.estimators.baselines import LeaveOneOut, MovingAverage
 from pyro_gumbel.estimators.pathwise import Pathwise
 from pyro_gumbel.estimators.score import Score
 
-__all__ = [
-    "CLASSES",
-    "Choice",
-    "DefaultEstimators",
-    "NamedEstimators",
-    "check_choice",
-    "did_you_mean",
-    "estimator_names",
-]
-
 Choice = Estimator | str | None
 
 _ONE_WORD = ("DisARM", "MuProp", "ReinMax")  # names that stay one word in snake case

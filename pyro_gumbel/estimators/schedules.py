@@ -152,12 +152,7 @@ def _check_positive(owner: str, name: str, value: float) -> float:
 def check_temperature(
     owner: str, name: str, value: Any, *, kinds: Sequence[str] = ("number", "tensor", "schedule")
 ) -> Any:
-    """Return a temperature of one of the ``kinds``, a number as a float.
-
-    Raises:
-        TypeError: If it is of another kind.
-        ValueError: If it is not positive.
-    """
+    """Return a positive temperature of one of the ``kinds``, a number as a float."""
     if isinstance(value, Schedule) and "schedule" in kinds:
         return value
     if isinstance(value, Tensor) and "tensor" in kinds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -108,8 +109,17 @@ class AutoAmortized(StructuredGuide):
         latent = read_latent(site, None if local else self.init_scale)
         if local:
             self._nesting = max(self._nesting, len(latent.batch))
-            _check_inner_plates(latent, self._data_plate)
+            self._check_inner_plates(latent)
         return latent
+
+    def _check_inner_plates(self, latent: Latent) -> None:
+        for dim, name in latent.plates.items():
+            if name != self._data_plate and latent.sizes[dim] != latent.batch[dim]:
+                raise ValueError(
+                    f"Site {latent.name!r} is in the plate {name!r} inside the data plate "
+                    f"{self._data_plate!r}, and {name!r} is subsampled. A head computes "
+                    f"parameters for all elements of {name!r}; subsample only the data plate."
+                )
 
     def _is_local(self, latent: Latent) -> bool:
         return self._data_plate in latent.plates.values()
@@ -155,8 +165,7 @@ class AutoAmortized(StructuredGuide):
         if not self._is_local(latent):
             return super()._make_head(latent, inputs)
         num_inputs = inputs.shape[-1]
-        if self.autoregressive:
-            num_inputs += sum(self._num_features(other) for other in self._before(latent))
+        num_inputs += sum(self._num_features(other) for other in self._sources(latent))
         start = latent.start.mean(self._dim - latent.event_dim)
         bias = start.flatten().to(inputs)
         linear = nn.Linear(num_inputs, len(bias), device=bias.device, dtype=bias.dtype)
@@ -164,10 +173,10 @@ class AutoAmortized(StructuredGuide):
             linear.bias.copy_(bias)
         return nn.ModuleDict({"linear": linear})
 
-    def _before(self, latent: Latent) -> list[Latent]:
-        names = list(self.latents)
-        before = names[: names.index(latent.name)]
-        return [self.latents[name] for name in before if self._is_local(self.latents[name])]
+    def _sources(self, latent: Latent) -> list[Latent]:
+        """Return the sites whose values the head of a site reads."""
+        before = itertools.takewhile(lambda other: other is not latent, self.latents.values())
+        return [other for other in before if self.autoregressive and self._is_local(other)]
 
     def _num_features(self, latent: Latent) -> int:
         """Return the number of features of a site's value per datum."""
@@ -177,13 +186,10 @@ class AutoAmortized(StructuredGuide):
     def _numbers(self, latent: Latent, inputs: Any, values: dict[str, Tensor]) -> Tensor:
         if not self._is_local(latent):
             return super()._numbers(latent, inputs, values)
-        read = [inputs]
-        if self.autoregressive:
-            read += [
-                self._rows(other, values[other.name]).to(inputs) for other in self._before(latent)
-            ]
-            batch = torch.broadcast_shapes(*(numbers.shape[:-1] for numbers in read))
-            read = [numbers.expand(*batch, numbers.shape[-1]) for numbers in read]
+        sources = self._sources(latent)
+        read = [inputs, *(self._rows(one, values[one.name]).to(inputs) for one in sources)]
+        batch = torch.broadcast_shapes(*(numbers.shape[:-1] for numbers in read))
+        read = [numbers.expand(*batch, numbers.shape[-1]) for numbers in read]
         return self._columns(latent, self._head(latent).linear(torch.cat(read, -1)))
 
     def _rows(self, latent: Latent, value: Tensor) -> Tensor:
@@ -208,13 +214,3 @@ class AutoAmortized(StructuredGuide):
         while raw.dim() > len(latent.batch) + latent.event_dim and raw.shape[0] == 1:
             raw = raw.squeeze(0)  # a dimension of plates of other sites
         return raw
-
-
-def _check_inner_plates(latent: Latent, data_plate: str) -> None:
-    for dim, name in latent.plates.items():
-        if name != data_plate and latent.sizes[dim] != latent.batch[dim]:
-            raise ValueError(
-                f"Site {latent.name!r} is in the plate {name!r} inside the data plate "
-                f"{data_plate!r}, and {name!r} is subsampled. A head computes parameters for all "
-                f"elements of {name!r}; subsample only the data plate."
-            )
