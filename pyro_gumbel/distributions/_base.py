@@ -54,12 +54,17 @@ def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
     return torch.broadcast_shapes(*shapes)
 
 
+def joint_shape(*shapes: torch.Size) -> torch.Size | None:
+    """Broadcast shapes, or return ``None`` if they do not broadcast."""
+    try:
+        return broadcast_shapes(*shapes)
+    except RuntimeError:
+        return None
+
+
 def broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
     """Return whether tensors of a shape can be expanded to another."""
-    try:
-        return broadcast_shapes(shape, target) == target
-    except RuntimeError:
-        return False
+    return joint_shape(shape, target) == target
 
 
 def as_floating(value: Any) -> Tensor:
@@ -156,13 +161,11 @@ class BaseDistribution(TorchDistribution):
                 f"The value of {type(self).__name__}.log_prob must have event_shape "
                 f"{tuple(self.event_shape)} on the right; got shape {tuple(value.shape)}."
             )
-        try:
-            broadcast_shapes(value.shape, expected)
-        except RuntimeError:
+        if joint_shape(value.shape, expected) is None:
             raise ValueError(
                 f"The value of {type(self).__name__}.log_prob must broadcast against "
                 f"{tuple(expected)}; got shape {tuple(value.shape)}."
-            ) from None
+            )
         if checkable(value) and not self._accepted.check(value).all():
             raise ValueError(
                 f"The value of log_prob of {self!r} must lie within {self._accepted!r}; got a "

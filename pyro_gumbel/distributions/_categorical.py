@@ -82,7 +82,7 @@ class DiscreteDistribution(BaseDistribution):
 
     @classmethod
     def infer_shapes(
-        cls, *, probs: Sequence[int] | None = None, logits: Sequence[int] | None = None, **_: Any
+        cls, probs: Sequence[int] | None = None, logits: Sequence[int] | None = None
     ) -> tuple[torch.Size, torch.Size]:
         shape = torch.Size(sole_parameter(probs, logits)[1])
         batch_dims = len(shape) - cls._event_dims

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_gumbel._validate import is_number
-from pyro_gumbel.distributions._base import broadcast_shapes, checkable
+from pyro_gumbel.distributions._base import broadcast_shapes, checkable, joint_shape
 from pyro_gumbel.distributions._categorical import DiscreteDistribution
 from pyro_gumbel.distributions._numerics import noise_dtype, straight_through, widen
 
@@ -68,10 +68,14 @@ class TemperedDistribution(DiscreteDistribution):
         return f"{type(self).__name__}(temperature: {brief}, {self._name}: {shape})"
 
     @classmethod
-    def infer_shapes(
-        cls, *, temperature: Sequence[int] = (), **given: Any
+    def infer_shapes(  # type: ignore[override]
+        cls,
+        temperature: Sequence[int] = (),
+        probs: Sequence[int] | None = None,
+        logits: Sequence[int] | None = None,
+        **_: Any,
     ) -> tuple[torch.Size, torch.Size]:
-        batch_shape, event_shape = super().infer_shapes(**given)
+        batch_shape, event_shape = super().infer_shapes(probs, logits)
         shape = torch.Size(temperature)
         aligned = align_temperature(shape, batch_shape, event_dim=cls._event_dims)
         return broadcast_shapes(batch_shape, aligned), event_shape
@@ -152,20 +156,26 @@ def resolve_temperature(
     temperature: Any, batch_shape: torch.Size, *, event_dim: int, validate: bool
 ) -> float | Tensor:
     """Check a temperature and reshape it so that it broadcasts against ``batch_shape``."""
+    positive = True
     if isinstance(temperature, Tensor):
         if temperature.dim() > 0:
             align = align_temperature(temperature.shape, batch_shape, event_dim=event_dim)
             temperature = temperature.reshape(align)
         if validate and checkable(temperature):
-            _check_positive(bool((temperature > 0).all()), temperature)
-        return temperature
-    if not is_number(temperature):
+            positive = bool((temperature > 0).all())
+    elif is_number(temperature):
+        temperature = float(temperature)
+        positive = temperature > 0
+    else:
         raise TypeError(
             f"temperature must be a positive number or tensor; got {temperature!r}. Write "
             "0.5 or torch.tensor(0.5)."
         )
-    _check_positive(temperature > 0, temperature)
-    return float(temperature)
+    if not positive:
+        raise ValueError(
+            f"temperature must be positive; got {temperature!r}. Write 0.5, for example."
+        )
+    return temperature
 
 
 def align_temperature(
@@ -174,9 +184,9 @@ def align_temperature(
     """Return the shape of a temperature without a trailing 1 for the categories, if it has one."""
     shape, batch_shape = torch.Size(shape), torch.Size(batch_shape)
     trailing = event_dim > 0 and len(shape) > 0 and shape[-1] == 1
-    stripped = trailing and _broadcast(shape[:-1], batch_shape)
+    stripped = trailing and joint_shape(shape[:-1], batch_shape) is not None
     for_categories = trailing and len(shape) > len(batch_shape)  # its only possible meaning
-    plain = not for_categories and _broadcast(shape, batch_shape)
+    plain = not for_categories and joint_shape(shape, batch_shape) is not None
     if not (plain or stripped):
         raise ValueError(
             f"temperature of shape {tuple(shape)} does not broadcast against batch_shape "
@@ -191,18 +201,3 @@ def align_temperature(
             "temperature.squeeze(-1) for the second."
         )
     return shape if plain else shape[:-1]
-
-
-def _broadcast(a: torch.Size, b: torch.Size) -> bool:
-    try:
-        broadcast_shapes(a, b)
-    except RuntimeError:
-        return False
-    return True
-
-
-def _check_positive(positive: bool, temperature: Any) -> None:
-    if not positive:
-        raise ValueError(
-            f"temperature must be positive; got {temperature!r}. Write 0.5, for example."
-        )
