@@ -102,7 +102,7 @@ def subsampled_plate(n):
 WHOLE_PLATES = ("LocalExpectation*", "SumAndSample*", "UnorderedSet*")
 
 
-@program(reference="trace", refused=WHOLE_PLATES)
+@program(reference="trace", refused=(*WHOLE_PLATES, "Enumerate*"))
 def gathered_outside(n):
     """A plate's bits meet in a sum outside of it."""
 

@@ -9,6 +9,7 @@ from pyro import poutine
 from torch import nn
 
 from helpers.user_programs.program import (
+    NOT_RECORDED,
     bit,
     category,
     copies,
@@ -176,7 +177,7 @@ def read_into_python(n):
     return model, guide
 
 
-@program(reference="enum", importance=False)
+@program(reference="enum", importance=False, refused=NOT_RECORDED)
 def loss_within_a_guide(n):
     """A guide that reads a bound of its own, of other programs, by the same class of loss."""
     inner = Estimator_ELBO(2)
@@ -220,7 +221,7 @@ def delta_guide(n):
     return model, guide
 
 
-@program(reference="trace")
+@program(reference="trace", refused=("Enumerate*",))  # a vector of bits is one variable
 def layers_of_bits(n):
     """A sigmoid belief network: vectors of bits as one event."""
     data = table(1.0, 0.0, 1.0)
