@@ -25,11 +25,15 @@ class Enumerate(Estimator):
 
     .. math:: \nabla_\phi \sum_z q_\phi(z)\, f(z)
 
-    As in Pyro's parallel enumeration, values are in a new dimension left of all plates. The cost
-    of several enumerated sites is the product of their cardinalities. Each element of a plate is
-    summed separately. *Unbiased*: exact. *Requires*: a finite support; programs that broadcast;
-    no dependence on the site outside its plates. *Cost*: one evaluation of everything downstream
-    for each value.
+    As in Pyro's parallel enumeration, values are in a new dimension left of all plates. Each
+    element of a plate is summed separately. *Unbiased*: exact. *Requires*: a finite support;
+    programs that broadcast; no dependence on the site outside its plates. *Cost*: one evaluation
+    of everything downstream for each value, and for all joint values of the sites that a term
+    depends on.
+
+    Along ``for t in pyro.markov(range(T))``, written in both programs, ``T`` sites of ``K`` values
+    cost :math:`O(T K^2)`: they share dimensions, and each term's mean is a contraction over the
+    sites that it depends on. A value of the chain can be used as far as ``history`` reaches.
 
     References:
         Tensor Variable Elimination for Plated Factor Graphs (Obermeyer et al., 2019),

@@ -25,37 +25,43 @@ _MOST_STATES = 2**24  # of values that one step carries to the next
 class Dimensions(EnumMessenger):
     """Allocates dimensions, and notes which of them each site may depend on, as Pyro does.
 
+    Args:
+        nesting: The number of dimensions of all plates.
+        earlier: The dimensions of sites that were enumerated before, which stay theirs.
+        recycled: Those of these sites that are along a chain.
+
     Attributes:
         recycled: The sites along a ``pyro.markov`` chain, whose dimensions are used again.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        nesting: int,
+        earlier: Mapping[str, int] | None = None,
+        recycled: Collection[str] = (),
+    ) -> None:
         super().__init__()
+        earlier = earlier or {}
         self.recycled: set[str] = set()
-        self._sizes: dict[tuple[int, int], int] = {}  # by dimension and Pyro's number of the site
+        self._start = self._leftmost = min(earlier.values(), default=-nesting)
+        self._earlier = [(dim, name not in recycled) for name, dim in earlier.items()]
+        self._chain: MarkovMessenger | None = None
+        self._sizes: dict[int, int] = {}  # by Pyro's number of the site
 
     def __enter__(self) -> Self:
         # Private: Pyro's allocator of dimensions. If Pyro renames it, its import fails. It belongs
         # to the process, and a loss inside of the programs may have used it.
         self._allocator = dict(vars(_ENUM_ALLOCATOR))
+        _ENUM_ALLOCATOR.set_first_available_dim(self._start - 1)
+        _ENUM_ALLOCATOR.next_available_id = len(self._earlier)
+        whole = {dim: id_ for id_, (dim, is_whole) in enumerate(self._earlier) if is_whole}
+        _ENUM_ALLOCATOR.dim_to_id = whole
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         vars(_ENUM_ALLOCATOR).clear()
         vars(_ENUM_ALLOCATOR).update(self._allocator)
-
-    def start_left_of(
-        self, nesting: int, earlier: Mapping[str, int], recycled: Collection[str] = ()
-    ) -> None:
-        """Begin on the left of ``nesting`` plates and of the dimensions of earlier sites."""
-        self._first = self._leftmost = min(earlier.values(), default=-nesting)
-        self._chain: MarkovMessenger | None = None
-        _ENUM_ALLOCATOR.set_first_available_dim(self._leftmost - 1)
-        _ENUM_ALLOCATOR.next_available_id = len(earlier)
-        _ENUM_ALLOCATOR.dim_to_id = {
-            dim: id_ for id_, (name, dim) in enumerate(earlier.items()) if name not in recycled
-        }
 
     def note(self, msg: Message) -> None:
         """Note the dimensions that a site may depend on, as far as ``pyro.markov`` reaches."""
@@ -84,7 +90,7 @@ class Dimensions(EnumMessenger):
         outer = (m for m in _PYRO_STACK if isinstance(m, MarkovMessenger))
         chain = next(outer, None) if recycles else None
         if chain is None or (
-            chain is not self._chain and self._leftmost > self._first - _OWN_DIMS
+            chain is not self._chain and self._leftmost > self._start - _OWN_DIMS
         ):
             _ENUM_ALLOCATOR.next_available_dim = self._leftmost - 1
         self._chain = chain
@@ -92,10 +98,10 @@ class Dimensions(EnumMessenger):
         dim, id_ = _ENUM_ALLOCATOR.allocate(None if chain is None else set(reach))
         self._leftmost = min(self._leftmost, dim)
         infer["_dim_to_id"] = {dim: id_}
-        self._sizes[dim, id_] = size
+        self._sizes[id_] = size
         if chain is not None:
             self.recycled.add(name)
-            self._check_states(name, [*reach.items(), (dim, id_)])
+            self._check_states(name, [*reach.values(), id_])
         elif dim < -_MOST_DIMS:
             raise ValueError(
                 f"Site {name!r} is one of {len(self._sizes)} enumerated sites, each with a "
@@ -105,8 +111,8 @@ class Dimensions(EnumMessenger):
             )
         return dim
 
-    def _check_states(self, name: str, reach: list[tuple[int, int]]) -> None:
-        sizes = [self._sizes[key] for key in reach if key in self._sizes]
+    def _check_states(self, name: str, ids: list[int]) -> None:
+        sizes = [self._sizes[id_] for id_ in ids]
         if len(sizes) > 4 and math.prod(sizes) > _MOST_STATES:
             raise ValueError(
                 f"Site {name!r} may depend on {len(sizes)} enumerated sites at once, with "

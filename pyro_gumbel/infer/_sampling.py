@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -99,7 +99,7 @@ class Layout:
     @property
     def total_nesting(self) -> int:
         """Number of dimensions of all plates, the particle plate included."""
-        return cast(int, self.plate_nesting) + (self.particle_dim is not None)
+        return (self.plate_nesting or 0) + (self.particle_dim is not None)
 
     def split(self, tensor: Tensor, event_dim: int = 0) -> Tensor:
         """Bring particles to the front: ``(paths, repetitions, ...)`` of ``(..., rows, ...)``."""
@@ -172,7 +172,7 @@ class Sampler(Dimensions):
         dependence: Dependence | None = None,
         verify: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(layout.total_nesting)
         self.layout = layout
         self.exact = exact
         self.enumerate = enumerate
@@ -189,12 +189,6 @@ class Sampler(Dimensions):
         self._versions: dict[str, int] = {}
         self._choose = choose
         self._memory = memory
-
-    def __enter__(self) -> Self:
-        super().__enter__()
-        known = self.layout.plate_nesting is not None
-        self.start_left_of(self.layout.total_nesting if known else 0, {})
-        return self
 
     @property
     def adds_dimensions(self) -> bool:
@@ -230,8 +224,7 @@ class Sampler(Dimensions):
     def check_unchanged(self, name: str, value: Tensor) -> None:
         """Check that the programs left a site's value as it was drawn.
 
-        Values that were changed on purpose, as by ``clamp_``, can be scored where they move with
-        the distribution's parameters. Others were drawn with another probability.
+        A changed value can be scored only where it moves with the distribution's parameters.
         """
         if (
             version(value) != self._versions[name]
@@ -269,21 +262,19 @@ class Sampler(Dimensions):
         return estimator.draw_from_noise(bare, noise)
 
     def _common_noise(self, name: str, fn: Any, joined: int) -> Tensor | None:
-        """Noise that branches share with the main path, where this draw may have some.
+        """Noise that branches share with the main path, so that their costs differ less.
 
-        The differences between their costs then vary less. Each branch's values keep their
-        distribution: noise is shared as a tensor, by draws of the same family and shape.
+        It is shared as a tensor, by draws of the same family and shape.
         """
         paths = self.layout.paths
         if self.layout.vectorized:
-            if len(paths) == 1:
-                return None
-            noise = base_noise(fn)
+            noise = base_noise(fn) if len(paths) > 1 else None
             if noise is None:
                 return None
             dim = cast(int, self.layout.particle_dim) - joined
             dim -= noise.dim() - len(fn.batch_shape)  # the categories' dimension
-            return _repeat_first(noise, dim, len(paths))
+            first = noise.narrow(dim, 0, noise.shape[dim] // len(paths))
+            return torch.cat([first] * len(paths), dim)
         if MAIN not in paths:
             family, noise = self._memory.noise.get(name, (None, None))
             own = base_noise(fn)
@@ -302,8 +293,7 @@ class Sampler(Dimensions):
             raise NestingNeeded
         name, fn = cast(str, msg["name"]), cast(Any, msg["fn"])
         support = estimator.draw(unwrap(fn))  # (K,) + ones + event
-        dim = self.allocate(msg, len(support), recycles=self.recycles)
-        self.enumerated[name] = dim
+        dim = self.enumerated[name] = self.allocate(msg, len(support), recycles=self.recycles)
         return support.reshape(support.shape[:1] + (1,) * (-dim - 1) + fn.event_shape)
 
     def _compose(self, name: str, blocks: list[Tensor], event_dim: int) -> Tensor:
@@ -398,12 +388,6 @@ def _given(msg: Message, estimator: Estimator) -> Tensor:
         f"At site {msg['name']!r}, {estimator!r} must draw the value, and a handler of the guide, "
         "such as poutine.replay, gave it. Remove the handler, or use Score() or Pathwise()."
     )
-
-
-def _repeat_first(noise: Tensor, dim: int, copies: int) -> Tensor:
-    """Repeat the first of ``copies`` equal blocks of a dimension."""
-    first = noise.narrow(dim, 0, noise.shape[dim] // copies)
-    return torch.cat([first] * copies, dim)
 
 
 def _plate_key(msg: Message) -> tuple[Any, ...]:

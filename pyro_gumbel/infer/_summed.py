@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn, Self, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -64,7 +64,7 @@ class SumMessenger(Dimensions):
         draws: bool,
         dependence: Dependence | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(layout.total_nesting, enumerated, recycled)
         self._guide = guide.nodes
         self._layout = layout
         self._enumerated = enumerated
@@ -77,13 +77,6 @@ class SumMessenger(Dimensions):
                 site["infer"] = infer = dict(site["infer"])
                 if "_dim_to_id" in infer:
                     infer["_dim_to_id"] = value_dims(site, infer["_dim_to_id"])
-
-    def __enter__(self) -> Self:
-        super().__enter__()
-        known = self._layout.plate_nesting is not None
-        nesting = self._layout.total_nesting if known else 0
-        self.start_left_of(nesting, self._enumerated, self._shared)
-        return self
 
     def _pyro_sample(self, msg: Message) -> None:
         infer: dict[str, Any] = msg["infer"] or {}

@@ -302,9 +302,9 @@ class Estimator_ELBO(ParticleELBO):  # noqa: N801
     variable elimination. The sum is a term of the bound, in the plates that it leaves. In a guide
     the mark stands for ``Enumerate()``.
 
-    A new pair of programs may run once more, for a *preflight*. It counts plates, or finds the
-    dependence of each term on each site. It leaves random number generators and buffers of
-    modules unchanged.
+    A new pair of programs may run once more, for a *preflight*. It counts plates, finds the
+    dependence of each term on each site, or checks that chains use values within reach. It leaves
+    random number generators and buffers of modules unchanged.
 
     Args:
         num_particles: Number of independent samples to average over.
