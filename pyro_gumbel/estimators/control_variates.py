@@ -80,8 +80,7 @@ class _LeaveOneOut(DifferentiatingEstimator):
         self.learn = learn
 
     def draw(self, fn: Distribution) -> Tensor:
-        draws = [sample_detached(fn) for _ in range(self.num_samples)]
-        return torch.stack(draws).requires_grad_()
+        return independent_draws(fn, self.num_samples).requires_grad_()
 
 
 class DoubleControlVariate(_LeaveOneOut):
@@ -224,6 +223,11 @@ class Rodeo(_LeaveOneOut):
     def _network(self, linear: Tensor, cost: Tensor) -> Tensor:
         inputs = torch.stack(torch.broadcast_tensors(linear, cost.unsqueeze(-1)), -1)
         return self.network(inputs.to(self.scales.dtype)).to(linear.dtype)
+
+
+def independent_draws(fn: Distribution, count: int) -> Tensor:
+    """Draw ``count`` values without gradient, stacked along a new first dimension."""
+    return torch.stack([sample_detached(fn) for _ in range(count)])
 
 
 def lower(loss: Tensor, parameters: list[Tensor]) -> Tensor:
