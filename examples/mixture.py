@@ -2,8 +2,10 @@
 
     python examples/mixture.py
 
-Enumeration sums the assignments out and is exact. Guides with a discrete site for each datum
-should find the same fit: AutoAmortized by an encoder, AutoDiscrete by parameters for each datum.
+The first fit samples the mixture's parameters from priors. The model marks the assignments, so
+that they are summed out, AutoNormal is the guide of the rest, and recover assigns the data. In the
+other fits the parameters are learnt, and the guide has an assignment for each datum: AutoAmortized
+by an encoder, AutoDiscrete by parameters for each datum. All should find the same mixture.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.infer import SVI
+from pyro.infer.autoguide import AutoNormal, init_to_mean
 from torch import Tensor, nn
 from torch.distributions import constraints
 from tqdm import tqdm
@@ -26,7 +30,7 @@ import style
 from arguments import at_least, count, make_folder, natural, new_parser, positive
 from pyro_gumbel.estimators import Enumerate, GumbelStraightThrough, LeaveOneOut, ReinMax, Score
 from pyro_gumbel.guides import AutoAmortized, AutoDiscrete
-from pyro_gumbel.infer import Estimator_ELBO
+from pyro_gumbel.infer import Estimator_ELBO, recover
 
 TRUE_LOCS = torch.tensor([[-2.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
 TRUE_WEIGHTS = torch.tensor([0.5, 0.3, 0.2])
@@ -46,12 +50,23 @@ def parameters(start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return locs, weights, pyro.param("scale", torch.tensor(1.5), constraint=constraints.positive)
 
 
-def make_model(start: Tensor) -> Callable[[Tensor], None]:
+def priors(start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample them instead."""
+    locs = pyro.sample("locs", dist.Normal(start, 2.0).to_event(2))
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+    return locs, weights, pyro.sample("scale", dist.LogNormal(0.4, 0.5))
+
+
+def make_model(start: Tensor, kind: str) -> Callable[[Tensor], None]:
+    """Make a model; that of kind "summed" has priors and sums over the assignments."""
+    chosen, infer = (priors, {"enumerate": "parallel"}) if kind == "summed" else (parameters, {})
+
     def model(x: Tensor) -> None:
-        locs, weights, scale = parameters(start)
+        locs, weights, scale = chosen(start)
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.OneHotCategorical(weights))
-            pyro.sample("x", dist.Normal(z @ locs, scale).to_event(1), obs=x)
+            z = pyro.sample("z", dist.OneHotCategorical(weights), infer=infer)
+            loc = (z.unsqueeze(-2) @ locs).squeeze(-2)
+            pyro.sample("x", dist.Normal(loc, scale.unsqueeze(-1)).to_event(1), obs=x)
 
     return model
 
@@ -61,7 +76,9 @@ def make_encoder() -> nn.Module:
 
 
 # Name: (guide, estimator, number of particles).
+SUMMED = "AutoNormal, assignments summed"
 FITS: dict[str, tuple[str, Any, int]] = {
+    SUMMED: ("summed", None, 1),
     "enumeration": ("amortized", Enumerate(), 1),
     "AutoAmortized, ReinMax": ("amortized", ReinMax(), 1),
     "AutoAmortized, Gumbel straight-through": ("amortized", GumbelStraightThrough(0.5), 1),
@@ -71,16 +88,21 @@ FITS: dict[str, tuple[str, Any, int]] = {
 }
 
 
+def make_guide(kind: str, model: Callable[[Tensor], None], estimator: Any) -> Any:
+    if kind == "summed":
+        return AutoNormal(poutine.block(model, hide=["z"]), init_loc_fn=init_to_mean)
+    if kind == "amortized":
+        return AutoAmortized(model, make_encoder(), gradient=estimator)
+    return AutoDiscrete(model, gradient=estimator)
+
+
 def fit(name: str, x: Tensor, component: Tensor, args: argparse.Namespace) -> dict[str, Any]:
     """Fit by SVI; return accuracies, log evidence, locations and assignments."""
     kind, estimator, particles = FITS[name]
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
-    model = make_model(x[torch.randperm(len(x))[:3]].clone())
-    if kind == "amortized":
-        guide: Any = AutoAmortized(model, make_encoder(), gradient=estimator)
-    else:
-        guide = AutoDiscrete(model, gradient=estimator)
+    model = make_model(x[torch.randperm(len(x))[:3]].clone(), kind)
+    guide = make_guide(kind, model, estimator)
     elbo = Estimator_ELBO(particles, vectorize_particles=True, max_plate_nesting=1)
 
     def options(parameter: str) -> dict[str, float]:
@@ -88,18 +110,27 @@ def fit(name: str, x: Tensor, component: Tensor, args: argparse.Namespace) -> di
         own = kind == "discrete" and "heads" in parameter
         return {"lr": 10 * args.lr if own else args.lr, "lrd": 0.05 ** (1 / args.steps)}
 
+    @torch.no_grad()
+    def assign(draws: int = 1) -> Tensor:
+        """Return each datum's most probable component."""
+        if kind != "summed":
+            return guide.posterior(x)["z"].probs.argmax(-1)
+        options = {"num_samples": draws, "marginals": True, "parallel": True}
+        return recover(model, guide, x, **options)["z"].mean(0).argmax(-1)
+
     svi = SVI(model, guide, pyro.optim.ClippedAdam(options), elbo)
     accuracies = []
     for _ in tqdm(range(args.steps), desc=name, mininterval=0.5):
         svi.step(x)
-        accuracies.append(accuracy(guide.posterior(x)["z"].probs.argmax(-1), component))
-    locs, weights, scale = (value.detach() for value in parameters(x[:3]))
+        accuracies.append(accuracy(assign(), component))
+    fitted = guide.median(x) if kind == "summed" else pyro.get_param_store()
+    locs, weights, scale = (fitted[key].detach() for key in ("locs", "weights", "scale"))
     log_joint = weights.log() + dist.Normal(locs, scale).to_event(1).log_prob(x[:, None])
     return {
         "accuracy": accuracies,
         "evidence": log_joint.logsumexp(-1).mean().item(),
         "locs": locs,
-        "assigned": guide.median(x)["z"].argmax(-1),
+        "assigned": assign(100),
     }
 
 
@@ -118,12 +149,12 @@ def best_accuracy(x: Tensor, component: Tensor) -> float:
 
 
 def look(name: str) -> dict[str, Any]:
-    """Return a line style: the estimator's colour, dotted for the guide without an encoder."""
+    """Return a line style: the estimator's colour, dotted for parameters of each datum."""
     kind, estimator, _ = FITS[name]
     colors = style.colors(["reinmax", "gumbel_straight_through", "score"]).values()
     own = dict(zip((ReinMax, GumbelStraightThrough, Score), colors, strict=True))
     return {
-        "color": own.get(type(estimator), "black"),
+        "color": own.get(type(estimator), "0.6" if kind == "summed" else "black"),
         "linestyle": ":" if kind == "discrete" else "-",
         "linewidth": 1.5 if type(estimator) in own else 4,  # wide, as other lines cover it
     }
@@ -131,7 +162,7 @@ def look(name: str) -> dict[str, Any]:
 
 def picture(x: Tensor, results: dict[str, dict[str, Any]], best: float, path: Path) -> Path:
     figure, axes = style.panels(1, 3, (4.2, 3.4))
-    shown = ("enumeration", "AutoAmortized, ReinMax")
+    shown = (SUMMED, "AutoAmortized, ReinMax")
     for axis, name in zip(axes[0], shown, strict=False):
         result = results[name]
         order = result["locs"][:, 0].argsort().argsort()  # one colour for each component
@@ -151,7 +182,7 @@ def picture(x: Tensor, results: dict[str, dict[str, Any]], best: float, path: Pa
             result["locs"][:, 1],
             "k+",
             markersize=14,
-            label="fitted location",
+            label="location",
         )
         axis.set(title=name, xlabel="x, first coordinate", ylabel="second coordinate")
     axis = axes[0, 2]
