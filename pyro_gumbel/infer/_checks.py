@@ -78,10 +78,14 @@ def check_programs(model_trace: Trace, guide_trace: Trace, nesting: int | None) 
     model, guide = latent_sites(model_trace), latent_sites(guide_trace)
     for name in model:
         if name not in guide and model[name]["infer"].get("enumerate") is None:
+            # Pyro makes this site of pyro.sample(..., obs_mask=...), without its infer.
+            masked = name.endswith("_unobserved")
+            mark = "config_enumerate(model)" if masked else "infer={'enumerate': 'parallel'}"
+            lost = ", since obs_mask drops infer" if masked else ""
             raise ValueError(
                 f"The model's latent site {name!r} is missing from the guide, whose sites are "
                 f"{list(guide)}. Sample it in the guide, observe it in the model, or, if it is "
-                "discrete, sum over it: infer={'enumerate': 'parallel'}."
+                f"discrete, sum over it: {mark}{lost}."
             )
     _check_common_sites(model, guide, nesting)
     for name, site in guide.items():

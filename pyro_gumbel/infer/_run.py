@@ -290,7 +290,7 @@ def _left_dimensions_explained(sampler: Sampler) -> Iterator[None]:
     """Add to errors over shapes which dimensions the values have that the program did not make."""
     try:
         yield
-    except (IndexError, RuntimeError, ValueError) as error:
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
         if _particle_plate_is_in_the_way(error, sampler.layout):
             raise DeeperPlates(sampler.layout.total_nesting) from error
         left = []
@@ -298,7 +298,9 @@ def _left_dimensions_explained(sampler: Sampler) -> Iterator[None]:
             left += [f"{sampler.layout.num_rows} particles or coupled draws at {dim}"]
         every = {**sampler.enumerated, **sampler.summed}
         left += [f"every value of {name!r} at {at}" for name, at in every.items()]
-        over_shapes = not isinstance(error, ValueError) or "Shape mismatch" in str(error)
+        over_shapes = isinstance(error, (IndexError, RuntimeError)) or any(
+            words in str(error) for words in ("Shape mismatch", "a single element")
+        )
         if left and over_shapes:
             error.add_note(
                 f"Values came with dimensions on the left of the plates: {' and '.join(left)} of "

@@ -31,6 +31,8 @@ from pyro_gumbel.infer._dimensions import (
 )
 from pyro_gumbel.infer._sampling import Layout, NestingNeeded, left_filled
 
+_MOST_DIMS = 64  # of a tensor
+
 __all__ = ["SumMessenger", "SummedTerms", "is_summed"]
 
 
@@ -127,6 +129,13 @@ class SumMessenger(Dimensions):
             ) from error
         if "_enumerate_dim" in infer:  # a handler of the model may have given a value
             self.dims[name] = infer["_enumerate_dim"]
+            if cast(Tensor, msg["value"]).dim() > _MOST_DIMS:
+                raise ValueError(
+                    f"The values of site {name!r} need another dimension, after {_MOST_DIMS} of "
+                    "summed sites and plates, the most that torch has. In a chain, loop over "
+                    "pyro.markov(...), so that dimensions are used again. Write independent sites "
+                    "as one site in a vectorised pyro.plate."
+                )
             if in_chain(msg):
                 self.recycled.add(name)
             if self._dependence:
@@ -242,9 +251,18 @@ class SummedTerms:
         if self._dependence:
             self.check_scope(site["name"], site["infer"]["_dim_to_symbol"], score)
             self._dependence.forget(score, self._summed)  # the sum does not depend on one value
-        if not self.depends(site, score.shape):
+        depends = self.depends(site, score.shape)
+        try:
+            check_shape(site, score, nesting)
+        except ValueError as error:
+            error.add_note(
+                f"The values of {sorted(self._sums.values())} are summed. A site outside of their "
+                "plate cannot use them, as by z.sum(-1): the elements' combinations are not in "
+                "the sum. Sample them in the guide, or put the site into the plate."
+            )
+            raise
+        if not depends:
             return False
-        check_shape(site, score, nesting)
         shape = broadcast_shapes(score.shape, site["fn"].batch_shape)
         try:
             value = packed.pack(score.expand(shape), site["infer"]["_dim_to_symbol"])
@@ -358,17 +376,19 @@ def _equal(*scales: Any) -> bool:
     """Compare numbers: Pyro multiplies scales anew at each site. Gradients could differ."""
     if any(isinstance(scale, Tensor) and scale.requires_grad for scale in scales):
         return False
-    return float(scales[0]) == float(scales[1])
+    return bool(scales[0] == scales[1])  # a comparison can be recorded, a number cannot
 
 
 @contextmanager
 def _explained(name: str, factors: list[Factor]) -> Iterator[None]:
-    """Name the sites of a sum that is not possible."""
+    """Name the sites and plates of a sum that is not possible."""
     try:
         yield
     except NotImplementedError as error:
         names = [factor.name for factor in factors]
+        plates = sorted({frame.name for factor in factors for frame in factor.frames.values()})
         raise ValueError(
-            f"The sum over {name!r}, with the sites {names}: {error} Sample a summed site in the "
-            "guide."
+            f"The sum over {name!r}, with the sites {names}, is not possible in the plates "
+            f"{plates}, since they cross: a site in both depends on summed sites in each. Write "
+            "one plate as a loop (for i in pyro.plate(...)), or sample a summed site in the guide."
         ) from error

@@ -12,10 +12,11 @@ import pytest
 import torch
 from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
 from pyro.ops.indexing import Vindex
+from pyro.optim import Adam
 from torch import Tensor
 
 from pyro_gumbel.diagnostics import exact_gradient, guide_khat
-from pyro_gumbel.infer import Estimator_ELBO, ImportanceWeighted_ELBO, recover
+from pyro_gumbel.infer import CapturedSVI, Estimator_ELBO, ImportanceWeighted_ELBO, recover
 
 SUM = {"enumerate": "parallel"}
 Program = Callable[..., Any]
@@ -322,3 +323,22 @@ def test_khat_is_that_of_the_weights_with_the_sum() -> None:
 
     khats = [guide_khat(program, guide, num_samples=100) for program in (model, mixture)]
     assert khats[0] == pytest.approx(khats[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.3, torch.tensor(0.3)])
+def test_a_captured_step_takes_scales(scale: Any) -> None:
+    """A scale that is a tensor is compared without reading it into Python."""
+
+    def model() -> None:
+        logits = pyro.param("logits", torch.tensor([0.3, -0.2, 0.5]))
+        with pyro.plate("data", 4), pyro.poutine.scale(scale=scale):
+            z = pyro.sample("z", dist.Categorical(logits=logits), infer=SUM)
+            pyro.sample("x", dist.Normal(LOC[z], 1.0), obs=DATA)
+
+    losses = []
+    for kind in (SVI, CapturedSVI):
+        pyro.clear_param_store()
+        svi = kind(model, no_guide, Adam({"lr": 0.1}), Estimator_ELBO(max_plate_nesting=1))
+        losses.append([float(svi.step()) for _ in range(4)])
+    assert losses[0] == pytest.approx(losses[1])
+    assert losses[0][0] > losses[0][-1]
