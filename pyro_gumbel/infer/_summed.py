@@ -133,8 +133,7 @@ class SumMessenger(Dimensions):
                 raise ValueError(
                     f"The values of site {name!r} need another dimension, after {_MOST_DIMS} of "
                     "summed sites and plates, the most that torch has. In a chain, loop over "
-                    "pyro.markov(...), so that dimensions are used again. Write independent sites "
-                    "as one site in a vectorised pyro.plate."
+                    "pyro.markov(...). Write independent sites as one in a vectorised pyro.plate."
                 )
             if in_chain(msg):
                 self.recycled.add(name)
