@@ -60,6 +60,9 @@ SIGNATURES: dict[Any, dict[str, tuple[str, str]]] = {
         "ImportanceWeighted_ELBO": ("num_particles", "doubly_reparameterized"),
         "RelaxReparam": ("temperature", "straight_through"),
         "CapturedSVI": ("model guide optim loss", ""),
+        "DistributedSVI": ("model guide optim loss", "plate"),
+        "save_checkpoint": ("path svi", ""),
+        "load_checkpoint": ("path svi", ""),
     },
     guides: {
         "AutoDiscrete": ("model", "gradient"),
@@ -119,6 +122,7 @@ def test_kinds() -> None:
     assert issubclass(infer.Estimator_ELBO, ELBO)
     assert issubclass(infer.ImportanceWeighted_ELBO, ELBO)
     assert issubclass(infer.CapturedSVI, SVI)
+    assert issubclass(infer.DistributedSVI, SVI)
 
 
 def test_names_of_estimators() -> None:

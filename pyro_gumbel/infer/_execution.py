@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import pyro.poutine as poutine
 import torch
@@ -107,6 +107,16 @@ def structure_of(call: Call) -> Hashable:
     return len(call.args), *kinds, *call.kwargs
 
 
+class Split(Protocol):
+    """How processes share a step."""
+
+    def drawing(self, msg: Message) -> AbstractContextManager[Any]:
+        """Return a context in which to draw the value of a site."""
+
+    def share(self, passes: Passes) -> Passes:
+        """Return this process's share of the passes of all."""
+
+
 class Options(NamedTuple):
     """The options of a loss that its execution needs.
 
@@ -118,6 +128,7 @@ class Options(NamedTuple):
         analytic_kl: Whether closed-form KL divergences replace sampled terms.
         full_scores: Whether ``log q`` keeps its whole gradient.
         checks_all: Whether the loss needs the dependence of the cost on every site.
+        split: How processes share the step, if they do.
     """
 
     choose: Callable[[Message], Estimator]
@@ -127,6 +138,7 @@ class Options(NamedTuple):
     analytic_kl: bool
     full_scores: bool
     checks_all: bool
+    split: Split | None = None
 
 
 class Execution:
@@ -155,7 +167,7 @@ class Execution:
                 with attempt:
                     passes = Passes([self._run_group(layout, exact) for _ in range(groups)])
                 self.plan.has_run = True
-                return passes
+                return self.options.split.share(passes) if self.options.split else passes
             except NestingNeeded:
                 self.find_layout()
             except DeeperPlates as deeper:
@@ -197,7 +209,13 @@ class Execution:
         def run(paths: tuple[Path, ...], dependence: Dependence | None = None) -> Run:
             here = Layout(layout.plate_nesting, paths, layout.repetitions, layout.vectorized)
             sampler = Sampler(
-                here, options.choose, memory, exact=exact, dependence=dependence, verify=first
+                here,
+                options.choose,
+                memory,
+                exact=exact,
+                dependence=dependence,
+                verify=first,
+                drawing=options.split.drawing if options.split else nullcontext,
             )
             with dependence or nullcontext():
                 traces = run_programs(self.call, sampler, self._subsample)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -149,6 +150,7 @@ class Sampler(Dimensions):
         values: Values to give to sites instead.
         dependence: Follows the values through the programs.
         verify: Check that branches meet their owner's distribution as the main path did.
+        drawing: Returns a context in which to draw the value of a site.
 
     Attributes:
         estimators: After a pass, the estimator of each latent site, in program order.
@@ -171,6 +173,7 @@ class Sampler(Dimensions):
         values: Mapping[str, Tensor] | None = None,
         dependence: Dependence | None = None,
         verify: bool = False,
+        drawing: Callable[[Message], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         super().__init__(layout.total_nesting)
         self.layout = layout
@@ -189,6 +192,7 @@ class Sampler(Dimensions):
         self._versions: dict[str, int] = {}
         self._choose = choose
         self._memory = memory
+        self._drawing = drawing
 
     @property
     def adds_dimensions(self) -> bool:
@@ -215,7 +219,8 @@ class Sampler(Dimensions):
         self.sizes[name] = estimator.block_size(unwrap(msg["fn"]), event_dims(msg["fn"]))
         if self.verify and self.sizes[name] > 1:
             self._verify_owner(name, estimator, msg["fn"])
-        value = self._value(msg, estimator) if msg["value"] is None else _given(msg, estimator)
+        with self._drawing(msg):
+            value = self._value(msg, estimator) if msg["value"] is None else _given(msg, estimator)
         value = self.dependence.follow(name, value) if self.dependence else value
         msg["value"] = value
         self._versions[name] = version(value)

@@ -17,7 +17,7 @@ from pyro_gumbel.estimators import Branches, Call, Estimator, Route, Site
 from pyro_gumbel.infer._run import Run
 from pyro_gumbel.infer._sampling import MAIN, Path
 
-__all__ = ["Passes"]
+__all__ = ["Passes", "SiteView"]
 
 
 class Passes:
@@ -115,9 +115,13 @@ class Passes:
                 blocks.append(split)
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
+    def weigh(self, name: str, surrogate: Tensor) -> Tensor:
+        """Weigh a site's surrogate by this process's share of it."""
+        return surrogate
+
     def site(self, name: str, call: Call) -> Site:
         """Put together what the estimator of ``name`` sees."""
-        return _SiteView(self, name, call)
+        return SiteView(self, name, call)
 
 
 def _belongs(path: Path, name: str) -> bool:
@@ -125,7 +129,7 @@ def _belongs(path: Path, name: str) -> bool:
     return path.owner in (None, name)
 
 
-class _SiteView(Site):
+class SiteView(Site):
     """Reads one site's tensors off the paths."""
 
     def __init__(self, passes: Passes, name: str, call: Call) -> None:

@@ -1,18 +1,22 @@
-"""State that outlives a step: generators, schedules and parameters of estimators."""
+"""State that outlives a step: generators, schedules, and the modules that programs hold."""
 
 from __future__ import annotations
 
 import threading
+import types
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
 from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 
+from pyro_gumbel.distributions import _constraints
 from pyro_gumbel.distributions._base import tensor_of
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.estimators._module import STORE_PREFIX, is_newer, note_own, note_stored
@@ -24,14 +28,24 @@ __all__ = [
     "LossModule",
     "adopt_stored",
     "advance_schedules",
+    "constraint_data",
+    "constraint_of",
     "finish_step",
     "generator_states",
+    "held_objects",
     "meet_site",
     "preserved_rng",
     "set_generator_states",
     "show_parameters",
     "sole_step",
 ]
+
+# The modules whose classes a file may name.
+_CONSTRAINTS = {
+    module.__name__: module
+    for module in (torch.distributions.constraints, pyro.distributions.constraints, _constraints)
+}
+_HOLDERS = (nn.Module, Mapping, list, tuple, partial, types.FunctionType, types.MethodType)
 
 _step = threading.RLock()
 
@@ -67,6 +81,109 @@ def set_generator_states(states: tuple[dict, list[torch.Tensor]]) -> None:
     pyro.util.set_rng_state(own)
     if cuda:
         torch.cuda.set_rng_state_all(cuda)
+
+
+def held_objects(programs: Mapping[str, Any], kinds: tuple[type, ...]) -> dict[str, Any]:
+    """Return the objects of some kinds that programs hold, by the path to each.
+
+    A function holds its closure, its defaults and the globals that it names; a method holds its
+    object, too. The parts of modules are left to the modules.
+    """
+    found: dict[str, Any] = {}
+    seen: dict[int, Any] = {}
+    waiting = list(programs.items())
+    for path, value in waiting:  # grows while it is walked
+        if id(value) not in seen:
+            seen[id(value)] = value  # which keeps the id
+            if isinstance(value, kinds):
+                found[path] = value
+            waiting += [(f"{path}.{name}", part) for name, part in _parts(value)]
+    return found
+
+
+def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
+    """List what an object holds, by name."""
+    if isinstance(value, nn.Module):
+        return [("gradient", getattr(value, "gradient_messenger", None))]
+    if isinstance(value, types.MethodType):
+        return [("self", value.__self__), ("method", value.__func__)]
+    if isinstance(value, types.FunctionType):
+        return _variables(value)
+    if isinstance(value, partial):
+        return [("func", value.func), *enumerate(value.args), *value.keywords.items()]
+    if isinstance(value, (type, types.ModuleType)):
+        return []
+    owned = enumerate(value) if isinstance(value, (list, tuple)) else _entries(value).items()
+    return [(name, part) for name, part in owned if _leads_on(part)]
+
+
+def _entries(value: Any) -> Mapping[Any, Any]:
+    return value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
+
+
+def _leads_on(part: Any) -> bool:
+    """Return whether a part of an object may hold a module; others' objects end the search."""
+    return isinstance(part, _HOLDERS) or type(part).__module__.startswith("pyro_gumbel.")
+
+
+def _variables(function: types.FunctionType) -> list[tuple[str, Any]]:
+    """List the variables of a function that come from outside of it."""
+    names: dict[str, None] = {}
+    codes = [function.__code__]
+    for code in codes:  # grows while it is walked
+        names.update(dict.fromkeys(code.co_names))
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    space = function.__globals__
+    parts = [(name, space[name]) for name in names if name in space]
+    # Functions of other modules, such as torch's, lead everywhere.
+    parts = [(n, v) for n, v in parts if getattr(v, "__globals__", space) is space]
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # not assigned yet
+            parts.append((name, cell.cell_contents))
+    wrapped = vars(function).get("__wrapped__")
+    return [*parts, ("defaults", function.__defaults__), ("wrapped", wrapped)]
+
+
+def constraint_data(constraint: Any) -> Any:
+    """Describe a constraint by the name of its class and its attributes, without code.
+
+    Raises:
+        ValueError: If its class is not one of torch, Pyro or this package.
+    """
+    if isinstance(constraint, (list, tuple)):
+        return [constraint_data(part) for part in constraint]
+    if not isinstance(constraint, Constraint):
+        return constraint
+    kind = type(constraint)
+    if getattr(_CONSTRAINTS.get(kind.__module__), kind.__qualname__, None) is not kind:
+        raise ValueError(
+            f"The class {kind.__module__}.{kind.__qualname__} of the constraint {constraint!r} is "
+            "code, which a checkpoint cannot hold. Use a constraint of torch or Pyro, or "
+            "transform a real parameter in the program."
+        )
+    attributes = {name: constraint_data(part) for name, part in vars(constraint).items()}
+    return {"module": kind.__module__, "class": kind.__qualname__, "attributes": attributes}
+
+
+def constraint_of(data: Any) -> Any:
+    """Return the constraint that :func:`constraint_data` described.
+
+    Raises:
+        ValueError: If the class is unknown.
+    """
+    if isinstance(data, list):
+        return [constraint_of(part) for part in data]
+    if not isinstance(data, dict):
+        return data
+    kind = getattr(_CONSTRAINTS.get(data["module"]), data["class"], None)
+    if not (isinstance(kind, type) and issubclass(kind, Constraint)):
+        raise ValueError(
+            f"The constraint {data['module']}.{data['class']} of a checkpoint is unknown to the "
+            "installed versions of torch and Pyro."
+        )
+    constraint: Any = object.__new__(kind)
+    vars(constraint).update({n: constraint_of(part) for n, part in data["attributes"].items()})
+    return constraint
 
 
 @contextmanager

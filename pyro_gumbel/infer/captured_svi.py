@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_gumbel.estimators import Call
-from pyro_gumbel.infer._captured_state import PLAIN, Surroundings
+from pyro_gumbel.infer._captured_state import PLAIN, Surroundings, step_jointly
 from pyro_gumbel.infer._captured_step import CapturedStep, Differs, Outcome
 from pyro_gumbel.infer._recording import (
     NotRecordable,
@@ -207,7 +207,7 @@ class CapturedSVI(SVI):
         if surrogate.requires_grad:
             surrogate.backward(retain_graph=self.elbo.retain_graph)
         unique = list(dict.fromkeys(params.values()))
-        self.optim(unique)
+        step_jointly(self.optim, unique)  # rounds as recorded steps do, in a resumed run
         zero_grads(unique)
         parts = estimators.values(), surroundings, self._zeros
         return loss.item(), CapturedStep(self.elbo, params, surrogate, *parts, self.compile)

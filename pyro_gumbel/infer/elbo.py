@@ -28,6 +28,7 @@ from pyro_gumbel.infer._execution import (
     Options,
     Plan,
     Plans,
+    Split,
     preflight,
     structure_of,
 )
@@ -122,11 +123,7 @@ class ParticleELBO(ELBO):
         return self._auto.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: If the state names an estimator that does not exist.
-        """
+        """Restore what :meth:`state_dict` returned; raise ``ValueError`` for an unknown name."""
         self._auto.load_state_dict(state)
 
     @torch.no_grad()
@@ -134,7 +131,7 @@ class ParticleELBO(ELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> float:
         """Estimate the negative bound; no estimator's state changes."""
-        loss = self._exact_loss(Call(model, guide, args, kwargs))
+        loss = self.exact_loss(Call(model, guide, args, kwargs))
         warn_if_nan(loss, "loss")
         return loss.item()
 
@@ -198,16 +195,16 @@ class ParticleELBO(ELBO):
             if training:
                 finish(estimate.estimators)
         else:  # there is nothing to differentiate
-            loss = self._exact_loss(call)
+            loss = self.exact_loss(call)
             estimate = Estimate(loss, loss, {})
         if is_validation_enabled():
             warn_if_nan(estimate.loss, "loss")
         return estimate
 
-    def estimate(self, call: Call, *, training: bool = True) -> Estimate:
+    def estimate(self, call: Call, training: bool = True, split: Split | None = None) -> Estimate:
         """Estimate the loss and its gradient; only baselines move on, if ``training``."""
         with sole_step():
-            execution = Execution(call, self.plan(call), self._options())
+            execution = Execution(call, self.plan(call), self._options(split))
             passes = execution.run()
             passes.training = training
             value, surrogate = self._estimate(passes, execution)
@@ -216,9 +213,11 @@ class ParticleELBO(ELBO):
                     value = self._value(execution.run(exact=True))
         return Estimate(-value.detach(), -surrogate, passes.estimators)
 
-    def _exact_loss(self, call: Call) -> Tensor:
+    def exact_loss(self, call: Call, split: Split | None = None) -> Tensor:
+        """Estimate the loss alone."""
         with sole_step(), torch.no_grad():
-            return -self._value(Execution(call, self.plan(call), self._options()).run(exact=True))
+            execution = Execution(call, self.plan(call), self._options(split))
+            return -self._value(execution.run(exact=True))
 
     def plan(self, call: Call) -> Plan:
         """Return the plan of a step.
@@ -242,7 +241,7 @@ class ParticleELBO(ELBO):
             Execution(call, plan, options).find_layout()
         return plan
 
-    def _options(self) -> Options:
+    def _options(self, split: Split | None = None) -> Options:
         given = self.max_plate_nesting != float("inf")
         return Options(
             choose=self._choose,
@@ -252,6 +251,7 @@ class ParticleELBO(ELBO):
             analytic_kl=self.analytic_kl,
             full_scores=self.full_scores,
             checks_all=self._needs_all_dependence(),
+            split=split,
         )
 
     def _needs_all_dependence(self) -> bool:
@@ -360,7 +360,7 @@ class Estimator_ELBO(ParticleELBO):  # noqa: N801
                 continue
             term = estimator.surrogate(passes.site(name, execution.call))
             if term is not None:
-                surrogate = surrogate + term.sum() / self.num_particles
+                surrogate = surrogate + passes.weigh(name, term.sum()) / self.num_particles
         return elbo, surrogate
 
 
