@@ -1,8 +1,7 @@
-"""Save a run of SVI after an epoch, and resume it with the same results."""
+"""Resume a run that vae.py saved, also one of version 0.1."""
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +9,13 @@ import torch
 from pyro.infer import SVI
 from torch import nn
 
-DAMAGED = (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError)
-FORMAT = "pyro_gumbel examples, checkpoint 1"
+from pyro_gumbel.infer import load_checkpoint
+
+OLD_FORMAT = "pyro_gumbel examples, checkpoint 1"  # of version 0.1
 
 
 class CheckpointError(ValueError):
     """The file is not a checkpoint of this run."""
-
-
-def save(path: Path, svi: SVI, module: nn.Module, settings: dict[str, Any], epochs: list) -> None:
-    """Save everything that the next step depends on.
-
-    This is the state of ``module`` (networks and estimator), of the optimiser and of the random
-    number generators. The file is first written under another name and then moved, so that an
-    interrupted save leaves the previous checkpoint intact.
-    """
-    state = {
-        "format": FORMAT,
-        "settings": settings,
-        "epochs": epochs,
-        "module": module.state_dict(),
-        "optimizer": svi.optim.get_state(),
-        "generator": torch.get_rng_state(),
-        "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-    partial = path.with_suffix(path.suffix + ".partial")
-    torch.save(state, partial)
-    partial.replace(path)
 
 
 def load(path: Path, svi: SVI, module: nn.Module, settings: dict[str, Any]) -> list:
@@ -54,6 +33,9 @@ def load(path: Path, svi: SVI, module: nn.Module, settings: dict[str, Any]) -> l
             f"the checkpoint {path} has other settings ({listed}); use the saved settings, or "
             "write to another file"
         )
+    if "module" not in state:
+        load_checkpoint(path, svi)
+        return state["epochs"]
     module.load_state_dict(state["module"])
     svi.optim.set_state(state["optimizer"])
     torch.set_rng_state(state["generator"])
@@ -63,27 +45,35 @@ def load(path: Path, svi: SVI, module: nn.Module, settings: dict[str, Any]) -> l
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a file that :func:`save` wrote.
+    """Read a run's settings and epochs, and all of a run of version 0.1.
 
     Raises:
-        CheckpointError: The file is not a complete checkpoint of these examples.
+        CheckpointError: The file is not a complete checkpoint of vae.py.
     """
-    if not path.exists():
-        raise CheckpointError(f"the checkpoint {path} does not exist")
-    if path.is_dir():
-        raise CheckpointError(
-            f"the checkpoint {path} is a folder; give a file, such as {path / 'run.pt'}"
-        )
     try:
-        # weights_only: an untrusted file must not execute code.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise CheckpointError(f"the checkpoint {path} cannot be read ({error})") from error
-    except DAMAGED as error:
-        raise CheckpointError(
-            f"{path} is not a complete checkpoint ({type(error).__name__}); remove it, or give "
-            "another file"
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        state = load_checkpoint(path)
+    except (OSError, ValueError) as error:
+        old = _read_old(path)
+        if old is None:
+            raise CheckpointError(str(error)) from error
+        return old
+    if not {"settings", "epochs"} <= state.keys():
         raise CheckpointError(f"{path} was not written by this example; give another file")
     return state
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers of the model that :func:`read` accepts."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["format"] == OLD_FORMAT:  # the estimator's state is under "1."
+        return {k[2:]: v for k, v in state["module"].items() if k.startswith("0.")}
+    return state["modules"]["model.self"]
+
+
+def _read_old(path: Path) -> dict[str, Any] | None:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # then the first error is of use
+        return None
+    is_old = isinstance(state, dict) and state.get("format") == OLD_FORMAT
+    return state if is_old else None

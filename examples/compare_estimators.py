@@ -59,9 +59,8 @@ def load_vae(path: Path, images: Images) -> VAE:
     """
     state = checkpoint.read(path)
     vae = VAE(argparse.Namespace(**state["settings"]), images.num_pixels)
-    weights = {k[2:]: v for k, v in state["module"].items() if k.startswith("0.")}
     try:
-        vae.load_state_dict(weights)  # the estimator's state, under "1.", is not needed
+        vae.load_state_dict(checkpoint.read_weights(path))
     except RuntimeError as error:
         raise checkpoint.CheckpointError(
             f"{path} was trained on {state['settings']['images']}, not on images of "

@@ -27,7 +27,12 @@ import parallel
 from arguments import make_folder
 from evaluation import held_out_bounds
 from image_data import Images, load_images
-from pyro_gumbel.infer import Estimator_ELBO, config_gradient
+from pyro_gumbel.infer import (
+    DistributedSVI,
+    Estimator_ELBO,
+    config_gradient,
+    save_checkpoint,
+)
 from report import report
 from vae_options import make_parser, settings_of
 
@@ -107,9 +112,8 @@ def make_svi(args: argparse.Namespace, gradient: str, images: Images) -> tuple[V
     )
     guide = config_gradient(vae.guide, {"z": estimator})
     optimizer = {"adam": pyro.optim.Adam, "radam": pyro.optim.RAdam}[args.optimizer]
-    everything = nn.ModuleList([vae, estimator])
-    svi = parallel.make_svi(elbo, vae.model, guide, optimizer({"lr": args.lr}), everything)
-    return vae, estimator, svi
+    optim = optimizer({"lr": args.lr})
+    return vae, estimator, DistributedSVI(vae.model, guide, optim, elbo, plate="images")
 
 
 def train(
@@ -138,9 +142,9 @@ def train(
     )
     while len(epochs) < args.epochs:
         start, total, seen = time.perf_counter(), 0.0, 0
-        with parallel.same_everywhere(seed, len(epochs)):
+        with torch.random.fork_rng(devices=[]):  # the same order in every process
+            torch.manual_seed(1_000_003 * seed + len(epochs))
             batches = images.batches(args.batch_size)
-        parallel.seed_share(seed, len(epochs))
         for number, batch in enumerate(batches):
             total, seen = total + svi.step(parallel.share(batch)), seen + len(batch)
             if number % 20 == 0:
@@ -151,8 +155,8 @@ def train(
         epochs.append(
             {"train_loss": total / seen, "held_out_loss": -bounds.elbo, "seconds": seconds}
         )
-        if args.checkpoint and parallel.rank() == 0:
-            checkpoint.save(args.checkpoint, svi, everything, settings, epochs)
+        if args.checkpoint:
+            save_checkpoint(args.checkpoint, svi, settings=settings, epochs=epochs)
     bar.close()
     return vae, epochs
 

@@ -27,10 +27,12 @@ def first_column(heading: str) -> list[str]:
     return [name for cell in rows for name in re.findall(r"`(\w+)", cell)]
 
 
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
 @pytest.fixture(scope="module")
 def quickstart() -> str:
-    (program,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    return program
+    return PROGRAMS[0]
 
 
 def test_quickstart_is_short(quickstart: str) -> None:
@@ -38,7 +40,10 @@ def test_quickstart_is_short(quickstart: str) -> None:
     assert len(statements) <= 25
 
 
-def test_quickstart_finds_the_clusters(quickstart: str, capsys: pytest.CaptureFixture) -> None:
+def test_quickstart_finds_the_clusters(
+    quickstart: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch
+) -> None:
+    """The programs after it continue it."""
     names: dict[str, Any] = {}
     exec(compile(quickstart, "README.md", "exec"), names)
     centres = torch.stack([names["data"][:100].mean(), names["data"][100:].mean()])
@@ -47,6 +52,10 @@ def test_quickstart_finds_the_clusters(quickstart: str, capsys: pytest.CaptureFi
     fitted = names["pyro"].param("centres_loc").detach()
     assert (fitted - centres).abs().max() < 0.2
     assert capsys.readouterr().out.startswith("tensor(")
+    monkeypatch.chdir(tmp_path)
+    for program in PROGRAMS[1:]:
+        exec(compile(program, "README.md", "exec"), names)
+    assert torch.load(tmp_path / "run.pt")["more"] == {"step": 20}
 
 
 def test_every_distribution_has_a_row() -> None:

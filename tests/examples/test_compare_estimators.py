@@ -97,10 +97,8 @@ def test_checkpoint_of_other_images(tmp_path: Path, capsys: pytest.CaptureFixtur
     size = ["--latents", "2", "--categories", "2", "--hidden", "4", "--num-samples", "5"]
     vae.main(["--smoke", *size, "--checkpoint", str(file), "--out", str(tmp_path / "vae")])
     state = torch.load(file)
-    state["module"] = {
-        name: weights[..., :9] if name == "0.encoder.0.weight" else weights
-        for name, weights in state["module"].items()
-    }
+    weights = state["modules"]["model.self"]
+    weights["encoder.0.weight"] = weights["encoder.0.weight"][:, :9]
     torch.save(state, file)
     with pytest.raises(SystemExit):
         compare_estimators.main(["--checkpoint", str(file), "--out", str(tmp_path)])
@@ -112,7 +110,7 @@ def test_checkpoint_of_other_images(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         (["--estimators", "reinmx"], "Did you mean 'reinmax'"),
         (["--data", "nowhere"], "--data expects a folder of IDX files; nowhere is not a folder"),
-        (["--checkpoint", "nowhere.pt"], "the checkpoint nowhere.pt does not exist"),
+        (["--checkpoint", "nowhere.pt"], "checkpoint nowhere.pt does not exist"),
         (["--checkpoint", __file__], "is not a complete checkpoint"),
         (["--estimators", "reinmax,pathwise"], "does not support a OneHotCategorical"),
         (["--estimators", "disarm"], "does not support a OneHotCategorical"),
