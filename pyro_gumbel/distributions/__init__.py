@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from pyro_gumbel.distributions import kl
 from pyro_gumbel.distributions._numerics import gumbel_noise, straight_through
-from pyro_gumbel.distributions.gumbel import Gumbel
+from pyro_gumbel.distributions.gumbel import Gumbel, TruncatedGumbel
 from pyro_gumbel.distributions.one_hot import OneHot, draw_one_hot, multilinear_log_prob
 from pyro_gumbel.distributions.relaxed import ExpRelaxedOneHot, RelaxedOneHot
 from pyro_gumbel.distributions.relaxed_bernoulli import RelaxedBernoulli
-from pyro_gumbel.distributions.truncated_gumbel import TruncatedGumbel
 
 __all__ = [
     "ExpRelaxedOneHot",

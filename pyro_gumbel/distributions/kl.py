@@ -24,11 +24,10 @@ from pyro_gumbel.distributions._categorical import bit_log_masses, log_probs
 from pyro_gumbel.distributions._law import law_of, nearest_library
 from pyro_gumbel.distributions._numerics import noise_dtype
 from pyro_gumbel.distributions.families import unwrap
-from pyro_gumbel.distributions.gumbel import Gumbel
+from pyro_gumbel.distributions.gumbel import Gumbel, TruncatedGumbel
 from pyro_gumbel.distributions.one_hot import OneHot
 from pyro_gumbel.distributions.relaxed import RelaxedOneHot
 from pyro_gumbel.distributions.relaxed_bernoulli import RelaxedBernoulli
-from pyro_gumbel.distributions.truncated_gumbel import TruncatedGumbel
 
 
 def kl_from_log_probs(log_p: Tensor, log_q: Tensor) -> Tensor:

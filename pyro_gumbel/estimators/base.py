@@ -149,8 +149,8 @@ class Estimator(StatefulModule):
     Keep hyper-parameters as attributes under the constructor's names, so that ``repr`` can rebuild
     the object. Several sites may share an estimator, so keep state by site name.
 
-    Constructors raise ``TypeError`` for an argument of another type than documented and
-    ``ValueError`` for one out of range; a loss raises ``ValueError`` at an unsupported site.
+    For an argument of another kind than documented, or out of range, a constructor raises
+    ``TypeError`` or ``ValueError``. A loss raises ``ValueError`` at an unsupported site.
 
     Example:
         A complete estimator for Bernoulli sites, with pairs of antithetic draws.
