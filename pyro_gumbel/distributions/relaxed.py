@@ -54,17 +54,15 @@ class RelaxedOneHot(TemperedCategorical, Relaxation):
 
     With ``straight_through=False`` samples are on the simplex, and ``log_prob`` is this density.
     It is exact if the coordinates of the value are representable. Coordinates that underflow count
-    as the smallest normal number of their dtype, with zero gradient. For a density that is exact
-    at every temperature use :class:`ExpRelaxedOneHot`.
+    as the smallest normal number of their dtype, with zero gradient. The density of
+    :class:`ExpRelaxedOneHot` is exact at every temperature. With ``straight_through=True`` samples
+    are exactly one-hot, and ``log_prob`` is the log-mass of :class:`OneHot`. The backward pass of
+    ``rsample`` is that of the relaxed sample. Mean, variance, mode and entropy have a closed form
+    only in this case.
 
-    With ``straight_through=True`` ``sample`` and ``rsample`` are exactly one-hot, and ``log_prob``
-    is the log-mass of :class:`OneHot`. The backward pass of ``rsample`` is that of the relaxed
-    sample. Mean, variance, mode and entropy have a closed form only in this case.
-
-    A category of probability zero has coordinate zero, and the density is that of the other
-    categories. The log-density of a value with weight on it is ``-inf``.
-
-    Samples are plain tensors without attributes, computed in float32 or better.
+    A category of probability zero has coordinate zero, and the density is that of the others; it
+    is zero for a value with weight on it. Samples are plain tensors without attributes, computed
+    in float32 or better.
 
     Shapes: ``probs`` or ``logits`` are ``(..., C)``. ``temperature`` broadcasts against ``...``,
     with or without a trailing 1, to ``batch_shape``. ``event_shape`` is ``(C,)``.
@@ -135,13 +133,10 @@ class ExpRelaxedOneHot(TemperedCategorical):
         \log p(u) = \log\Gamma(C) + (C - 1)\log\tau + \sum_c s_c - C\log\sum_c e^{s_c}
 
     with :math:`s_c = \phi_c - \tau u_c`. The density is exact at every temperature, since values
-    do not underflow. Use this class to evaluate densities. The density is with respect to Lebesgue
-    measure in the coordinates :math:`u_c - u_C`, :math:`c < C`. ``biject_to(support)`` has the
-    same coordinates, so Hamiltonian Monte Carlo is exact, too. ``u.exp()`` is distributed as
-    :class:`RelaxedOneHot`.
-
-    A category of probability zero has the value ``-inf`` and does not enter the density. In
-    float16 log-probabilities are clamped at -65504.
+    do not underflow. It is with respect to Lebesgue measure in the coordinates :math:`u_c - u_C`,
+    :math:`c < C`, which are those of ``biject_to(support)``, so Hamiltonian Monte Carlo is exact,
+    too. ``u.exp()`` is distributed as :class:`RelaxedOneHot`. A category of probability zero has
+    the value ``-inf`` and does not enter the density. In float16 values are clamped at -65504.
 
     Shapes, arguments and errors are those of :class:`RelaxedOneHot`.
 

@@ -37,12 +37,10 @@ class RelaxedBernoulli(Relaxation):
     With ``straight_through=False`` samples are in [0, 1], and ``log_prob`` is this density. It is
     exact if the value is representable. A value that underflows counts as the smallest normal
     number of its dtype, and a value of 1 as the largest number below 1, both with zero gradient.
-    With ``straight_through=True`` ``sample`` and ``rsample`` are exactly 0 or 1, and ``log_prob``
-    is the log-mass ``y log p + (1 - y) log(1 - p)``. The backward pass of ``rsample`` is that of
-    the relaxed sample. Mean, variance, mode and entropy have a closed form only in this case.
-
-    With a probability of exactly 0 or 1 the value is constant; its log-probability is 0, and that
-    of other values is ``-inf``.
+    With ``straight_through=True`` samples are exactly 0 or 1, and ``log_prob`` is the log-mass
+    ``y log p + (1 - y) log(1 - p)``. The backward pass of ``rsample`` is that of the relaxed
+    sample. Mean, variance, mode and entropy have a closed form only in this case. With a
+    probability of exactly 0 or 1 the value is constant; the log-probability of others is ``-inf``.
 
     Shapes: ``batch_shape`` is the broadcast shape of ``temperature`` and the parameter;
     ``event_shape`` is (). Errors are those of :class:`RelaxedOneHot`.

@@ -28,18 +28,18 @@ class AutoAmortized(StructuredGuide):
 
     The first run of the model finds its latent sites. Each site :math:`z_s` inside the data plate
     gets a head :math:`h_s`: a linear layer from the encoder's features to the parameters of the
-    site's guide. One-hot, Bernoulli, Categorical, Normal, LogNormal, Beta, Dirichlet, Gamma,
-    Poisson and Geometric sites have a guide of their own family. Other continuous sites have a
-    normal distribution that ``biject_to`` transforms to their support. The bias of a head starts
-    at the prior's parameters. Latents outside the plate are global; they have variational
-    parameters, of the same families. Draws are independent given the features. With
-    ``autoregressive=True`` each head also reads the values of the sites before it.
+    site's guide, whose bias starts at the prior's parameters. One-hot, Bernoulli, Categorical,
+    Normal, LogNormal, Beta, Dirichlet, Gamma, Poisson and Geometric sites have a guide of their
+    own family. Other continuous sites have a normal distribution that ``biject_to`` transforms to
+    their support. Latents outside the plate have variational parameters, of the same families.
+    Draws are independent given the features, or given the sites before as well if
+    ``autoregressive``.
 
-    The guide reads the model's plates in every call, so minibatches may differ in size. They may
-    be subsampled by an argument, ``pyro.plate("data", total, subsample_size=len(x))`` or
-    ``subsample=indices``, or inside the model. In the latter case the encoder may return rows for
-    all data, or call ``pyro.subsample`` itself. To read the plates, the model runs up to its first
-    site inside the data plate; this part runs twice per step.
+    The guide reads the model's plates in every call, so minibatches may differ in size, by
+    ``pyro.plate("data", total, subsample_size=len(x))``, ``subsample=indices``, or draws inside
+    the model. In the latter case the encoder may return rows for all data, or call
+    ``pyro.subsample`` itself. To read the plates, the part of the model up to its first site in
+    the data plate runs twice per step.
 
     Shapes: ``encoder(*args, **kwargs)`` is ``(N, features)``, with one row per element of the
     plate or of its subsample. A site in further plates inside the data plate gets the parameters
@@ -51,14 +51,13 @@ class AutoAmortized(StructuredGuide):
         gradient: As for :class:`AutoDiscrete`.
         plate: Name of the data plate. Needed if several plates are possible.
         autoregressive: Whether heads read the values of earlier sites in the plate.
-        options: ``create_plates``, ``init_loc_fn`` and ``init_scale``, as for
+        **options: ``create_plates``, ``init_loc_fn`` and ``init_scale``, as for
             :class:`AutoDiscrete`, for continuous global latents.
 
     Raises:
-        TypeError: If the encoder is not callable; when run, if it does not return a tensor.
-        ValueError: In the first run, with the name of the site or plate, if the model has no data
-            plate, the plate has no latent site, the encoder's output does not match the plate, or
-            a site has no head.
+        TypeError: If the encoder is not callable, or does not return a tensor.
+        ValueError: In the first run, if the model has no data plate, the plate has no latent site,
+            the encoder's output does not match the plate, or a site has no head.
 
     References:
         Auto-Encoding Variational Bayes (Kingma, Welling, 2014), https://arxiv.org/abs/1312.6114
