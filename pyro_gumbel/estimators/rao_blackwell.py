@@ -14,7 +14,7 @@ from pyro_gumbel.distributions._base import plain_eager
 from pyro_gumbel.distributions._numerics import log_exponential_noise
 from pyro_gumbel.distributions.families import is_one_hot
 from pyro_gumbel.distributions.one_hot import draw_one_hot
-from pyro_gumbel.estimators.schedules import Schedule
+from pyro_gumbel.estimators.schedules import Temperature
 from pyro_gumbel.estimators.straight_through import (
     OneHotEstimator,
     current_temperature,
@@ -117,9 +117,7 @@ def conditional_softmaxes(
 class _Rao(OneHotEstimator):
     """Base class of both estimators, with a temperature and a number of conditional draws."""
 
-    def __init__(
-        self, temperature: float | Tensor | Schedule = 0.5, *, num_samples: int = 10
-    ) -> None:
+    def __init__(self, temperature: Temperature = 0.5, *, num_samples: int = 10) -> None:
         super().__init__(temperature)
         name = type(self).__name__
         if isinstance(temperature, Tensor) and temperature.requires_grad:
@@ -196,9 +194,7 @@ class ReinMaxRao(_Rao):
     sites = "one-hot"
     families = (is_one_hot,)
 
-    def __init__(
-        self, temperature: float | Tensor | Schedule = 1.0, *, num_samples: int = 10
-    ) -> None:
+    def __init__(self, temperature: Temperature = 1.0, *, num_samples: int = 10) -> None:
         super().__init__(temperature, num_samples=num_samples)
 
     def soften(self, logits: Tensor, hard: Tensor) -> Tensor:

@@ -69,6 +69,9 @@ class Schedule(StatefulModule):
         self.step_count = int(state["step_count"])
 
 
+Temperature = float | Tensor | Schedule
+
+
 class Exponential(Schedule):
     r"""Exponential decay or growth towards a bound.
 

@@ -21,7 +21,7 @@ from pyro_gumbel.distributions.families import (
 )
 from pyro_gumbel.distributions.one_hot import draw_one_hot, one_at
 from pyro_gumbel.estimators.base import Estimator, Families, Route
-from pyro_gumbel.estimators.schedules import Schedule, check_temperature
+from pyro_gumbel.estimators.schedules import Schedule, Temperature, check_temperature
 
 __all__ = [
     "GappedStraightThrough",
@@ -47,7 +47,7 @@ class OneHotEstimator(Estimator):
     route = Route.PATHWISE
     needs_smooth_cost = True
 
-    def __init__(self, temperature: float | Tensor | Schedule = 1.0) -> None:
+    def __init__(self, temperature: Temperature = 1.0) -> None:
         super().__init__()
         self.temperature = check_temperature(type(self).__name__, "temperature", temperature)
 
@@ -73,16 +73,14 @@ class OneHotEstimator(Estimator):
         named = (getattr(self, name, None) for name in ("temperature", "backward_temperature"))
         return next(filter(None, (_misfit(value, fn.batch_shape) for value in named)), None)
 
-    def _tempered(self, logits: Tensor, temperature: float | Tensor | Schedule) -> Tensor:
+    def _tempered(self, logits: Tensor, temperature: Temperature) -> Tensor:
         divisor = current_temperature(temperature, logits, type(self).__name__)
         if not isinstance(divisor, Tensor) and divisor == 1:
             return logits  # skip a division in the forward and the backward pass
         return logits / divisor
 
 
-def current_temperature(
-    temperature: float | Tensor | Schedule, logits: Tensor, owner: str
-) -> float | Tensor:
+def current_temperature(temperature: Temperature, logits: Tensor, owner: str) -> float | Tensor:
     """Return a temperature that divides logits; a tensor broadcasts against the batch shape."""
     if isinstance(temperature, Schedule):
         return temperature.current
@@ -94,7 +92,7 @@ def current_temperature(
     return temperature.to(logits.device).unsqueeze(-1)
 
 
-def _misfit(temperature: float | Tensor | Schedule | None, batch: torch.Size) -> str | None:
+def _misfit(temperature: Temperature | None, batch: torch.Size) -> str | None:
     """Return why a temperature does not broadcast to a batch shape, or ``None``."""
     if not isinstance(temperature, Tensor) or broadcasts_to(temperature.shape, batch):
         return None
@@ -156,7 +154,7 @@ class GumbelSoftmax(OneHotEstimator):
 
     relaxed = True
 
-    def __init__(self, temperature: float | Tensor | Schedule = 0.5) -> None:
+    def __init__(self, temperature: Temperature = 0.5) -> None:
         super().__init__(temperature)
 
     def draw_one_hot(self, logits: Tensor) -> Tensor:
@@ -192,10 +190,7 @@ class GumbelStraightThrough(OneHotEstimator):
     """
 
     def __init__(
-        self,
-        temperature: float | Tensor | Schedule = 0.5,
-        *,
-        backward_temperature: float | Tensor | Schedule | None = None,
+        self, temperature: Temperature = 0.5, *, backward_temperature: Temperature | None = None
     ) -> None:
         super().__init__(temperature)
         if backward_temperature is not None:
@@ -239,7 +234,7 @@ class GappedStraightThrough(OneHotEstimator):
     sites = "one-hot"
     families = (is_one_hot,)
 
-    def __init__(self, temperature: float | Tensor | Schedule = 0.5, *, gap: float = 1.0) -> None:
+    def __init__(self, temperature: Temperature = 0.5, *, gap: float = 1.0) -> None:
         super().__init__(temperature)
         self.gap = check_number("GappedStraightThrough", "gap", gap, example=1.0)
         if not self.gap >= 0:
