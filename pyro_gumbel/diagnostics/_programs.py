@@ -106,21 +106,13 @@ def plate_dims(frames: Frames) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class DiscreteSite:
-    """A discrete latent site.
-
-    Attributes:
-        name: Its name.
-        support: The values of one variable, ``(C,)`` and the event shape of the variable alone.
-        batch_shape: The site's.
-        inner_shape: The shape of the variables that ``to_event`` bundles.
-        plates: The dimensions of its vectorised plates.
-    """
+    """A discrete latent site."""
 
     name: str
-    support: Tensor
+    support: Tensor  # the values of one variable, (C,) + event_shape of the variable alone
     batch_shape: tuple[int, ...]
-    inner_shape: tuple[int, ...]
-    plates: dict[str, int]
+    inner_shape: tuple[int, ...]  # of the independent variables that to_event bundles
+    plates: dict[str, int]  # the dimensions of its vectorised plates
 
 
 def discrete_sites(sites: Mapping[str, Any]) -> list[DiscreteSite]:
@@ -220,11 +212,8 @@ def find_states(
     """Choose the plates whose elements are summed one by one: as many as possible.
 
     A plate whose elements meet in a term outside of it is not one of them. For the others runs
-    are compared.
-
-    Returns:
-        The states, or ``None`` if no choice of at most ``limit`` states agrees with single runs;
-        and the fewest states that there may be.
+    are compared. Return the states, or ``None`` if no choice of at most ``limit`` agrees with
+    single runs; and the fewest states that there may be.
     """
     with Dependence() as dependence:
         first = run(call, given, dependence=dependence)
@@ -237,9 +226,8 @@ def find_states(
         if site.name in reached
         for plate in set(site.plates) - set(plate_dims(term.frames))
     }
-    nesting = max(
-        (-dim for term in first.terms for dim in plate_dims(term.frames).values()), default=0
-    )
+    dims = [dim for term in first.terms for dim in plate_dims(term.frames).values()]
+    nesting = -min(dims, default=0)
     plates = sorted({name for site in sites for name in site.plates} - gathered)
     fewest = States(sites, frozenset(plates), nesting)
     for size in range(len(plates), -1, -1):
@@ -271,9 +259,8 @@ def _weigh(found: Run, states: States, rows: int) -> Tensor:
                 log_weight = log_weight + states.reduce(log_prob, site.plates)
             else:  # each of its values counts alike
                 log_weight = log_weight - math.log(states.size(site))
-        weight, value = torch.broadcast_tensors(
-            log_weight.exp(), states.reduce(term.value, plates)
-        )
+        value = states.reduce(term.value, plates)
+        weight, value = torch.broadcast_tensors(log_weight.exp(), value)
         value = value.expand(rows, *value.shape[1:])
         # A state of probability zero may have an infinite cost: 0 * inf would be nan.
         total = total + (weight * value.masked_fill(weight == 0, 0.0)).sum()

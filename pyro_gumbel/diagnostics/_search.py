@@ -28,7 +28,7 @@ _FEWEST = 8  # draws that a comparison rests on
 _BESIDE = 4  # runs that a call of gradient_draws costs beside draws and warm-up
 _MOST = 20_000
 _FINALISTS = 3
-_CHAINS = 4  # turns of the finalists: what slows the machine slows all of them alike
+_CHAINS = 4  # turns of the finalists
 _HORIZON = 100  # draws of the cheapest candidate that noise is averaged over, by default
 
 
@@ -147,7 +147,7 @@ class Search:
             self._measure(pool, self.budget.left() / rounds, halved)
         self._mix(rivals, halved)
         yield "finalists"
-        self._measure(self.order()[:_FINALISTS], self.budget.left(), last, num_chains=_CHAINS)
+        self._compare(self.order()[:_FINALISTS], last)
 
     def _look(self, seed: int) -> None:
         """Measure the cost of a draw of each candidate. Note which candidates fail."""
@@ -216,14 +216,20 @@ class Search:
         cost = max(sum(trial.cost for trial in trials), 1e-9)
         return min(int(amount / cost) - _BESIDE, _MOST) // num_chains - _WARMUP
 
-    def _measure(
-        self, trials: list[Trial], amount: float, seed: int, *, least: int = 0, num_chains: int = 1
-    ) -> None:
-        """Draw as often as an amount allows, if that is enough, and more often than before."""
-        number = max(self._affordable(trials, amount, num_chains), least)
-        fewer = [trial for trial in trials if trial.num_draws < number * num_chains]
-        if fewer and number * num_chains >= _FEWEST:
-            self._take(fewer, number, seed, num_chains=num_chains)
+    def _measure(self, trials: list[Trial], amount: float, seed: int, least: int = 0) -> None:
+        """Share an amount; each gets its part of what those before it have left."""
+        left = self.budget.set_aside(amount)
+        for place, trial in enumerate(trials):
+            number = max(self._affordable([trial], left() / (len(trials) - place)), least)
+            if number >= max(_FEWEST, trial.num_draws + 1):
+                self._take([trial], number, seed)
+
+    def _compare(self, finalists: list[Trial], seed: int) -> None:
+        """Spend what is left on draws in turns: what slows the machine slows all alike."""
+        number = self._affordable(finalists, self.budget.left(), _CHAINS)
+        fewer = [trial for trial in finalists if trial.num_draws < number * _CHAINS]
+        if fewer and number * _CHAINS >= _FEWEST:
+            self._take(fewer, number, seed, num_chains=_CHAINS)
 
     def _take(self, trials: list[Trial], number: int, seed: int, **options: Any) -> None:
         """Draw from all in turns; note what is warned of, and why it cannot be done."""

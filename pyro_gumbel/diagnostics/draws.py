@@ -232,7 +232,8 @@ class _Recorder:
     def add(self, step: Step, gradients: list[Tensor]) -> None:
         """Take in the next draw."""
         self._steps.append(step)
-        self._rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+        device = gradients[0].device
+        self._rows.append(torch.cat([gradient.flatten().to(device) for gradient in gradients]))
         if len(self._rows) == BATCH:
             self._flush()
 

@@ -133,7 +133,7 @@ def sum_states(
     loss, *gradients = total.split([1, *(leaf.numel() for leaf in leaves.values())])
     variables = {}
     for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
-        own = gradient.reshape(leaf.shape).to(leaf.dtype).cpu().numpy()
+        own = gradient.reshape(leaf.shape).to(leaf.dtype).numpy()
         variables[name] = (own_dims[name], own)
     attrs = {"loss": loss.item(), "states": exact.states, "estimator": "exact"}
     return xr.Dataset(variables, attrs=attrs)
@@ -170,8 +170,8 @@ class _ExactSum:
             if part.requires_grad:
                 (-part).backward()
         self.states = states.count if states else number
-        gradients = [gradient.flatten().double() for gradient in read_gradients(self.leaves)]
-        return torch.cat([gradients[0].new_tensor([loss]), *gradients])
+        gradients = [gradient.flatten().double().cpu() for gradient in read_gradients(self.leaves)]
+        return torch.cat([torch.tensor([loss], dtype=torch.double), *gradients])
 
     def find_minibatches(self) -> dict[str, Tensor]:
         """Choose minibatches of each subsampled plate, ``(number, batch)``, to average over.
