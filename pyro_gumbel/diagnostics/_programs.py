@@ -33,15 +33,7 @@ from pyro_gumbel.infer._sampling import (
     left_filled,
 )
 
-__all__ = [
-    "LONG_RUN",
-    "Minibatches",
-    "NotListable",
-    "expectations",
-    "find_states",
-    "run",
-    "walk",
-]
+__all__ = ["LONG_RUN", "Minibatches", "NotListable", "expectations", "find_states", "run", "walk"]
 
 LONG_RUN = (
     "a long run of an unbiased estimator as the reference: gradient_draws(..., "
