@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from pyro_gumbel.diagnostics._state import EvaluationCounter, Params, seeds
@@ -59,14 +60,10 @@ class Trial:
     num_particles: int
     cost: float = math.nan  # of a draw, in the budget's unit
     draws: xr.Dataset | None = None
-    row: dict[str, Any] = field(default_factory=dict)  # of the comparison, empty until judged
     failure: str = ""  # the reason if it has not been drawn
     skipped: bool = False  # the budget was too short to try it
     warning: str = ""
     misses_cost: bool = False  # the warning: an estimator ignores a part of the cost
-    error: float = math.inf  # mean squared error after averaging
-    error_mcse: float = math.inf
-    bounds: tuple[float, float] = (0.0, math.inf)  # the error, minus and plus two standard errors
 
     @property
     def key(self) -> str:
@@ -89,31 +86,9 @@ class Trial:
         """The number of draws."""
         return 0 if self.draws is None else self.draws.sizes["chain"] * self.draws.sizes["draw"]
 
-    def rivals(self, best: Trial) -> bool:
-        """Return whether it may be as good as the best, as far as noise shows."""
-        reaches = self.bounds[0] < best.bounds[1]
-        return self is best or (reaches and self.misses_cost <= best.misses_cost)
-
     def skip(self, reason: str) -> None:
         """Give up for want of budget."""
         self.failure, self.draws, self.skipped = reason, None, True
-
-    def judge(self, reference: xr.Dataset | None, unit: str, horizon: float) -> None:
-        """Compute the error of draws averaged over a horizon, in the budget's unit."""
-        if not self.row:
-            table = compare_gradients({self.label: self.draws}, reference)
-            self.row = {str(name): value for name, value in table.iloc[0].items()}
-        row = self.row
-        squared, bias_mcse = 0.0, 0.0
-        if reference is not None:
-            bias_mcse = math.sqrt(max(row["mse_mcse"] ** 2 - row["variance_mcse"] ** 2, 0.0))
-            if row["bias_z"] > 2:  # what noise or rounding explains does not count as bias
-                squared = max(row["mse"] - row["variance"], 0.0)
-        averaged = row[unit] / horizon
-        noise, noise_mcse = row["variance"] * averaged, row["variance_mcse"] * averaged
-        self.error, self.error_mcse = squared + noise, math.hypot(bias_mcse, noise_mcse)
-        lower = max(squared - 2 * bias_mcse, 0.0) + max(noise - 2 * noise_mcse, 0.0)
-        self.bounds = (lower, self.error + 2 * self.error_mcse)
 
 
 @dataclass
@@ -173,20 +148,19 @@ class Search:
 
     def _find_reference(self, seed: int) -> None:
         """Run the most efficient unbiased candidate for long, where no exact gradient is known."""
-        candidates = [
-            trial
-            for trial in self.running()
-            if all(estimator.unbiased for estimator in trial.config.values())
-        ]
-        if self.reference is not None or not candidates:
+        table = self.table()
+        trials = (
+            self.trials[key]
+            for key in (table.variance * table[self.budget.unit]).sort_values().index
+        )
+        unbiased = (t for t in trials if all(own.unbiased for own in t.config.values()))
+        best = next(unbiased, None)
+        if self.reference is not None or best is None:
             return
-        best = min(candidates, key=lambda trial: trial.row["variance"] * trial.cost)
         long = replace(best)
         if not best.exact:  # else all draws are alike
             self._measure([long], 0.4 * self.budget.left(), seed)
         self.reference = best.draws if long.draws is None else long.draws
-        for trial in self.trials.values():
-            trial.row = {}
 
     def _mix(self, rivals: list[Trial], seed: int) -> None:
         """Give single sites of the best candidate to the estimators that came next."""
@@ -260,21 +234,34 @@ class Search:
         for trial in trials:
             own = None if failure else draws[trial.key].assign_attrs(estimator=trial.label)
             finite = own is not None and bool(np.isfinite(own.coords["trace"]).all())
-            trial.draws, trial.row = own if finite else None, {}
+            trial.draws = own if finite else None
             trial.cost = trial.cost if own is None else float(own.attrs[self.budget.unit])
             trial.failure = "" if finite else failure or "some gradients are not finite"
 
-    def running(self) -> list[Trial]:
-        """The trials with finite gradients, judged."""
-        found = [trial for trial in self.trials.values() if trial.draws is not None]
-        if not found:
+    def table(self) -> pd.DataFrame:
+        """Compare the trials with finite gradients, by key, best first.
+
+        The error is that of draws averaged over the horizon; ``lower`` and ``upper`` are two
+        standard errors away. Where errors are equal, what is exact by construction leads.
+        """
+        draws = {key: trial.draws for key, trial in self.trials.items() if trial.draws is not None}
+        if not draws:
             reasons = "; ".join(f"{t.label}: {t.failure}" for t in self.trials.values())
             raise ValueError(f"recommend: no candidate can be measured here. {reasons}")
-        horizon = self.horizon or _HORIZON * min(trial.cost for trial in found)
-        for trial in found:
-            trial.judge(self.reference, self.budget.unit, horizon)
-        return found
+        table = compare_gradients(draws, self.reference)
+        cost = table[self.budget.unit]
+        averaged = cost / (self.horizon or _HORIZON * cost.min())
+        noise, noise_mcse = table.variance * averaged, table.variance_mcse * averaged
+        # What noise or rounding explains does not count as bias. A reference has none of its own.
+        bias = (table.mse - table.variance).clip(lower=0).where(table.bias_z > 2, 0.0)
+        bias_mcse = (table.mse_mcse**2 - table.variance_mcse**2).clip(lower=0).fillna(0.0) ** 0.5
+        error, mcse = bias + noise, np.hypot(bias_mcse, noise_mcse)
+        lower = (bias - 2 * bias_mcse).clip(lower=0) + (noise - 2 * noise_mcse).clip(lower=0)
+        table = table.assign(error=error, error_mcse=mcse, lower=lower, upper=error + 2 * mcse)
+        table["summed"] = [not self.trials[key].exact for key in table.index]
+        table["cost"] = cost
+        return table.sort_values(["error", "summed", "cost"], kind="stable")
 
     def order(self) -> list[Trial]:
-        """The trials, best first; where errors are equal, what is exact by construction leads."""
-        return sorted(self.running(), key=lambda t: (t.error, not t.exact, t.cost))
+        """The trials with finite gradients, best first."""
+        return [self.trials[key] for key in self.table().index]

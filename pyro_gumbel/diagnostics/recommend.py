@@ -256,32 +256,41 @@ def _exact(
 
 def _conclude(search: Search) -> Recommendation:
     """Choose the best candidate, and describe how certain the choice is."""
+    table, trials = search.table(), search.trials
     # An estimator that ignores a part of the cost may have a small error in the rest. Few draws
     # leave a large uncertainty, which counts as error.
-    order = sorted(search.order(), key=lambda t: (t.misses_cost, t.error + t.error_mcse))
+    table["misses"] = [trials[key].misses_cost for key in table.index]
+    table["most"] = table.error + table.error_mcse
+    table = table.sort_values(["misses", "most"], kind="stable")
+
+    def as_good(best: str) -> list[str]:
+        """List those that may be as good, as far as noise shows."""
+        near = (table.lower < table.upper[best]) & (table.misses <= table.misses[best])
+        return list(table.index[near | (table.index == best)])
+
     # A moving average is at its best here, where parameters and so costs stay as they are.
-    lasting = [trial for trial in order if not trial.has_history]
-    best = next((trial for trial in lasting if trial.rivals(order[0])), order[0])
-    order.sort(key=lambda trial: trial is not best)
-    close = [trial.label for trial in order[1:] if trial.rivals(best)]
-    failed = [trial for trial in search.trials.values() if trial.draws is None]
-    rows = {trial.label: _row(trial) for trial in order + failed}
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("estimator")
-    message = _message(search, best, close)
-    return Recommendation(best.config, best.num_particles, table, bool(close), message)
+    lasting = [key for key in as_good(table.index[0]) if not trials[key].has_history]
+    best = lasting[0] if lasting else table.index[0]
+    close = [trials[key].label for key in as_good(best) if key != best]
+    failed = [key for key, trial in trials.items() if trial.draws is None]
+    rows = {trials[key].label: _row(trials[key], table) for key in (best, *table.index, *failed)}
+    told = pd.DataFrame.from_dict(rows, orient="index").rename_axis("estimator")
+    chosen, message = trials[best], _message(search, table, trials[best], close)
+    return Recommendation(chosen.config, chosen.num_particles, told, bool(close), message)
 
 
-def _row(trial: Trial) -> dict[str, Any]:
+def _row(trial: Trial, table: pd.DataFrame) -> dict[str, Any]:
     """The row of a candidate; of one that failed it is empty but for the reason."""
     row = {"config": repr(trial.config), "particles": trial.num_particles}
     if trial.draws is None:
         return row | {"warning": trial.failure}
-    row |= {"error": trial.error, "error_mcse": trial.error_mcse, "draws": trial.num_draws}
-    notes = [note for note in (trial.row["warning"], trial.warning) if note]
-    return row | trial.row | {"warning": "; ".join(notes)}
+    own = {str(name): table[name][trial.key] for name in table.loc[:, :"warning"]}
+    notes = [note for note in (own["warning"], trial.warning) if note]
+    row |= {name: table[name][trial.key] for name in ("error", "error_mcse")}
+    return {**row, "draws": trial.num_draws, **own, "warning": "; ".join(notes)}
 
 
-def _message(search: Search, best: Trial, close: list[str]) -> str:
+def _message(search: Search, table: pd.DataFrame, best: Trial, close: list[str]) -> str:
     text = f"Recommended: {best.config!r} with num_particles={best.num_particles}."
     if search.reference is None:
         text += " No unbiased candidate was measured, so biases are unknown and count as none."
@@ -289,11 +298,11 @@ def _message(search: Search, best: Trial, close: list[str]) -> str:
         text += " Biases are against the exact gradient."
     else:
         text += f" Biases are against a long run of {search.reference.attrs['estimator']!r}."
-    if best.row["bias_z"] > 5:
-        _, _, doubt = best.row["warning"].partition("), or ")
+    if (z := table.bias_z[best.key]) > 5:
+        _, _, doubt = table.warning[best.key].partition("), or ")
         text += (
-            f" Its bias is visible: {best.row['relative_bias']:.1%} of the gradient's norm "
-            f"(z {best.row['bias_z']:.1f})" + (f", or its draws are {doubt}." if doubt else ".")
+            f" Its bias is visible: {table.relative_bias[best.key]:.1%} of the gradient's norm "
+            f"(z {z:.1f})" + (f", or its draws are {doubt}." if doubt else ".")
         )
     trials = search.trials.values()
     skipped = [trial for trial in trials if trial.draws is None and trial.skipped]
