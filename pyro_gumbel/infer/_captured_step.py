@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import reduce
+from operator import getitem
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer.util import is_validation_enabled
 from pyro.util import warn_if_nan
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pyro_gumbel.estimators import Call, Estimator
-from pyro_gumbel.infer._captured_state import EstimatorStates, Surroundings, Updater
-from pyro_gumbel.infer._operations import Undo
-from pyro_gumbel.infer._recording import GraphedFunction, NotRecordable, Recording, record
+from pyro_gumbel.estimators.schedules import Schedule
+from pyro_gumbel.infer._operations import Undo, hide_from_compiler
+from pyro_gumbel.infer._recording import CudaGraph, NotRecordable, Recording, record
 from pyro_gumbel.infer._state import generator_states, set_generator_states
 from pyro_gumbel.infer.elbo import ParticleELBO
 
-__all__ = ["CapturedStep", "Differs", "Outcome"]
+__all__ = ["CapturedStep", "Differs", "Outcome", "Surroundings"]
 
+PLAIN = (bool, int, float, str)
 _ROUNDING = 1e-4  # relative, of the loss and of each gradient
 _CANCELLED = 1e-6  # what rounding leaves of a gradient that should be zero, relative to them all
 _OTHER_DRAW = 0.1  # another compiler's rounding makes another draw of a few
@@ -50,26 +56,24 @@ class CapturedStep:
         elbo: ParticleELBO,
         params: Mapping[str, Tensor],
         surrogate: Tensor,
-        estimators: Iterable[Estimator],
+        estimators: Mapping[str, Estimator],
         surroundings: Surroundings,
-        zeros: dict[Tensor, Tensor | None],
         compile: bool,
     ) -> None:
         self._elbo, self._compile, self._params = elbo, compile, params
-        self.states, self._surroundings = EstimatorStates(estimators), surroundings
+        self.states, self._surroundings = EstimatorStates(estimators.values()), surroundings
         surroundings.note(params, self.states.modules)
         self._names = {p: name for name, p in params.items() if p.requires_grad}
         self.leaves = list(self._names)  # the parameters that are trained
         self.others = [leaf for leaf in _leaves_of(surrogate) if leaf not in self._names]
-        self.updater = Updater(self.leaves, zeros)
+        self.updater: Any = None
         self.device = self.leaves[0].device if self.leaves else torch.device("cpu")
         self.recording: Recording | None = None  # after the second step
-        self.replays = 0
-        self.graph: GraphedFunction | None = None  # the recording, on a GPU
+        self.graph: CudaGraph | None = None
         self.parts: list[Any] = []  # objects in the step's key by ids, held so that they keep them
         self._graphable = self.device.type == "cuda"
         self._versions: list[int] = []
-        self._branches = True
+        self.replays, self._branches = 0, True
 
     def is_current(self) -> bool:
         """Return whether parameters, modules and estimators are those that were recorded."""
@@ -95,9 +99,7 @@ class CapturedStep:
         self._elbo.plan(call)  # may run the programs, which is not the step's
         inputs = [_apart(tensor) for tensor in (*tensors, *self.states.inputs(self.device))]
         with self._restored(on_error=True):
-            found, recording = record(
-                function, inputs, compile=self._compile, branches=self._branches
-            )
+            found, recording = record(function, inputs, self._compile, self._branches)
         outcome = Outcome(*found)
         if not (recording.has_checks and outcome.loss.isnan()):  # else each step warns
             self.recording = recording
@@ -132,7 +134,7 @@ class CapturedStep:
         # A kernel reads a number on the CPU once, when it is captured.
         versions = [x._version for x in recording.held if x.device != self.device]
         if self.graph is None or versions != self._versions:
-            self.graph, self._versions = GraphedFunction(recording, inputs, self.device), versions
+            self.graph, self._versions = CudaGraph(recording, inputs, self.device), versions
 
     def eager(self, call: Call, tensors: Sequence[Tensor]) -> Outcome:
         """Compute what an eager step would, with what it leaves in ``written``; change nothing."""
@@ -191,27 +193,168 @@ class CapturedStep:
         new = [name for name in met if name not in self._params]
         # Those of estimators are shown at the end of an eager step, not met in the programs.
         gone = [n for n in self._params if n not in met and not n.startswith("gradient$")]
-        if not new and not gone:
-            return
-        what = f"{gone} were there in the first step only, and a recorded step goes on training"
-        if new:
-            what = f"{new} were not there in the first step, and a recorded step does not train"
-        raise Differs(
-            f"CapturedSVI: the parameters {what} them. Call svi.reset() when parameters come or "
-            "go; it is done for this time."
-        )
+        for names, what in (
+            (new, "not there in the first step, and a recorded step does not train"),
+            (gone, "there in the first step only, and a recorded step goes on training"),
+        ):
+            if names:
+                raise Differs(
+                    f"CapturedSVI: the parameters {names} were {what} them. Call svi.reset() when "
+                    "parameters come or go; it is done for this time."
+                )
 
     @contextmanager
     def _restored(self, *, on_error: bool = False) -> Iterator[None]:
         """Restore generators, estimators and modules on leaving, or on an error."""
         with ExitStack() as stack:
             stack.callback(set_generator_states, generator_states())
-            states = {m: copy.deepcopy(state) for m, state in self.states.read().items()}
-            stack.callback(self.states.write, states)
+            states = self.states.read().items()
+            stack.callback(self.states.write, {m: copy.deepcopy(state) for m, state in states})
             stack.callback(self._surroundings.restore)
             yield
             if on_error:
                 stack.pop_all()
+
+
+class EstimatorStates:
+    """The schedules of estimators, and the tensors of their extra states, known by their places.
+
+    Both are inputs of a recorded step. What other steps put beside them is left alone.
+    """
+
+    def __init__(self, estimators: Iterable[Estimator]) -> None:
+        self.modules = list(dict.fromkeys(part for e in estimators for part in e.modules()))
+        self._schedules = [part for part in self.modules if isinstance(part, Schedule)]
+        plain = (nn.Module.get_extra_state, Schedule.get_extra_state)
+        self._stateful = [m for m in self.modules if type(m).get_extra_state not in plain]
+        self._places = [place for place, leaf in self._leaves().items() if leaf is Tensor]
+
+    def inputs(self, device: torch.device) -> list[Tensor]:
+        """Return the current values of the schedules, then the tensors."""
+        options: Any = {"dtype": torch.float64, "device": device}
+        return [torch.full((), s.value, **options) for s in self._schedules] + self.tensors()
+
+    def tensors(self) -> list[Tensor]:
+        states: Any = self.read()
+        return [reduce(getitem, place, states) for place in self._places]
+
+    def put(self, tensors: Sequence[Tensor]) -> None:
+        """Put tensors in the places that :meth:`tensors` reads."""
+        states = self.read()
+        for place, tensor in zip(self._places, tensors, strict=True):
+            reduce(getitem, place[:-1], states)[place[-1]] = tensor
+        self.write(states)
+
+    def finish(self, tensors: Sequence[Tensor]) -> None:
+        """End a step with new tensors."""
+        self.put(tensors)
+        for schedule in self._schedules:
+            schedule.advance()
+
+    @contextmanager
+    def replaced_by(self, inputs: Sequence[Tensor]) -> Iterator[None]:
+        """Let schedules and states be ``inputs`` while a step is recorded."""
+        for schedule, value in zip(self._schedules, inputs, strict=False):
+            schedule.stand_in = value
+        self.put(inputs[len(self._schedules) :])
+        before = self._leaves()
+        try:
+            yield
+        finally:
+            for schedule in self._schedules:
+                schedule.stand_in = None
+        if self._leaves() != before:
+            raise NotRecordable(
+                "an estimator counts or keeps numbers in get_extra_state; keep tensors."
+            )
+
+    def read(self) -> dict[nn.Module, Any]:
+        """Return the state of each module."""
+        return {module: module.get_extra_state() for module in self._stateful}
+
+    def write(self, states: Mapping[nn.Module, Any]) -> None:
+        """Restore what :meth:`read` returned."""
+        for module, state in states.items():
+            module.set_extra_state(state)
+
+    def _leaves(self) -> dict[tuple[Any, ...], Any]:
+        """Find each place, a module and keys into its state, with a tensor's type or a value."""
+        return {
+            tuple(getattr(key, "key", getattr(key, "idx", key)) for key in path): (
+                Tensor if isinstance(leaf, Tensor) else leaf
+            )
+            for path, leaf in pytree.tree_flatten_with_path(self.read())[0]
+        }
+
+
+class Surroundings(TorchFunctionMode):
+    """The parameters in the store, and the tensors, parts and plain numbers in modules.
+
+    Inside, collects the modules that are variables of the functions that call torch. Those are the
+    modules whose methods run, and those that a program only reads from.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        hide_from_compiler(self)
+        self._outside = sys._getframe(1).f_code
+        self._modules: dict[nn.Module, None] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        frame: Any = sys._getframe(1)
+        while frame is not None and frame.f_code is not self._outside:
+            values = frame.f_locals.values()
+            self._modules.update((value, None) for value in values if isinstance(value, nn.Module))
+            frame = frame.f_back
+        return func(*args, **(kwargs or {}))
+
+    def note(self, params: Mapping[str, Tensor], estimators: Iterable[nn.Module]) -> None:
+        """Note what is there now."""
+        stored = dict(pyro.get_param_store().named_parameters())
+        self._stored = {n: p for n, p in params.items() if stored.get(n) is p}
+        modules = [part for module in self._modules for part in module.modules()]
+        self._entries: list[tuple[Any, str, Any]] = [
+            (entries, name, value)
+            for module in dict.fromkeys([*modules, *estimators])
+            if not isinstance(module, Schedule)  # an input
+            # Private: the public iterators return copies, which cannot show a replaced entry.
+            for entries in (module._parameters, module._buffers, module._modules, vars(module))
+            for name, value in entries.items()
+            if isinstance(value, (Tensor, nn.Module, *PLAIN))
+        ]
+        tensors = [value for *_, value in self._entries if isinstance(value, Tensor)]
+        self._trained = [(tensor, tensor.requires_grad) for tensor in (*params.values(), *tensors)]
+
+    def are_current(self) -> bool:
+        """Return whether everything is as it was found."""
+        stored = dict(pyro.get_param_store().named_parameters())
+        return (
+            all(stored.get(name) is param for name, param in self._stored.items())
+            and all(tensor.requires_grad is trained for tensor, trained in self._trained)
+            and not any(map(_has_changed, self._entries))
+        )
+
+    def accept(self) -> None:
+        """Leave out the attributes that a run of the programs has changed by itself."""
+        changed = [entry for entry in self._entries if _has_changed(entry)]
+        tensors = [(held, name) for held, name, value in changed if isinstance(value, Tensor)]
+        if replaced := [name for held, name in tensors if "_buffers" not in held]:
+            raise NotRecordable(
+                f"the program puts other tensors in place of the buffers {replaced}; write to "
+                "them, buffer.copy_(...)."
+            )
+        self._entries = [entry for entry in self._entries if not _has_changed(entry)]
+
+    def restore(self) -> None:
+        """Give modules back what they had."""
+        for entries, name, value in self._entries:
+            entries[name] = value
+
+
+def _has_changed(entry: tuple[Any, str, Any]) -> bool:
+    entries, name, value = entry
+    now = entries.get(name)
+    return now is not value and (type(now) not in PLAIN or now != value)
 
 
 def _leaves_of(surrogate: Tensor) -> list[Tensor]:
@@ -239,9 +382,7 @@ def _norms(found: Tensor | None, expected: Tensor | None) -> tuple[float, float]
     return error.norm().item(), b.nan_to_num(0.0, 0.0, 0.0).norm().item()
 
 
-def _laid_out(
-    tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]
-) -> list[Tensor | None]:
+def _laid_out(tensors: Sequence[Tensor], gradients: Sequence[Any]) -> list[Tensor | None]:
     """Give each gradient memory of its own, laid out as its tensor, as optimisers expect."""
     taken: set[int] = set()
     found: list[Tensor | None] = []

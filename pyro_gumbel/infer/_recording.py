@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pyro_gumbel.infer._operations import Undo, storage_of, tensors, written_arguments
 from pyro_gumbel.infer._state import preserved_rng
 
-__all__ = ["GraphedFunction", "NotRecordable", "Recording", "is_library", "record"]
+__all__ = ["CudaGraph", "NotRecordable", "Recording", "is_library", "record", "restorer"]
 
 aten = torch.ops.aten
 _READERS = {"tolist", "numpy", "__array__", "__dlpack__", "__float__", "__index__"}
@@ -57,7 +57,7 @@ class Recording(NamedTuple):
             return self.play(*inputs, *self.values)
 
 
-class GraphedFunction:
+class CudaGraph:
     """A function of tensors as one CUDA graph. What a call returns, the next one overwrites."""
 
     def __init__(self, function: Any, inputs: Sequence[Tensor], device: torch.device) -> None:
@@ -86,7 +86,6 @@ class GraphedFunction:
 def record(
     function: Callable[..., Any],
     inputs: Sequence[Tensor],
-    *,
     compile: bool = False,
     branches: bool = True,  # whether this package may branch where it can also compute both
 ) -> tuple[Any, Recording]:
@@ -108,16 +107,7 @@ def record(
             )
         if any(map(recorder.writes_to, reads.copies)):
             _refuse("writes to an element at a tensor's place", "Write index_put or torch.where.")
-    graph, values, has_checks = recorder.finish(returned, conditions)
-    return returned, Recording(
-        held=recorder.held,
-        written=[tensor for tensor in recorder.held if recorder.writes_to(tensor)],
-        written_inputs=[i for i, tensor in enumerate(inputs) if recorder.writes_to(tensor)],
-        has_checks=has_checks,
-        devices={n.meta["device"]: n.target for n in graph.nodes if n.op == "call_function"},
-        values=values,
-        play=_compiled(graph) if compile else _played(graph),
-    )
+    return returned, recorder.finish(inputs, returned, conditions, compile)
 
 
 def is_library(frame: Any) -> bool:
@@ -137,6 +127,18 @@ def set_torch_generators(states: Sequence[Tensor]) -> None:
     torch.set_rng_state(states[0])
     if states[1:]:
         torch.cuda.set_rng_state_all(states[1:])
+
+
+def restorer(tensors: Sequence[Tensor]) -> Callable[[], None]:
+    """Return a function that restores tensors and torch's generators."""
+    generators, values = torch_generators(), [tensor.clone() for tensor in tensors]
+
+    def restore() -> None:
+        set_torch_generators(generators)
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
+
+    return restore
 
 
 class _Recorder(Undo):
@@ -179,19 +181,26 @@ class _Recorder(Undo):
             self._call(function, arguments, options, result, is_pure=is_pure)
         return result
 
-    def finish(self, returned: Any, conditions: Any) -> tuple[fx.Graph, list[Any], bool]:
-        """Return the graph, the tensors to pass after inputs, and whether there are conditions."""
+    def finish(
+        self, inputs: Sequence[Tensor], returned: Any, conditions: Any, compile: bool
+    ) -> Recording:
         output = self._graph.output(self._with_nodes((returned, conditions)))
         # Operations write to memory, and so may who gets the output.
         self._simplify(self._written | _memory_of(returned))
         returned, conditions = output.args[0]
         conditions = [c for c in dict.fromkeys(conditions) if c not in self._constants]
         output.args = ((returned, conditions),)
-        for node in reversed(self._graph.nodes):
-            if not node.users and (_is_pure(node) or node in self._values):
-                self._graph.erase_node(node)
-        values = [self._values[node] for node in self._graph.nodes if node in self._values]
-        return self._graph, values, bool(conditions)
+        self._graph.eliminate_dead_code(lambda n: not (_is_pure(n) or n in self._values))
+        nodes = self._graph.nodes
+        return Recording(
+            held=self.held,
+            written=[tensor for tensor in self.held if self.writes_to(tensor)],
+            written_inputs=[i for i, tensor in enumerate(inputs) if self.writes_to(tensor)],
+            has_checks=bool(conditions),
+            devices={n.meta["device"]: n.target for n in nodes if n.op == "call_function"},
+            values=[self._values[node] for node in nodes if node in self._values],
+            play=_compiled(self._graph) if compile else _played(self._graph),
+        )
 
     def _simplify(self, changing: set[StorageWeakRef]) -> None:
         """Compute constants and merge equal operations, except on memory that changes."""

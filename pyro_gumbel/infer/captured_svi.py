@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import re
 import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -18,35 +18,33 @@ from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.util import is_validation_enabled, zero_grads
 from pyro.optim import PyroOptim
+from pyro.optim.lr_scheduler import PyroLRScheduler
 from pyro.poutine.runtime import _PYRO_STACK
-from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_gumbel.estimators import Call
-from pyro_gumbel.infer._captured_state import PLAIN, Surroundings, step_jointly
-from pyro_gumbel.infer._captured_step import CapturedStep, Differs, Outcome
-from pyro_gumbel.infer._recording import (
-    NotRecordable,
-    is_library,
-    set_torch_generators,
-    torch_generators,
-)
-from pyro_gumbel.infer._state import finish_step
+from pyro_gumbel.infer._captured_step import PLAIN, CapturedStep, Differs, Outcome, Surroundings
+from pyro_gumbel.infer._operations import Undo
+from pyro_gumbel.infer._recording import CudaGraph, NotRecordable, is_library, record, restorer
 from pyro_gumbel.infer.elbo import ParticleELBO
 
 __all__ = ["CapturedSVI"]
 
 _MANY_KINDS = 32
+_CALLS = (PyroOptim.__call__, PyroLRScheduler.__call__)
+# ASGD is not among them: its multi-tensor form rounds to float32.
+_NAMES = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
+_FUSED = (torch.float32, torch.float64)  # others are rounded less often than step by step
+_MULTI_TENSOR = [getattr(torch.optim, name) for name in _NAMES]
 
 
 class CapturedSVI(SVI):
     r"""Pyro's ``SVI`` with a step that runs without Pyro, once it is recorded.
 
-    The first step with arguments of given shapes is an eager one, the second is recorded, which
-    takes as long as about ten. From then on the recorded operations run alone, forward, backward
-    and the optimiser's, on a GPU as CUDA graphs. Losses, gradients, random numbers and the
-    optimiser's state are those of ``SVI``.
+    The first step with arguments of given shapes is eager; the second is recorded, which takes as
+    long as ten. Later ones replay the operations, forward, backward and the optimiser's, on a GPU
+    as CUDA graphs. Losses, gradients, draws and the optimiser's state are those of ``SVI``.
 
     * **Inputs**, read anew at every step: tensors among the arguments; parameters; parameters and
       buffers of modules; schedules, baselines and other states of estimators.
@@ -62,25 +60,22 @@ class CapturedSVI(SVI):
     The first replay, and one of every ``check_every``, is compared with an eager step of the same
     random numbers. A difference raises an error that names the parameter, and that step changes
     nothing. Where Pyro's validation is on, replays compute the checks of distributions, too. If
-    one fails, or the loss is NaN, the step is taken eagerly from the same random numbers, and ends
-    in the error or warning that ``SVI`` gives.
+    one fails, or the loss is NaN, the step is taken anew as ``SVI`` takes it.
 
     Args:
         model: The model.
         guide: The guide, :func:`~pyro_gumbel.infer.config_gradient` included.
         optim: A Pyro optimiser.
-        loss: :class:`~pyro_gumbel.infer.Estimator_ELBO` or
-            :class:`~pyro_gumbel.infer.ImportanceWeighted_ELBO`.
+        loss: An ``Estimator_ELBO`` or ``ImportanceWeighted_ELBO``.
         compile: Also have ``torch.compile`` fuse the recorded operations: minutes once, less time
             a step. Needs a C++ compiler.
         check_every: Number of replays from one comparison with an eager step to the next.
 
     Raises:
         TypeError: If ``loss`` is another ELBO, the optimiser needs a closure (``LBFGS``), or an
-            argument of a step can be neither a tensor nor part of a key.
+            argument of a step is neither a tensor nor hashable.
         ValueError: If ``check_every`` is below 1.
-        RuntimeError: At a step, if it cannot be recorded, or the recorded step differs from an
-            eager one.
+        RuntimeError: At a step that cannot be recorded, or differs from an eager one.
 
     Example:
         >>> import pyro.distributions as dist
@@ -89,8 +84,7 @@ class CapturedSVI(SVI):
         ...     loc = pyro.param("loc", torch.tensor(0.0))
         ...     pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
         >>> pyro.clear_param_store()
-        >>> optim = pyro.optim.Adam({"lr": 0.05})
-        >>> svi = CapturedSVI(model, lambda x: None, optim, Estimator_ELBO())
+        >>> svi = CapturedSVI(model, lambda x: None, pyro.optim.Adam({}), Estimator_ELBO())
         >>> losses = [svi.step(torch.tensor(1.0)) for _ in range(10)]
     """
 
@@ -113,12 +107,9 @@ class CapturedSVI(SVI):
             raise ValueError(f"CapturedSVI: check_every must be at least 1; got {check_every!r}.")
         _check_optimizer(optim)
         super().__init__(model, guide, optim, loss=loss)
-        self.elbo = loss
-        self.compile = compile
-        self.check_every = check_every
+        self.elbo, self.compile, self.check_every = loss, compile, check_every
         self._steps: OrderedDict[Any, CapturedStep] = OrderedDict()
         self._zeros: dict[Tensor, Tensor | None] = {}  # left in ``.grad``
-        self._warned = False
 
     def reset(self) -> None:
         """Forget every recording; the next step of each kind is an eager one."""
@@ -149,7 +140,7 @@ class CapturedSVI(SVI):
             with suppress(Differs):  # it meets other parameters than the first step did
                 return self._record(step, call, tensors)
         loss, step = self._eager_step(call)
-        step.parts = parts
+        step.parts, step.updater = parts, Updater(step.leaves, self._zeros)
         self._steps[key] = step
         self._forget_oldest()
         return loss
@@ -157,9 +148,9 @@ class CapturedSVI(SVI):
     def _settings(self) -> list[Any]:
         options = [v for k, v in vars(self.elbo).items() if isinstance(v, PLAIN) and k[0] != "_"]
         validation = [is_validation_enabled(), dist.is_validation_enabled()]
-        autocast = [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
-        dtypes = [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")]
-        return [*options, *validation, *autocast, *dtypes, torch.get_default_dtype()]
+        casts = (torch.is_autocast_enabled, torch.get_autocast_dtype)
+        autocast = [get(kind) for get in casts for kind in ("cpu", "cuda")]
+        return [*options, *validation, *autocast, torch.get_default_dtype()]
 
     def _find(self, key: Any) -> CapturedStep | None:
         try:
@@ -169,20 +160,16 @@ class CapturedSVI(SVI):
                 f"CapturedSVI.step: every argument must be a tensor or hashable; {error}. Pass "
                 "tensors, or use pyro.infer.SVI."
             ) from error
-        if step is None:
-            return None
-        self._steps.move_to_end(key)
-        if step.is_current():
-            return step
-        self._zeros.clear()  # the parameters may be other ones
-        return None
+        if step is not None:
+            self._steps.move_to_end(key)
+            if not step.is_current():
+                self._zeros.clear()  # the parameters may be other ones
+                return None
+        return step
 
     def _forget_oldest(self) -> None:
-        if len(self._steps) <= _MANY_KINDS:
-            return
-        self._steps.popitem(last=False)
-        if not self._warned:
-            self._warned = True
+        if len(self._steps) > _MANY_KINDS:
+            self._steps.popitem(last=False)
             warnings.warn(
                 f"CapturedSVI: more than {_MANY_KINDS} kinds of arguments and handlers so far, "
                 "each to be recorded; from now on the oldest are forgotten. Pass numbers that "
@@ -193,10 +180,7 @@ class CapturedSVI(SVI):
     def _eager_step(self, call: Call) -> tuple[float, CapturedStep]:
         """Take the step that ``SVI`` takes, and note what it meets."""
         with Surroundings() as surroundings, poutine.trace(param_only=True) as traced:
-            loss, surrogate, estimators = self.elbo.estimate(call)
-            finish_step(estimators)
-        if is_validation_enabled():
-            warn_if_nan(loss, "loss")
+            loss, surrogate, estimators = self.elbo.step(call)
         nodes = traced.trace.nodes
         params = {name: nodes[name]["value"].unconstrained() for name in traced.trace.param_nodes}
         if not params:
@@ -209,8 +193,8 @@ class CapturedSVI(SVI):
         unique = list(dict.fromkeys(params.values()))
         step_jointly(self.optim, unique)  # rounds as recorded steps do, in a resumed run
         zero_grads(unique)
-        parts = estimators.values(), surroundings, self._zeros
-        return loss.item(), CapturedStep(self.elbo, params, surrogate, *parts, self.compile)
+        step = CapturedStep(self.elbo, params, surrogate, estimators, surroundings, self.compile)
+        return loss.item(), step
 
     def _record(self, step: CapturedStep, call: Call, tensors: Sequence[Tensor]) -> float:
         try:
@@ -221,8 +205,7 @@ class CapturedSVI(SVI):
             with suppress(Differs):
                 step.eager(call, tensors)  # raises an error of the user's, as SVI does
             raise _refusal(error) from error
-        self._finish(step, outcome, tensors)
-        return outcome.loss.item()
+        return self._finish(step, outcome, tensors)
 
     def _replay(self, step: CapturedStep, call: Call, tensors: Sequence[Tensor]) -> float:
         assert step.recording is not None
@@ -231,7 +214,7 @@ class CapturedSVI(SVI):
         expected = step.eager(call, tensors) if compares else None
         inputs = [*tensors, *step.states.inputs(step.device)]
         written = step.written(inputs)
-        restore = _restorer(written) if compares or step.recording.has_checks else lambda: None
+        restore = restorer(written) if compares or step.recording.has_checks else lambda: None
         try:
             outcome, conditions = step.replay(inputs)
             if expected is not None and all(conditions):
@@ -246,38 +229,141 @@ class CapturedSVI(SVI):
             loss, _ = self._eager_step(call)
             step.forget_branches()  # no check has failed
             return loss
-        self._finish(step, outcome, tensors)
-        return outcome.loss.item()
+        return self._finish(step, outcome, tensors)
 
-    def _finish(self, step: CapturedStep, outcome: Outcome, tensors: Sequence[Tensor]) -> None:
+    def _finish(self, step: CapturedStep, outcome: Outcome, tensors: Sequence[Tensor]) -> float:
         """Change estimators and parameters as the outcome of a step demands."""
-        step.states.put(outcome.states)
-        step.states.advance()
-        number, gradients = len(step.leaves), outcome.gradients
+        step.states.finish(outcome.states)
+        trained, gradients = len(step.leaves), outcome.gradients
         others = [*step.others, *(tensor for tensor in tensors if tensor.requires_grad)]
-        for tensor, gradient in zip(others, gradients[number:], strict=True):
+        for tensor, gradient in zip(others, gradients[trained:], strict=True):
             if gradient is not None:
                 tensor.backward(gradient, retain_graph=True)
-        step.updater(self.optim, gradients[:number], step.graph)
+        step.updater(self.optim, gradients[:trained], step.graph)
+        return outcome.loss.item()
+
+
+class Updater:
+    """Takes steps of a Pyro optimiser and leaves ``zeros`` in ``.grad``, as ``SVI`` does.
+
+    Gradients take the place of zeros that nobody has written to. Once the optimiser's settings
+    stay the same, its operations are recorded.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], zeros: dict[Tensor, Tensor | None]) -> None:
+        self._parameters, self._zeros = parameters, zeros
+        self._settings: list[Any] | None = None
+        self._recorded: Any = None
+
+    def __call__(self, optim: PyroOptim, gradients: Sequence[Tensor | None], graph: Any) -> None:
+        """Take a step; ``graph`` is a CUDA graph that computes gradients, always in one place."""
+        trained = [p for p, g in zip(self._parameters, gradients, strict=True) if g is not None]
+        given = [gradient for gradient in gradients if gradient is not None]
+        update = partial(self._update, optim, trained)
+        settings = self._find_settings(optim, [graph, *(g is None for g in gradients)])
+        if settings is None or settings != self._settings:
+            self._settings, self._recorded = settings, None
+            update(*given)
+            return
+        if self._recorded is None:
+            try:
+                self._recorded = self._record(update, given, graph)
+            except NotRecordable:  # it reads values, such as the number of steps
+                self._recorded = lambda given: update(*given)
+                for parameter in self._parameters:
+                    parameter.grad = self._zeros.get(parameter)
+        self._recorded(given)
+
+    def _record(self, update: Callable[..., None], given: Sequence[Tensor], graph: Any) -> Any:
+        with Undo():
+            _, recording = record(update, given)
+        if recording.has_checks:
+            raise NotRecordable("the optimiser checks values")
+        devices = {*recording.devices, *(tensor.device for tensor in recording.held)} - {None}
+        if graph is None or len(devices) != 1:
+            return recording
+        graphed = CudaGraph(lambda _: recording(given), [], *devices)
+        return lambda _: graphed([])
+
+    def _update(self, optim: PyroOptim, trained: Sequence[Tensor], *gradients: Tensor) -> None:
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            kept = None if self._has_zeros(parameter) else parameter.grad
+            parameter.grad = gradient if kept is None else gradient + kept
+        step_jointly(optim, self._parameters)
+        zero_grads(self._parameters)
+        self._zeros.update((parameter, parameter.grad) for parameter in self._parameters)
+
+    def _has_zeros(self, parameter: Tensor) -> bool:
+        grad = parameter.grad
+        return grad is self._zeros.get(parameter) and (grad is None or grad._version == 0)
+
+    def _find_settings(self, optim: PyroOptim, found: list[Any]) -> list[Any] | None:
+        """List all that a step goes by, but for numbers in tensors; ``None`` if it may differ."""
+        for parameter in self._parameters:
+            options = _joint_options(optim, parameter)
+            if options is None or not self._has_zeros(parameter):
+                return None
+            state = _optimizer(optim, parameter).state.get(parameter, {})
+            found += [*options, optim.grad_clip[parameter], *state.values()]
+        return [id(value) if isinstance(value, Tensor) else value for value in found]
+
+
+def step_jointly(optim: PyroOptim, parameters: Sequence[Tensor]) -> None:
+    """Call ``optim``, whose torch optimisers of one parameter each, if alike, step as one."""
+    groups: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        groups.setdefault(_joint_options(optim, parameter), []).append(parameter)
+    if None in groups:
+        optim(groups.pop(None))
+    for (kind, options), group in groups.items():
+        joint = kind(group, lr=1.0)
+        joint.param_groups[0].update(options)
+        for parameter in group:
+            state = _optimizer(optim, parameter).state
+            if parameter in state:
+                joint.state[parameter] = state[parameter]
+            if optim.grad_clip[parameter] is not None:
+                optim.grad_clip[parameter](parameter)
+        joint.step()
+
+
+def _joint_options(optim: PyroOptim, parameter: Tensor) -> Any:
+    """Return a torch optimiser's class and its options in a multi-tensor step of the same result.
+
+    Returns ``None`` where that is not known.
+    """
+    if type(optim).__call__ not in _CALLS or parameter not in optim.optim_objs:
+        return None
+    optimizer = _optimizer(optim, parameter)
+    options, kind = dict(optimizer.param_groups[0]), type(optimizer)
+    del options["params"]
+    foreach, fused = options.get("foreach", False), options.get("fused", False)
+    is_stateless = kind is torch.optim.SGD and not options["momentum"]
+    if (
+        kind not in _MULTI_TENSOR
+        or foreach is False
+        or options.get("differentiable")
+        or any(isinstance(value, (Tensor, list)) for value in options.values())
+        or optimizer._optimizer_step_pre_hooks  # private: torch has no public list of hooks
+        or optimizer._optimizer_step_post_hooks
+        or not (is_stateless or parameter in optimizer.state)
+    ):
+        return None
+    if foreach is None and not fused and parameter.is_cpu:  # on a GPU torch chooses foreach
+        is_plain = parameter.is_contiguous() and parameter.dtype in _FUSED
+        options["fused" if fused is None and is_plain else "foreach"] = True
+    return kind, tuple(options.items())
+
+
+def _optimizer(optim: PyroOptim, parameter: Tensor) -> Any:
+    """Return torch's optimiser of a parameter, out of its learning rate scheduler."""
+    found = optim.optim_objs[parameter]
+    return getattr(found, "optimizer", found)
 
 
 def _identity(part: Any) -> Any:
     """Numbers, such as a scale, and methods by value, for they are made anew; all else by id."""
     return part if isinstance(part, (*PLAIN, MethodType)) else id(part)
-
-
-def _restorer(tensors: Sequence[Tensor]) -> Callable[[], None]:
-    """Return a function that restores tensors and torch's generators."""
-    generators = torch_generators()
-    values = [tensor.clone() for tensor in tensors]
-
-    @torch.no_grad()
-    def restore() -> None:
-        set_torch_generators(generators)
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)
-
-    return restore
 
 
 def _check_optimizer(optim: PyroOptim) -> None:
@@ -293,7 +379,7 @@ def _check_optimizer(optim: PyroOptim) -> None:
 
 def _refusal(error: Exception) -> RuntimeError:
     """Explain why a step cannot be recorded, and where in the user's program."""
-    reason = re.split(r"\s+Trace Shapes:", str(error))[0]  # Pyro adds them to any error
+    reason = str(error).partition("Trace Shapes:")[0].rstrip()  # Pyro adds them to any error
     if not isinstance(error, NotRecordable):
         reason = f"{type(error).__name__}: {reason.partition(chr(10))[0].rstrip('.')}."
     line = ""

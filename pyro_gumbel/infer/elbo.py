@@ -155,7 +155,7 @@ class ParticleELBO(ELBO):
             training: Whether to move schedules and baselines, if gradients are on.
             finish: Ends a training step. A module holds the estimators' parameters itself.
         """
-        estimate = self._step(call, training=training, finish=finish)
+        estimate = self.step(call, training=training, finish=finish)
         surrogate, value = estimate.surrogate, estimate.surrogate.detach()
         value = value.masked_fill(value.isinf(), 0.0)  # inf - inf would be nan
         return estimate.loss + (surrogate - value), estimate.estimators
@@ -168,7 +168,7 @@ class ParticleELBO(ELBO):
         Returns:
             The loss, a detached scalar left on its device.
         """
-        estimate = self._step(Call(model, guide, args, kwargs))
+        estimate = self.step(Call(model, guide, args, kwargs))
         if estimate.surrogate.requires_grad:
             estimate.surrogate.backward(retain_graph=self.retain_graph)
         return estimate.loss
@@ -183,13 +183,14 @@ class ParticleELBO(ELBO):
         with sole_step():
             return preflight(call, self._choose)[0].estimators
 
-    def _step(
+    def step(
         self,
         call: Call,
         *,
         training: bool = True,
         finish: Callable[[dict[str, Estimator]], None] = finish_step,
     ) -> Estimate:
+        """Estimate the loss and its gradient, and end a training step."""
         if torch.is_grad_enabled():
             estimate = self.estimate(call, training=training)
             if training:

@@ -21,7 +21,7 @@ from pyro_gumbel.estimators import (
     Score,
 )
 from pyro_gumbel.infer import CapturedSVI, Estimator_ELBO, config_gradient
-from pyro_gumbel.infer._captured_state import step_jointly
+from pyro_gumbel.infer.captured_svi import step_jointly
 
 # Modes, handlers and other settings
 

@@ -36,8 +36,8 @@ from pyro_gumbel.estimators import (
     ReinMax,
     Score,
 )
-from pyro_gumbel.infer import CapturedSVI, Estimator_ELBO, _captured_state, config_gradient
-from pyro_gumbel.infer._recording import GraphedFunction, record
+from pyro_gumbel.infer import CapturedSVI, Estimator_ELBO, captured_svi, config_gradient
+from pyro_gumbel.infer._recording import CudaGraph, record
 
 # Parameters and gradients
 
@@ -657,10 +657,10 @@ def test_a_graph_computes_what_its_recording_does(watched):
     watched.append(weight)
     _, recording = record(noisy_step(weight), inputs(0))
     before, generator = weight.detach().clone(), torch.get_rng_state()
-    step = GraphedFunction(recording, inputs(0), CPU)
+    step = CudaGraph(recording, inputs(0), CPU)
     (_, gradient), _ = step(inputs(0))
     torch.set_rng_state(generator)
-    update = GraphedFunction(lambda _: descend(weight)(gradient), [], CPU)
+    update = CudaGraph(lambda _: descend(weight)(gradient), [], CPU)
     assert torch.equal(weight, before)
     assert torch.equal(torch.get_rng_state(), generator)
     for seed in (1, 2, 3):
@@ -722,8 +722,8 @@ def train(svi_class, estimator, make_optim, watched, steps=12):
 )
 def test_training_by_graphs_is_training(make, make_optim, graphs, watched, monkeypatch):
     made = []  # of steps of the optimiser, one for each rate
-    counted = lambda *args: made.append(args) or GraphedFunction(*args)  # noqa: E731
-    monkeypatch.setattr(_captured_state, "GraphedFunction", counted)
+    counted = lambda *args: made.append(args) or CudaGraph(*args)  # noqa: E731
+    monkeypatch.setattr(captured_svi, "CudaGraph", counted)
     svi, *outcome = train(CapturedSVI, make(), make_optim, watched)
     (step,) = steps_of(svi)
     assert step.graph is not None
