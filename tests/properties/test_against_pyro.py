@@ -24,8 +24,10 @@ def test_the_default_loss_is_pyros(name):
     assert failures(comparison, quick) == ""
 
 
+# Of biased estimators the loss is compared, not the gradient.
+@pytest.mark.filterwarnings("ignore:.*not learnt:pyro_gumbel.infer._dependence.GradientWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(PROGRAMS))
 def test_every_loss_is_pyros(name):
-    comparison = Comparison(PROGRAMS[name])
+    comparison = Comparison(PROGRAMS[name], draws=0.1)
     assert failures(comparison, comparison.objectives()) == ""
