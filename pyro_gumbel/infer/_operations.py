@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,14 @@ class Undo(TorchDispatchMode):
                 self._made.add(StorageWeakRef(storage))
         return result
 
+    def __enter__(self) -> Any:
+        # The compiler never compiles code again that it meets under a dispatch mode.
+        loaded = "torch._dynamo" in sys.modules  # else nothing is compiled
+        stance = torch.compiler.set_stance("force_eager") if loaded else nullcontext()
+        self._stance: AbstractContextManager[Any] = stance
+        stance.__enter__()
+        return super().__enter__()
+
     def _remember(self, tensor: Tensor) -> None:
         storage = storage_of(tensor)
         if storage is None or tensor.is_meta:
@@ -96,6 +105,7 @@ class Undo(TorchDispatchMode):
             self._without_gradient[id(owner)] = owner
 
     def __exit__(self, *error: Any) -> None:
+        self._stance.__exit__(*error)
         super().__exit__(*error)
         for storage, copy in self._copies.values():
             storage.copy_(copy)

@@ -31,7 +31,7 @@ from pyro_gumbel.estimators import (
     NeuralBaseline,
     Score,
 )
-from pyro_gumbel.infer import Estimator_ELBO, config_gradient
+from pyro_gumbel.infer import CapturedSVI, Estimator_ELBO, config_gradient
 
 
 class Problem:
@@ -362,6 +362,49 @@ def test_buffers_of_compiled_and_scripted_modules_are_put_back() -> None:
         programs = bare_programs(torch.tensor(0.25), network)
         gradient_draws(*programs, estimators={"s": "score"}, num_draws=3, **QUIET)
         assert same(before, dict(network.state_dict()))
+
+
+class Doubling(torch.nn.Module):
+    """A module of a user's class, whose frame the compiler may take."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("kind", [SVI, CapturedSVI])
+@pytest.mark.parametrize("warm", [False, True], ids=["new", "compiled before"])
+def test_a_step_leaves_compiled_modules_compiled(kind: Any, warm: bool) -> None:
+    """The compiler skips code for ever that it has met under a dispatch mode."""
+    runs = 0
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        def run(*inputs: torch.Tensor) -> Any:
+            nonlocal runs
+            runs += 1
+            return graph(*inputs)
+
+        return run
+
+    torch._dynamo.reset()
+    compiled = torch.compile(Doubling(), backend=backend)
+    if warm:
+        compiled(torch.ones(()))
+
+    def model() -> None:
+        pyro.sample("z", dist.Bernoulli(compiled(torch.tensor(0.2))))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.2))))
+
+    svi = kind(model, guide, pyro.optim.Adam({}), Estimator_ELBO())
+    for _ in range(2):
+        svi.step()
+    before = runs
+    if kind is SVI:
+        svi.step()
+        assert runs == before + 1
+    compiled(torch.ones(()))
+    assert runs > before
 
 
 def test_modules_of_other_threads_go_on() -> None:
