@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,13 @@ def with_signature(function: F) -> F:
 def noise_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype for computing noise and densities of ``dtype``: float32 or float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which autocast does not round products of matrices."""
+    kind = like.device.type
+    on = torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 @with_signature

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_gumbel._validate import integer
 from pyro_gumbel.distributions._base import plain_eager
-from pyro_gumbel.distributions._numerics import log_exponential_noise
+from pyro_gumbel.distributions._numerics import full_precision, log_exponential_noise
 from pyro_gumbel.distributions.families import is_one_hot
 from pyro_gumbel.distributions.one_hot import draw_one_hot
 from pyro_gumbel.estimators.schedules import Temperature
@@ -46,13 +46,15 @@ _AT_ONCE = 1 << 17  # size of a chunk of draws, which bounds temporary memory
 
 def matrix_product(vector: Tensor, jacobian: Tensor) -> Tensor:
     r"""Multiply by a mean of :math:`\mathrm{diag}(y) - y y^\top`, of shape ``(..., C, C)``."""
-    return (jacobian @ vector.unsqueeze(-1)).squeeze(-1)
+    with full_precision(vector):
+        return (jacobian @ vector.unsqueeze(-1)).squeeze(-1)
 
 
 def sampled_product(vector: Tensor, draws: Tensor, scale: Tensor) -> Tensor:
     """Multiply by this mean, from the draws ``y_k``, ``(K,) + batch_shape + (C,)``."""
-    inner = torch.einsum("k...c,...c->k...", draws, vector)
-    mean = torch.einsum("k...,k...c->...c", inner, draws) / len(draws)
+    with full_precision(vector):
+        inner = torch.einsum("k...c,...c->k...", draws, vector)
+        mean = torch.einsum("k...,k...c->...c", inner, draws) / len(draws)
     return (vector * draws.mean(0) - mean) * scale
 
 
@@ -95,7 +97,8 @@ def mean_softmax_jacobian(
         size = min(categories, num_samples - done)
         soft = (conditional_scores(log_probs, hard, (size,)) / temperature).softmax(-1)
         mean = mean + soft.sum(0)  # not in place, which fails if vmap batches only the noise
-        second = second + torch.einsum("k...i,k...j->...ij", soft, soft)
+        with full_precision(soft):
+            second = second + torch.einsum("k...i,k...j->...ij", soft, soft)
     jacobian = (torch.diag_embed(mean) - second) / num_samples
     if isinstance(temperature, Tensor) and temperature.dim() > 0:
         temperature = temperature.unsqueeze(-1)

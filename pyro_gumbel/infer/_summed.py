@@ -19,6 +19,7 @@ from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyro_gumbel.distributions._base import broadcast_shapes
+from pyro_gumbel.distributions._numerics import full_precision
 from pyro_gumbel.distributions.families import wrap_score
 from pyro_gumbel.infer._costs import Term, check_shape, masked_score, site_frames
 from pyro_gumbel.infer._dependence import Dependence
@@ -321,7 +322,7 @@ class SummedTerms:
             tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
             for factor in factors:
                 tree.setdefault(frozenset(factor.frames), []).append(factor.value)
-            with _explained(name, factors):
+            with _explained(name, factors), full_precision(factors[0].value):
                 contracted = contract_tensor_tree(tree, sums, ring=ring)
             for ordinal, values in contracted.items():
                 yield from ((name, scale, ordinal, value) for value in values)
