@@ -118,7 +118,9 @@ def check_unbiased(
     """
     num_draws = integer("check_unbiased: num_draws", num_draws, 2)
     max_z = positive("check_unbiased: max_z", max_z)
-    num_particles = _particles(estimator) if num_particles is None else num_particles
+    if num_particles is None:
+        choices = estimator.values() if isinstance(estimator, dict) else [estimator]
+        num_particles = max((getattr(own, "min_particles", 1) for own in choices), default=1)
     if reference is None:
         reference = exact_gradient(
             model, guide, *args, params=params, max_states=max_states, seed=seed, **kwargs
@@ -141,11 +143,6 @@ def check_unbiased(
         **kwargs,
     )["estimator"]
     return _judge(draws, reference, num_draws, max_z)
-
-
-def _particles(estimator: Any) -> int:
-    choices = estimator.values() if isinstance(estimator, dict) else [estimator]
-    return max((getattr(choice, "min_particles", 1) for choice in choices), default=1)
 
 
 def _judge(
