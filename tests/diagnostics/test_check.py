@@ -14,6 +14,7 @@ import torch
 import xarray as xr
 from helpers.toys import bits
 from pyro import poutine
+from pyro.infer.autoguide import AutoNormalMessenger
 
 from pyro_gumbel.diagnostics import (
     check_unbiased,
@@ -354,6 +355,19 @@ def test_discrete_guide_is_drawn_hard() -> None:
     configured = config_gradient(guide, GumbelSoftmax(0.5))
     guide_khat(model, configured, num_samples=50)
     assert all(set(z.tolist()) == {0.0, 1.0} for z in seen)
+
+
+def test_a_guide_that_handles_the_model() -> None:
+    """It runs the model, whose data it does not draw."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    guide = AutoNormalMessenger(model)
+    guide()
+    guide.locs.z, guide.scales.z = torch.tensor(0.5), torch.tensor(0.5**0.5)
+    assert guide_khat(model, guide, num_samples=50) == 0.0
 
 
 def test_same_seed_same_value() -> None:
