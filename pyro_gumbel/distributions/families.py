@@ -48,6 +48,39 @@ from pyro_gumbel.distributions.one_hot import (
 from pyro_gumbel.distributions.relaxed import RelaxedOneHot
 from pyro_gumbel.distributions.relaxed_bernoulli import RelaxedBernoulli
 
+__all__ = [
+    "base_noise",
+    "bit_probs",
+    "event_dims",
+    "expand",
+    "explain_stranger",
+    "from_index",
+    "from_noise",
+    "from_one_hot",
+    "has_law_of",
+    "has_logits",
+    "has_score_parts",
+    "is_bit",
+    "is_categorical",
+    "is_normal",
+    "is_one_hot",
+    "is_relaxed",
+    "log_mass",
+    "log_mass_of_value",
+    "masks",
+    "on_own_logits",
+    "one_hot_logits",
+    "sample_detached",
+    "score_function",
+    "support_values",
+    "to_index",
+    "unwrap",
+    "value_dtype",
+    "wrap_like",
+    "wrap_score",
+    "wrappers",
+]
+
 _KNOWN = (OneHotCategorical, Categorical, Bernoulli, Normal, RelaxedOneHot, RelaxedBernoulli)
 _WRAPPERS = (Independent, MaskedDistribution)
 _CERTAIN = 32768.0  # a logit that is certain in every dtype

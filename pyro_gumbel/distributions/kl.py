@@ -29,6 +29,8 @@ from pyro_gumbel.distributions.one_hot import OneHot
 from pyro_gumbel.distributions.relaxed import RelaxedOneHot
 from pyro_gumbel.distributions.relaxed_bernoulli import RelaxedBernoulli
 
+__all__: list[str] = []  # importing the module registers the divergences
+
 
 def kl_from_log_probs(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Return the divergence over the last dimension; infinite only if q is 0 where p is not."""
