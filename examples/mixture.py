@@ -79,7 +79,7 @@ def make_encoder() -> nn.Module:
 SUMMED = "AutoNormal, assignments summed"
 FITS: dict[str, tuple[str, Any, int]] = {
     SUMMED: ("summed", None, 1),
-    "enumeration": ("amortized", Enumerate(), 1),
+    "AutoAmortized, enumeration": ("amortized", Enumerate(), 1),
     "AutoAmortized, ReinMax": ("amortized", ReinMax(), 1),
     "AutoAmortized, Gumbel straight-through": ("amortized", GumbelStraightThrough(0.5), 1),
     "AutoAmortized, score, 4 particles": ("amortized", Score(LeaveOneOut()), 4),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 import tomllib
@@ -31,29 +33,42 @@ PROGRAMS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
-def quickstart() -> str:
-    return PROGRAMS[0]
-
-
-def test_quickstart_is_short(quickstart: str) -> None:
-    statements = [line for line in quickstart.splitlines() if line.strip()]
-    assert len(statements) <= 25
-
-
-def test_quickstart_finds_the_clusters(
-    quickstart: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch
-) -> None:
-    """The programs after it continue it."""
+def names() -> dict[str, Any]:
+    """Run the quickstart, and return its variables. The programs after it continue it."""
     names: dict[str, Any] = {}
-    exec(compile(quickstart, "README.md", "exec"), names)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(PROGRAMS[0], "README.md", "exec"), names)
+    assert printed.getvalue().startswith("tensor(")
+    return names | {"fitted": names["pyro"].param("centres_loc").detach()}
+
+
+def test_the_first_programs_are_short() -> None:
+    for program in PROGRAMS[:2]:
+        assert len([line for line in program.splitlines() if line.strip()]) <= 25
+
+
+def test_quickstart_finds_the_clusters(names: dict[str, Any]) -> None:
     centres = torch.stack([names["data"][:100].mean(), names["data"][100:].mean()])
     # The prior's pull is 1 / (100 * 25 + 1) of the way; the rest is the optimiser's noise, of a
     # size that the learning rate of 0.02 sets.
-    fitted = names["pyro"].param("centres_loc").detach()
-    assert (fitted - centres).abs().max() < 0.2
+    assert (names["fitted"] - centres).abs().max() < 0.2
+
+
+def test_later_programs(
+    names: dict[str, Any], capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch
+) -> None:
+    """A sum finds the clusters, too, and a run is saved."""
+    exec(compile(PROGRAMS[1], "README.md", "exec"), names)
     assert capsys.readouterr().out.startswith("tensor(")
+    draws = names["draws"]
+    shapes = {name: tuple(value.shape) for name, value in draws.items()}
+    assert shapes == {"weights": (20, 2), "centres": (20, 2), "z": (20, 200)}
+    # One datum in 160 is nearer to the other centre, at half the distance of 5.
+    shares = draws["z"].float().mean(0).round().reshape(2, 100).mean(1)
+    assert shares.min() < 0.05
+    assert shares.max() > 0.95
     monkeypatch.chdir(tmp_path)
-    for program in PROGRAMS[1:]:
+    for program in PROGRAMS[2:]:
         exec(compile(program, "README.md", "exec"), names)
     assert torch.load(tmp_path / "run.pt")["more"] == {"step": 20}
 

@@ -211,7 +211,27 @@ def test_automatic_guides_reach_the_enumerated_fit() -> None:
     mixture.pyro.set_rng_seed(0)
     x, component = mixture.simulate(600)
     fits = {name: mixture.fit(name, x, component, args) for name in mixture.FITS}
-    exact = fits["enumeration"]["accuracy"][-1]
+    exact = fits["AutoAmortized, enumeration"]["accuracy"][-1]
     assert exact > 0.95
     for fit in fits.values():
         assert fit["accuracy"][-1] > exact - 0.01
+    summed = fits[mixture.SUMMED]
+    assert (
+        summed["assigned"] == fits["AutoAmortized, enumeration"]["assigned"]
+    ).float().mean() > 0.97
+    assert summed["evidence"] > fits["AutoAmortized, enumeration"]["evidence"] - 0.01
+
+
+def test_a_summed_assignment_is_weighed_exactly() -> None:
+    """The probabilities of the example are those of the densities at the guide's draw."""
+    x, _ = mixture.simulate(20)
+    start = x[:3].clone()
+    model = mixture.make_model(start, "summed")
+    guide = mixture.make_guide("summed", model, None)
+    options = {"num_samples": 4, "marginals": True, "parallel": True}
+    with torch.no_grad():
+        found = mixture.recover(model, guide, x, **options)
+    locs, scale = found["locs"].unsqueeze(-3), found["scale"].reshape(4, 1, 1, 1)
+    fit = mixture.dist.Normal(locs, scale).to_event(1).log_prob(x.unsqueeze(-2))
+    expected = (found["weights"].log().unsqueeze(-2) + fit).softmax(-1)
+    torch.testing.assert_close(found["z"], expected)
