@@ -287,6 +287,28 @@ def guide_of_outside(x: Tensor, loop: Loop) -> None:
             switch(f"w{t}", Vindex(probs("qw", 3, 2, seed=5))[z, torch.arange(2)])
 
 
+def nested_plates(x: Tensor, loop: Loop) -> None:
+    """Chains outside of plates and inside, with a switch beside each."""
+    a, i = torch.tensor(0), torch.arange(2)
+    for t in loop(range(2)):
+        a = state(f"a{t}", Vindex(probs("pa", 2, 2, seed=1))[a])
+        v = switch(f"v{t}", Vindex(probs("pv", 2, seed=2))[a])
+        with pyro.plate(f"plate{t}", 2):
+            b = state(f"b{t}", Vindex(probs("pb", 2, 2, 2, seed=3))[i, a])
+            w = switch(f"w{t}", Vindex(probs("pw", 2, 2, seed=4))[i, b])
+            observe(f"x{t}", Vindex(probs("loc", 2, seed=5))[b] * (v + w), x[:2])
+
+
+def guide_of_nested(x: Tensor, loop: Loop) -> None:
+    a, i = torch.tensor(0), torch.arange(2)
+    for t in loop(range(2)):
+        a = state(f"a{t}", Vindex(probs("qa", 2, 2, seed=6))[a], ALL)
+        switch(f"v{t}", Vindex(probs("qv", 2, seed=7))[a])
+        with pyro.plate(f"plate{t}", 2):
+            b = state(f"b{t}", Vindex(probs("qb", 2, 2, 2, seed=8))[i, a], ALL)
+            switch(f"w{t}", Vindex(probs("qw", 2, 2, seed=9))[i, b])
+
+
 def switched(x: Tensor, loop: Loop) -> None:
     """Each step has a switch and a number, which depend on the state."""
     z = torch.tensor(0)
@@ -323,6 +345,7 @@ PROGRAMS = [
     (with_whole, guide_of_whole),
     (beside_sums, guide_of_z),
     (ragged, guide_of_ragged),
+    (nested_plates, guide_of_nested),
     (outside, guide_of_outside),
     (switched, guide_of_switched),
     (switched, independent_switches),
@@ -354,7 +377,13 @@ ESTIMATORS = ["disarm", "rebar", "local_expectation", "score", "reinmax"]
 @pytest.mark.parametrize("name", ESTIMATORS)
 @pytest.mark.parametrize(
     ("model", "guide", "rows"),
-    [(*PROGRAMS[-3], True), (*PROGRAMS[-2], True), (*PROGRAMS[-2], False), (*PROGRAMS[-1], True)],
+    [
+        (*PROGRAMS[-4], True),
+        (*PROGRAMS[-3], True),
+        (*PROGRAMS[-2], True),
+        (*PROGRAMS[-2], False),
+        (*PROGRAMS[-1], True),
+    ],
     ids=names,
 )
 def test_each_estimate_is_that_with_all_paths(
