@@ -149,14 +149,13 @@ class Search:
     def _find_reference(self, seed: int) -> None:
         """Run the most efficient unbiased candidate for long, where no exact gradient is known."""
         table = self.table()
-        trials = (
-            self.trials[key]
-            for key in (table.variance * table[self.budget.unit]).sort_values().index
-        )
-        unbiased = (t for t in trials if all(own.unbiased for own in t.config.values()))
-        best = next(unbiased, None)
-        if self.reference is not None or best is None:
+        efficient = (table.variance * table.cost).sort_values(kind="stable").index
+        unbiased = [
+            k for k in efficient if all(e.unbiased for e in self.trials[k].config.values())
+        ]
+        if self.reference is not None or not unbiased:
             return
+        best = self.trials[unbiased[0]]
         long = replace(best)
         if not best.exact:  # else all draws are alike
             self._measure([long], 0.4 * self.budget.left(), seed)
@@ -221,16 +220,15 @@ class Search:
                 reason = next(iter(str(error).splitlines()), "")
                 failure = f"cannot be run: {type(error).__name__}: {reason}"
         notes = {str(one.message): one for one in seen if issubclass(one.category, UserWarning)}
-        new = [message for message in notes if message not in self.noted]
-        if len(trials) > 1 and (failure or new):
+        if len(trials) > 1 and (failure or notes.keys() - self.noted):
             for trial in trials:  # which of them is it?
                 self._take([trial], number, seed, **options)
             return
-        self.noted |= set(new)
-        if new:
-            missed = [m for m in new if issubclass(notes[m].category, GradientWarning)]
+        self.noted |= notes.keys()
+        if notes and len(trials) == 1:
+            missed = [m for m, one in notes.items() if issubclass(one.category, GradientWarning)]
             trials[0].misses_cost |= bool(missed)
-            trials[0].warning = (missed or new)[0]
+            trials[0].warning = (missed or list(notes))[0]
         for trial in trials:
             own = None if failure else draws[trial.key].assign_attrs(estimator=trial.label)
             finite = own is not None and bool(np.isfinite(own.coords["trace"]).all())

@@ -274,9 +274,9 @@ def _conclude(search: Search) -> Recommendation:
     close = [trials[key].label for key in as_good(best) if key != best]
     failed = [key for key, trial in trials.items() if trial.draws is None]
     rows = {trials[key].label: _row(trials[key], table) for key in (best, *table.index, *failed)}
-    told = pd.DataFrame.from_dict(rows, orient="index").rename_axis("estimator")
+    shown = pd.DataFrame.from_dict(rows, orient="index").rename_axis("estimator")
     chosen, message = trials[best], _message(search, table, trials[best], close)
-    return Recommendation(chosen.config, chosen.num_particles, told, bool(close), message)
+    return Recommendation(chosen.config, chosen.num_particles, shown, bool(close), message)
 
 
 def _row(trial: Trial, table: pd.DataFrame) -> dict[str, Any]:

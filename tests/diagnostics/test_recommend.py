@@ -87,6 +87,31 @@ def test_estimators_that_miss_the_cost_rank_last() -> None:
     assert "straight" not in found.message
 
 
+def test_a_mixture_that_misses_the_cost_says_so() -> None:
+    """Its warning is that of the candidate which brought the estimator."""
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Bernoulli(0.4))
+        b = pyro.sample("b", dist.Bernoulli(0.4))
+        pyro.factor("f", 2 * a + torch.tensor([-3.0, 2.0])[b.long()])
+
+    def guide() -> None:
+        for name in ("a", "b"):
+            pyro.sample(name, dist.Bernoulli(logits=pyro.param(name + "_l", torch.tensor(0.3))))
+
+    found = quick(
+        lambda: (model, guide, ()),
+        candidates={"score": Score(LeaveOneOut()), "straight": StraightThrough()},
+        budget_evaluations=2000,
+        step_evaluations=1000,
+    )
+    table = found.table
+    assert "needs the cost's gradient" in table.warning["straight"]
+    assert "needs the cost's gradient" in table.warning["score, a: straight, b: straight"]
+    assert "needs the cost's gradient" not in table.warning["score, a: straight"]
+    assert isinstance(found.config["b"], Score)
+
+
 def test_a_moving_average_has_to_be_clearly_ahead() -> None:
     candidates = {"average": Score(MovingAverage()), "others": Score(LeaveOneOut())}
     ahead = quick(bits_program, candidates=candidates, budget_evaluations=3000)
