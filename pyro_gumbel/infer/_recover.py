@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -78,8 +78,8 @@ def recover(
     Raises:
         ValueError: If both ``decode`` and ``marginals`` are set, if the model has no summed site,
             if a plate draws a minibatch, if the logarithm of a sum cannot be scaled, as with a
-            summed site outside of a subsampled plate, if draws differ in sites or shapes, or as
-            the losses raise it.
+            summed site outside of a subsampled plate, if the data have probability zero, if draws
+            differ in sites or shapes, or as the losses raise it.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -217,9 +217,18 @@ class _Posterior:
             factor.frames = {dim: f for dim, f in factor.frames.items() if dim in factor.dims}
         for factor in self._own.values():
             require_backward(factor.value)
-        for _, _, _, total in self._terms.sums(self._ring(dim_to_size=sizes)):
+        for total in self._totals(self._ring(dim_to_size=sizes)):
             total._pyro_backward()  # type: ignore[attr-defined]
         return {name: self._value(name) for name in self.sites}
+
+    def _totals(self, ring: Any = None) -> Iterator[Tensor]:
+        for name, _, _, total in self._terms.sums(ring):
+            if torch.isneginf(total).any():
+                raise ValueError(
+                    f"recover: given the guide's draw, no value of the summed site {name!r}, or "
+                    "of those linked to it, gives the data a positive probability."
+                )
+            yield total
 
     def _value(self, name: str) -> Tensor:
         fn = unwrap(self.sites[name]["fn"])
@@ -238,7 +247,10 @@ class _Posterior:
         They are the derivatives of the log evidence in the log-probabilities.
         """
         create_graph = torch.is_grad_enabled()
-        found = {name: torch.ones(*self._plates(name), 1) for name in self.sites}
+        found = {
+            name: torch.ones(*self._plates(name), 1, device=site["value"].device)
+            for name, site in self.sites.items()
+        }
         if not self._own:
             return found
         with torch.enable_grad():
@@ -248,7 +260,7 @@ class _Posterior:
                 shifts.append(torch.zeros_like(factor.value, requires_grad=True))
                 factor.value = factor.value + shifts[-1]
                 factor.value._pyro_dims = dims  # type: ignore[attr-defined]
-            totals = [total.sum() for _, _, _, total in self._terms.sums()]
+            totals = [total.sum() for total in self._totals()]
             grads = torch.autograd.grad(totals, shifts, create_graph=create_graph)
         for (name, factor), grad in zip(self._own.items(), grads, strict=True):
             found[name] = self._marginal(name, factor.dims, grad)

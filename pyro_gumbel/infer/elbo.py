@@ -300,8 +300,9 @@ class Estimator_ELBO(ParticleELBO):  # noqa: N801
 
     A discrete site of the model that the guide lacks is summed out exactly if it is marked
     ``infer={"enumerate": "parallel"}``, in plates and along ``pyro.markov`` chains, by Pyro's
-    variable elimination. The sum is a term of the bound, in the plates that it leaves. In a guide
-    the mark stands for ``Enumerate()``.
+    variable elimination. The sum is a term of the bound, in the plates that it leaves. Hide these
+    sites from Pyro's automatic guides: ``AutoNormal(poutine.block(model, hide=["z"]))``.
+    :func:`~pyro_gumbel.infer.recover` draws them. In a guide the mark stands for ``Enumerate()``.
 
     A new pair of programs may run once more, for a *preflight*. It counts plates, finds the
     dependence of each term on each site, or checks that chains use values within reach. It leaves

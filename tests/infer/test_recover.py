@@ -357,3 +357,16 @@ def test_what_cannot_be_recovered_is_refused(message: str) -> None:
     model, options = REFUSED[message]
     with pytest.raises(ValueError, match=message):
         recover(model, no_guide, X, **options)
+
+
+@pytest.mark.parametrize("option", [{}, {"decode": True}, {"marginals": True}])
+def test_impossible_data_are_refused(option: dict[str, Any]) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.3), infer=SUM)
+            pyro.sample("x", dist.Uniform(z, z + 1, validate_args=False), obs=x)
+
+    possible = recover(model, no_guide, torch.tensor([0.5, 1.5]), **option)["z"]
+    assert torch.equal(possible[0].reshape(2, -1)[:, -1], torch.tensor([0.0, 1.0]))
+    with pytest.raises(ValueError, match=r"no value of the summed site 'z'.* positive prob"):
+        recover(model, no_guide, torch.tensor([0.5, 2.5]), **option)
