@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from pyro_gumbel.estimators import Call, Estimator
 from pyro_gumbel.estimators.schedules import Schedule
-from pyro_gumbel.infer._operations import Undo, hide_from_compiler
+from pyro_gumbel.infer._operations import Undo, hide_from_compiler, reads_shape_alone
 from pyro_gumbel.infer._recording import CudaGraph, NotRecordable, Recording, record
 from pyro_gumbel.infer._state import generator_states, set_generator_states
 from pyro_gumbel.infer.elbo import ParticleELBO
@@ -154,8 +154,8 @@ class CapturedStep:
     def compare(self, found: Outcome, expected: Outcome) -> None:
         """Raise :class:`Differs` where a part differs from what is expected beyond rounding."""
         names = [f"the gradient of {name!r}" for name in self._names.values()]
-        beside = len(found.gradients) - len(names)
-        names += ["the gradient of a tensor that is not a parameter"] * beside
+        others = ["the gradient of a tensor that is not a parameter"]
+        names += others * (len(found.gradients) - len(names))
         names += ["what is left in an estimator or a buffer"] * len(found.states)
         a, b = ([*one.gradients, *one.states, one.loss] for one in (found, expected))
         norms = list(map(_norms, a, b))
@@ -279,12 +279,10 @@ class EstimatorStates:
 
     def _leaves(self) -> dict[tuple[Any, ...], Any]:
         """Find each place, a module and keys into its state, with a tensor's type or a value."""
-        return {
-            tuple(getattr(key, "key", getattr(key, "idx", key)) for key in path): (
-                Tensor if isinstance(leaf, Tensor) else leaf
-            )
-            for path, leaf in pytree.tree_flatten_with_path(self.read())[0]
-        }
+        tree, _ = pytree.tree_flatten_with_path(self.read())
+        places = [tuple(getattr(k, "key", getattr(k, "idx", k)) for k in path) for path, _ in tree]
+        leaves = [Tensor if isinstance(leaf, Tensor) else leaf for _, leaf in tree]
+        return dict(zip(places, leaves, strict=True))
 
 
 class Surroundings(TorchFunctionMode):
@@ -301,10 +299,11 @@ class Surroundings(TorchFunctionMode):
         self._modules: dict[nn.Module, None] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        frame: Any = sys._getframe(1)
+        frame: Any = None if reads_shape_alone(func) else sys._getframe(1)
         while frame is not None and frame.f_code is not self._outside:
-            values = frame.f_locals.values()
-            self._modules.update((value, None) for value in values if isinstance(value, nn.Module))
+            for value in frame.f_locals.values():
+                if isinstance(value, nn.Module):
+                    self._modules[value] = None
             frame = frame.f_back
         return func(*args, **(kwargs or {}))
 
