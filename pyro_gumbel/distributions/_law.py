@@ -21,7 +21,7 @@ _NUMBERS = ("_param", "param_shape", "_categorical", "probs", "logits")
 def law_of(fn: Any) -> type | None:
     """Return the class of torch, Pyro or this package that defines the distribution of ``fn``.
 
-    It is the nearest ancestor, or ``None`` if ``fn`` or a part of it overrides its law.
+    It is the nearest ancestor, or ``None`` if ``fn`` or a part of it draws or scores otherwise.
     """
     kind = _kind(fn)
     if kind is not None:
