@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import pyro.distributions as dist
 import torch
@@ -32,6 +32,7 @@ from pyro_gumbel.infer.elbo import ParticleELBO
 __all__ = ["CapturedSVI"]
 
 _MANY_KINDS = 32
+_SETTLED = 50  # steps; recording that of an optimiser takes as long as some
 _CALLS = (PyroOptim.__call__, PyroLRScheduler.__call__)
 # ASGD is not among them: its multi-tensor form rounds to float32.
 _NAMES = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
@@ -43,8 +44,8 @@ class CapturedSVI(SVI):
     r"""Pyro's ``SVI`` with a step that runs without Pyro, once it is recorded.
 
     The first step with arguments of given shapes is eager; the second is recorded, which takes as
-    long as ten. Later ones replay the operations, forward, backward and the optimiser's, on a GPU
-    as CUDA graphs. Losses, gradients, draws and the optimiser's state are those of ``SVI``.
+    long as ten. Later ones replay the operations, on a GPU as CUDA graphs, the optimiser's too
+    where its settings stay. Losses, gradients, draws and all states are those of ``SVI``.
 
     * **Inputs**, read anew at every step: tensors among the arguments; parameters; parameters and
       buffers of modules; schedules, baselines and other states of estimators.
@@ -67,8 +68,7 @@ class CapturedSVI(SVI):
         guide: The guide, :func:`~pyro_gumbel.infer.config_gradient` included.
         optim: A Pyro optimiser.
         loss: An ``Estimator_ELBO`` or ``ImportanceWeighted_ELBO``.
-        compile: Also have ``torch.compile`` fuse the recorded operations: minutes once, less time
-            a step. Needs a C++ compiler.
+        compile: Also fuse operations by ``torch.compile``, which takes minutes and a C++ compiler.
         check_every: Number of replays from one comparison with an eager step to the next.
 
     Raises:
@@ -246,23 +246,25 @@ class CapturedSVI(SVI):
 class Updater:
     """Takes steps of a Pyro optimiser and leaves ``zeros`` in ``.grad``, as ``SVI`` does.
 
-    Gradients take the place of zeros that nobody has written to. Once the optimiser's settings
-    stay the same, its operations are recorded.
+    Gradients take the place of zeros that nobody has written to. An optimiser whose settings stay
+    the same is recorded.
     """
 
     def __init__(self, parameters: Sequence[Tensor], zeros: dict[Tensor, Tensor | None]) -> None:
         self._parameters, self._zeros = parameters, zeros
         self._settings: list[Any] | None = None
-        self._recorded: Any = None
+        self._steps, self._recorded = 0, cast(Any, None)  # with these settings
 
     def __call__(self, optim: PyroOptim, gradients: Sequence[Tensor | None], graph: Any) -> None:
         """Take a step; ``graph`` is a CUDA graph that computes gradients, always in one place."""
         trained = [p for p, g in zip(self._parameters, gradients, strict=True) if g is not None]
-        given = [gradient for gradient in gradients if gradient is not None]
+        given = [g for g in gradients if g is not None]
         update = partial(self._update, optim, trained)
         settings = self._find_settings(optim, [graph, *(g is None for g in gradients)])
         if settings is None or settings != self._settings:
-            self._settings, self._recorded = settings, None
+            self._settings, self._steps, self._recorded = settings, 0, None
+        self._steps += 1
+        if settings is None or self._steps <= _SETTLED:
             update(*given)
             return
         if self._recorded is None:
@@ -328,10 +330,7 @@ def step_jointly(optim: PyroOptim, parameters: Sequence[Tensor]) -> None:
 
 
 def _joint_options(optim: PyroOptim, parameter: Tensor) -> Any:
-    """Return a torch optimiser's class and its options in a multi-tensor step of the same result.
-
-    Returns ``None`` where that is not known.
-    """
+    """Return an optimiser's class, and its options in a multi-tensor step that does the same."""
     if type(optim).__call__ not in _CALLS or parameter not in optim.optim_objs:
         return None
     optimizer = _optimizer(optim, parameter)

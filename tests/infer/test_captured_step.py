@@ -724,6 +724,7 @@ def test_training_by_graphs_is_training(make, make_optim, graphs, watched, monke
     made = []  # of steps of the optimiser, one for each rate
     counted = lambda *args: made.append(args) or CudaGraph(*args)  # noqa: E731
     monkeypatch.setattr(captured_svi, "CudaGraph", counted)
+    monkeypatch.setattr(captured_svi, "_SETTLED", 1)
     svi, *outcome = train(CapturedSVI, make(), make_optim, watched)
     (step,) = steps_of(svi)
     assert step.graph is not None

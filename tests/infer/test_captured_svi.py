@@ -54,7 +54,7 @@ from pyro_gumbel.infer import (
     captured_svi,
     config_gradient,
 )
-from pyro_gumbel.infer._recording import CudaGraph
+from pyro_gumbel.infer._recording import CudaGraph, record
 from pyro_gumbel.infer.captured_svi import step_jointly
 
 ONES = torch.ones(3)
@@ -208,6 +208,7 @@ def test_graphs_on_the_gpu(capturable, monkeypatch):
     made = []  # of steps of the optimiser
     counted = lambda *args: made.append(args) or CudaGraph(*args)  # noqa: E731
     monkeypatch.setattr(captured_svi, "CudaGraph", counted)
+    monkeypatch.setattr(captured_svi, "_SETTLED", 1)
     runs = []
     for svi_class in (SVI, CapturedSVI):
         pyro.clear_param_store()
@@ -486,6 +487,7 @@ def test_a_recorded_optimiser_follows_changes(change, monkeypatch):
         step_jointly(*args)
 
     monkeypatch.setattr(captured_svi, "step_jointly", counted)
+    monkeypatch.setattr(captured_svi, "_SETTLED", 1)
 
     def scenario(svi_class):
         optim = pyro.optim.Adam({"lr": 0.05, "weight_decay": 0.1})
@@ -513,7 +515,8 @@ def test_a_recorded_optimiser_follows_changes(change, monkeypatch):
     assert 5 <= len(calls) <= 7
 
 
-def test_an_optimiser_with_a_late_hook_calls_it():
+def test_an_optimiser_with_a_late_hook_calls_it(monkeypatch):
+    monkeypatch.setattr(captured_svi, "_SETTLED", 1)
     seen = []
     optim = pyro.optim.Adam({"lr": 0.05})
     svi = make(CapturedSVI, *bit_programs(), optim)
@@ -524,6 +527,26 @@ def test_an_optimiser_with_a_late_hook_calls_it():
     for x in X[6:10]:
         svi.step(x)
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize(("every", "number"), [(None, 1), (60, 2), (30, 0), (1, 0)])
+def test_an_optimiser_is_recorded_once_its_settings_stay(every, number, monkeypatch):
+    """A scheduler that changes the rate often costs no recordings."""
+    recorded = []
+
+    def counted(*args):
+        recorded.append(args)
+        return record(*args)
+
+    monkeypatch.setattr(captured_svi, "record", counted)
+    schedule = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.99}
+    optim = pyro.optim.ExponentialLR(schedule)
+    svi = make(CapturedSVI, *bit_programs(), optim)
+    for count in range(1, 121):
+        svi.step(X[0])
+        if every is not None and count % every == 0:
+            optim.step()
+    assert len(recorded) == number
 
 
 def test_two_that_share_an_optimiser():
