@@ -61,6 +61,7 @@ nb_execution_cache_path = "../out/docs-cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_output_stderr = "remove"  # notes of tqdm and ArviZ; warnings that matter are in the text
 
 copybutton_exclude = ".linenos, .gp, .go"
 

@@ -43,6 +43,7 @@ def test_outline(name: str) -> None:
     assert re.search(r"\A---\n.*?\n---\n\n# [^\n]+\n\n\*\*The problem\.\*\* ", text, re.S)
     assert re.findall(r"^## (.*)", text, re.M)[-1] == "Exercise"
     assert "set_rng_seed(" in cells or "seed=SEED" in cells
+    assert max(map(len, cells.splitlines())) <= 88  # the width of a page
     assert re.search(r"^ *(assert |torch\.testing\.assert_close\()", cells, re.M)
 
 
