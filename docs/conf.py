@@ -32,7 +32,6 @@ exclude_patterns = ["_templates"]
 autosummary_generate = True
 autosummary_generate_overwrite = True
 autosummary_ignore_module_all = False
-autosummary_imported_members = True
 autodoc_inherit_docstrings = False  # Pyro's and torch's methods have their own manuals
 autodoc_preserve_defaults = True
 autodoc_typehints = "signature"

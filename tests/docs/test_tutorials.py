@@ -20,7 +20,14 @@ from pyro_gumbel.diagnostics import check_unbiased, compare_gradients, exact_gra
 from pyro_gumbel.diagnostics import gradient_draws as draw
 from pyro_gumbel.distributions.families import is_bit
 from pyro_gumbel.estimators import Estimator, ReinMax, Relax, Site, StraightThrough
-from pyro_gumbel.infer import CapturedSVI, Estimator_ELBO, config_gradient, recover
+from pyro_gumbel.infer import (
+    CapturedSVI,
+    Estimator_ELBO,
+    config_gradient,
+    load_checkpoint,
+    recover,
+    save_checkpoint,
+)
 
 Names = SimpleNamespace  # those that a tutorial's cells define
 Solution = Callable[[Names], None]
@@ -231,3 +238,30 @@ def pytorch_loop(names: Names) -> None:
         loss(batch).backward()
         optimizer.step()
     assert not torch.equal(critic.weight, before)
+
+
+@solution
+def stop_and_resume(names: Names) -> None:
+    def start() -> tuple[SVI, pyro.optim.PyroLRScheduler]:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        settings = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.8}
+        scheduler = pyro.optim.ExponentialLR(settings)
+        guide = config_gradient(names.guide, {"z": "reinmax"})
+        return SVI(names.model, guide, scheduler, Estimator_ELBO()), scheduler
+
+    def go_on(svi: SVI, scheduler: pyro.optim.PyroLRScheduler) -> list[float]:
+        losses = []
+        for _ in range(4):
+            losses.append(svi.step(names.data))
+            scheduler.step()
+        return losses
+
+    path = names.folder / "scheduled.pt"
+    svi, scheduler = start()
+    go_on(svi, scheduler)
+    save_checkpoint(path, svi)
+    expected = go_on(svi, scheduler)
+    svi, scheduler = start()
+    load_checkpoint(path, svi)
+    assert go_on(svi, scheduler) == expected
