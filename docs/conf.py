@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, get_origin
 
 from docutils.nodes import Element
@@ -56,7 +57,7 @@ myst_heading_anchors = 3
 
 # Tutorials run at each build. An error in a cell is an error of the build.
 nb_execution_mode = "cache"
-nb_execution_cache_path = "../out/docs-cache"
+nb_execution_cache_path = str(Path(__file__).parents[1] / "out" / "docs-cache")
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True

@@ -43,7 +43,7 @@ class DistributedSVI(SVI):
 
     The parameters, buffers and estimators are those of the first process. Gradients are summed,
     and moving averages of costs and the buffers of modules, such as those of batch normalisation,
-    are averaged. Every process calls :meth:`step` and ``evaluate_loss`` equally often, and returns
+    are averaged. Every process calls ``step`` and ``evaluate_loss`` equally often, and returns
     the same loss. Each meets the same parameters, in the first step or later; those with a value
     for each datum need a subsampled plate. The first step runs the programs once more, which
     leaves nothing behind.
