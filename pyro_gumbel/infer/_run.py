@@ -360,17 +360,15 @@ def collect(
         if estimator is None:  # the guide itself fixed the value, or it is a factor
             check_factor(site)
             raw = score_of(site)
-            terms.append(make_term(site, -raw, nesting, of_model=False, symbols=symbols.get(name)))
-            continue
-        sampler.check_unchanged(name, site["value"])
-        if full_scores:
-            raw = scores[name] = log_mass(unwrap(site["fn"]), site["value"])
         else:
+            sampler.check_unchanged(name, site["value"])
+            bare = unwrap(site["fn"])
             with named_errors(site):
-                raw = estimator.log_prob(unwrap(site["fn"]), site["value"])
-            if type(estimator).log_prob is Estimator.log_prob:
+                score = log_mass if full_scores else estimator.log_prob
+                raw = score(bare, site["value"])
+            if full_scores or type(estimator).log_prob is Estimator.log_prob:
                 scores[name] = raw
-            if not estimator.keeps_score_gradient:
+            if not (full_scores or estimator.keeps_score_gradient):
                 raw = raw.detach()
         terms.append(make_term(site, -raw, nesting, of_model=False, symbols=symbols.get(name)))
     for name, site in _samples(model_trace).items():
