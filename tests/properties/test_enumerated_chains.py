@@ -131,9 +131,10 @@ def test_a_guide_may_go_backwards() -> None:
     assert_equal(found, step(Estimator_ELBO(), hmm, backwards, X[:4], all_paths))
 
 
+@pytest.mark.parametrize("length", [60, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("guide", [guide_of_hmm, mean_field])
-def test_a_long_chain_is_what_it_is_in_pyro(guide: Any) -> None:
-    x = numbers(60, seed=3)
+def test_a_long_chain_is_what_it_is_in_pyro(guide: Any, length: int) -> None:
+    x = numbers(length, seed=3)
     found = step(Estimator_ELBO(max_plate_nesting=0), hmm, guide, x, pyro.markov)
     assert_equal(found, step(TraceEnum_ELBO(max_plate_nesting=0), hmm, guide, x, pyro.markov))
 
