@@ -18,6 +18,9 @@ ARVIZ_PYTHON = python3.14 python3.13 python3.12 python3 \
   $(wildcard $(shell pyenv root 2>/dev/null)/versions/3.1[2-9]*/bin/python)
 ARVIZ_VENV ?= .venv-arviz
 
+# Lightning and scvi-tools need many packages, so their tests have an environment of their own.
+TRAINERS_VENV ?= .venv-trainers
+
 # torch for CUDA includes Triton. Elsewhere Triton's interpreter runs the kernels on the CPU.
 TRITON ?= .triton
 
@@ -25,7 +28,7 @@ PYTEST_ARGS ?= -n 2
 DEMO_OUT ?= out/demo
 OUT ?= out/gpu
 
-.PHONY: help demo test test-slow test-arviz test-triton lint format benchmark gpu docs spelling clean
+.PHONY: help demo test test-slow test-arviz test-triton test-trainers lint format benchmark gpu docs spelling clean
 
 help:
 	@echo 'make demo         train and compare estimators on digits (minutes)'
@@ -33,6 +36,7 @@ help:
 	@echo 'make test-slow    run the long statistical tests and the long examples'
 	@echo 'make test-arviz   test the code that depends on the ArviZ version, on ArviZ 1.x'
 	@echo 'make test-triton  test the GPU kernels on a CPU, by the Triton interpreter'
+	@echo 'make test-trainers  test the examples of Lightning and scvi-tools (minutes)'
 	@echo 'make lint         run ruff and mypy'
 	@echo 'make format       format the sources'
 	@echo 'make benchmark    time the package against plain PyTorch and Pyro'
@@ -71,6 +75,16 @@ test-triton: $(STAMP)
 	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 \
 	  $(BIN)/python -m pytest $(PYTEST_ARGS) tests/distributions/test_triton.py
 
+test-trainers:
+	@[ -e $(TRAINERS_VENV)/.ready ] || { echo 'creating $(TRAINERS_VENV), once'; \
+	  $(PYTHON) -m venv $(TRAINERS_VENV) && $(TRAINERS_VENV)/bin/python -m pip install --quiet \
+	    '$(or $(TORCH),torch==2.13.0)' --editable '.[test,lightning,scvi]' && \
+	  touch $(TRAINERS_VENV)/.ready; }
+	$(TRAINERS_VENV)/bin/python examples/lightning_vae.py --smoke --devices 2 --gradient rebar
+	$(TRAINERS_VENV)/bin/python examples/scvi_mixture.py --smoke
+	$(TRAINERS_VENV)/bin/python -m pytest -p no:cacheprovider -W default -m '' \
+	  tests/examples/test_lightning_vae.py tests/examples/test_scvi_mixture.py
+
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -100,7 +114,8 @@ spelling: $(DOCS_STAMP)
 	$(BIN)/python -m codespell_lib
 
 clean:
-	rm -rf docs/api $(VENV) $(ARVIZ_VENV) $(TRITON) out build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf docs/api $(VENV) $(ARVIZ_VENV) $(TRAINERS_VENV) $(TRITON) out build dist \
+	  .mypy_cache .pytest_cache .ruff_cache
 
 # Without an NVIDIA GPU, Python 3.11 gets a fixed version of torch, so that pip can find its CPU
 # build. With a GPU pip installs the default build, which includes CUDA.
