@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -56,6 +57,7 @@ myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"
 myst_heading_anchors = 3
 
 # Tutorials run at each build. An error in a cell is an error of the build.
+os.environ.pop("MPLBACKEND", None)  # the Makefile's draws no figures in notebooks
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(Path(__file__).parents[1] / "out" / "docs-cache")
 nb_execution_raise_on_error = True
