@@ -1,4 +1,4 @@
-"""State around captured steps: of modules, estimators and optimisers."""
+"""Captured steps keep the state of modules, estimators and optimisers as eager ones do."""
 
 from __future__ import annotations
 
