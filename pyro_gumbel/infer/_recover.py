@@ -9,6 +9,7 @@ from typing import Any
 
 import pyro.poutine as poutine
 import torch
+from opt_einsum import get_symbol
 from pyro.distributions.util import scale_and_mask
 from pyro.ops import packed
 from pyro.ops.einsum.adjoint import require_backward
@@ -24,6 +25,7 @@ from pyro_gumbel.estimators import Call, Estimator, Pathwise, Score
 from pyro_gumbel.infer._checks import PARTICLE_PLATE, latent_sites
 from pyro_gumbel.infer._costs import score_of, site_frames
 from pyro_gumbel.infer._dependence import Dependence
+from pyro_gumbel.infer._dimensions import GuideDims
 from pyro_gumbel.infer._execution import preflight
 from pyro_gumbel.infer._run import DeeperPlates, run_programs
 from pyro_gumbel.infer._sampling import Layout, Memory, Sampler, SharedSubsample
@@ -176,6 +178,20 @@ def _by_draw(value: Tensor, site: Any, layout: Layout, event_dim: int) -> Tensor
     return rows
 
 
+def _plate_symbols(trace: Trace) -> dict[str, str]:
+    """Return a symbol for each plate, inner plates first, as Pyro's backward sampling puts them.
+
+    It joins draws whose plates are in the order of their symbols.
+    """
+    nesting: dict[str, int] = {}  # the fewest plates around a site in this one
+    for site in trace.nodes.values():
+        frames = site_frames(site) if site["type"] == "sample" else ()
+        for frame in frames:
+            nesting[frame.name] = min(len(frames), nesting.get(frame.name, len(frames)))
+    names = sorted(nesting, key=nesting.__getitem__, reverse=True)
+    return {name: get_symbol(2 * index) for index, name in enumerate(names)}
+
+
 class _Posterior:
     """The exact posterior of the summed sites of a run.
 
@@ -193,7 +209,8 @@ class _Posterior:
         self.sites = {name: trace.nodes[name] for name in sampler.summed}
         self._trace = trace
         self._ring = MapRing if decode else SampleRing
-        self._terms = SummedTerms(trace, layout, sampler.summed, sampler.dependence)
+        dims = GuideDims(_plate_symbols(trace))
+        self._terms = SummedTerms(trace, layout, sampler.summed, sampler.dependence, dims)
         for site in trace.nodes.values():
             if site["type"] == "sample" and not site_is_subsample(site):
                 raw = score_of(site)
@@ -212,6 +229,7 @@ class _Posterior:
         """Return joint values, ``plates + event``."""
         sizes: dict[str, int] = {}
         for factor in self._terms.factors:
+            factor.value = _sorted(factor.value)
             sizes.update(zip(factor.dims, factor.value.shape, strict=True))
             # Pyro's draws need plates of several elements only.
             factor.frames = {dim: f for dim, f in factor.frames.items() if dim in factor.dims}
@@ -284,3 +302,11 @@ class _Posterior:
             site["fn"].batch_shape[dim] if dim in dims else 1
             for dim in range(min(dims, default=0), 0)
         ]
+
+
+def _sorted(value: Any) -> Any:
+    """Put packed dimensions in the order of their symbols."""
+    dims = "".join(sorted(value._pyro_dims))
+    result = value.permute([value._pyro_dims.index(dim) for dim in dims])
+    result._pyro_dims = dims
+    return result

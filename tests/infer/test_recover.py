@@ -81,6 +81,21 @@ def nested(x: Tensor) -> None:
             pyro.sample("x", dist.Normal(w + z - y, 1.0), obs=x.reshape(3, 2))
 
 
+def group_effect(x: Tensor) -> None:
+    """Chains in two plates, whose steps depend on a site of the outer plate."""
+    groups, members = pyro.plate("groups", 2, dim=-1), pyro.plate("members", 2, dim=-2)
+    with groups:
+        e = pyro.sample("e", dist.Categorical(torch.tensor([0.3, 0.7])), infer=SUM)
+        with members:
+            z: Any = 0
+            for t in pyro.markov(range(2)):
+                rate = Vindex(torch.tensor([[0.2, 0.6], [0.7, 0.1]]))[..., e, z]
+                z = pyro.sample(
+                    f"z{t}", dist.Categorical(torch.stack([1 - rate, rate], -1)), infer=SUM
+                )
+                pyro.sample(f"x{t}", dist.Normal(LOCS[z], 1.0), obs=x.reshape(2, 2) + t)
+
+
 X = torch.tensor([0.3, -1.2, 2.1, 0.4, 1.7, -0.6], dtype=torch.float64)
 SHORT = X[:4]
 Sites = dict[str, tuple[int, tuple[int, ...]]]
@@ -88,6 +103,11 @@ MODELS: dict[str, tuple[Program, Tensor, Sites]] = {
     "chain": (chain, SHORT, {f"z{t}": (3, ()) for t in range(4)}),
     "history of two": (second_order, SHORT, {f"z{t}": (3, ()) for t in range(4)}),
     "ragged": (ragged, X, {f"z{t}": (3, (2,)) for t in range(3)}),
+    "group effect": (
+        group_effect,
+        SHORT,
+        {"e": (2, (2,)), "z0": (2, (2, 2)), "z1": (2, (2, 2))},
+    ),
     "plates": (nested, X, {"y": (2, ()), "z": (2, (2,)), "w": (2, (3, 2))}),
 }
 ALL = pytest.mark.parametrize("name", MODELS)
