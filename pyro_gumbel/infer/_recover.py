@@ -9,7 +9,7 @@ from typing import Any
 
 import pyro.poutine as poutine
 import torch
-from opt_einsum import get_symbol
+from opt_einsum import get_symbol  # type: ignore[import-untyped]
 from pyro.distributions.util import scale_and_mask
 from pyro.ops import packed
 from pyro.ops.einsum.adjoint import require_backward

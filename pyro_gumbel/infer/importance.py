@@ -11,11 +11,12 @@ import torch
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyro_gumbel.distributions._law import wraps_like
 from pyro_gumbel.distributions.families import event_dims, has_score_parts, unwrap, wrappers
-from pyro_gumbel.estimators import Pathwise, Route, Score
+from pyro_gumbel.estimators import Estimator, Pathwise, Route, Score
 from pyro_gumbel.estimators.pathwise import has_score_of_mean_zero, path_of_score
 from pyro_gumbel.infer._costs import Frames, Term
 from pyro_gumbel.infer._execution import Execution
@@ -86,7 +87,7 @@ class LogWeights:
         It is ``-inf``, with a gradient of zero, where all weights are zero.
         """
         nowhere = self.impossible
-        mean = _log_mean(self.value.masked_fill(nowhere, 0.0))
+        mean = self.value.masked_fill(nowhere, 0.0).logsumexp(0) - math.log(len(self.value))
         return self.scale * mean.masked_fill(nowhere, -math.inf)
 
 
@@ -116,11 +117,6 @@ def _others(log_w: Tensor) -> Tensor:
     before = torch.cat([none, log_w[:-1].logcumsumexp(0)])
     after = torch.cat([log_w[1:].flip(0).logcumsumexp(0).flip(0), none])
     return torch.logaddexp(before, after)
-
-
-def _log_mean(log_values: Tensor) -> Tensor:
-    """The logarithm of the mean over the first dimension."""
-    return log_values.logsumexp(0) - math.log(log_values.shape[0])
 
 
 def _common_frames(runs: Sequence[Run]) -> Frames:
@@ -330,6 +326,11 @@ class ImportanceWeighted_ELBO(ParticleELBO):  # noqa: N801
         super().__init__(num_particles, **kwargs)
         self.doubly_reparameterized = doubly_reparameterized
         self.full_scores = True  # inside the logarithm the mean score of q is not zero
+
+    def _choose(self, msg: Message) -> Estimator:
+        estimator = super()._choose(msg)
+        evaluates = not torch.is_grad_enabled()  # a loss without a gradient needs draws alone
+        return Score() if evaluates and estimator.route is Route.ENUMERATE else estimator
 
     def _value(self, paths: Passes) -> Tensor:
         return LogWeights(_mains(paths)).bound().sum()

@@ -247,3 +247,20 @@ def test_vimco_of_scaled_and_masked_bits(
     exact = bits_exact(scale, mask)
     assert error < 0.05 * exact.abs()
     assert abs(draws.mean() - exact) < 5 * error
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_the_loss_draws_sites_that_a_guide_enumerates(vectorize: bool) -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("x", dist.Normal(2 * z, 1.0), obs=torch.tensor(1.2))
+
+    def guide(infer: dict[str, str]) -> None:
+        pyro.sample("z", dist.Bernoulli(0.4), infer=infer)
+
+    losses = []
+    for infer in ({}, {"enumerate": "parallel"}):
+        pyro.set_rng_seed(0)
+        bound = ImportanceWeighted_ELBO(3, vectorize_particles=vectorize)
+        losses.append(bound.loss(lambda infer: model(), guide, infer))
+    assert losses[0] == losses[1]
