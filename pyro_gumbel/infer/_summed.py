@@ -30,6 +30,7 @@ from pyro_gumbel.infer._dimensions import (
     in_chain,
     value_dims,
 )
+from pyro_gumbel.infer._log_einsum import ExactLogRing
 from pyro_gumbel.infer._sampling import Layout, NestingNeeded, left_filled
 
 _MOST_DIMS = 64  # of a tensor
@@ -323,7 +324,7 @@ class SummedTerms:
             for factor in factors:
                 tree.setdefault(frozenset(factor.frames), []).append(factor.value)
             with _explained(name, factors), full_precision(factors[0].value):
-                contracted = contract_tensor_tree(tree, sums, ring=ring)
+                contracted = contract_tensor_tree(tree, sums, ring=ring or ExactLogRing())
             for ordinal, values in contracted.items():
                 yield from ((name, scale, ordinal, value) for value in values)
 

@@ -342,3 +342,24 @@ def test_a_captured_step_takes_scales(scale: Any) -> None:
         losses.append([float(svi.step()) for _ in range(4)])
     assert losses[0] == pytest.approx(losses[1])
     assert losses[0][0] > losses[0][-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("apart", [1.0, 6.0, 12.0])
+def test_factors_whose_maxima_are_far_apart(dtype: torch.dtype, apart: float) -> None:
+    """Two data contradict each other about the same summed value, by up to 288 nats."""
+    locs = torch.tensor([-apart, 0.0, apart], dtype=dtype)
+
+    def model() -> None:
+        logits = pyro.param("logits", torch.tensor([0.3, -0.2, 0.5], dtype=dtype))
+        z = pyro.sample("z", dist.Categorical(logits=logits), infer=SUM)
+        shift = pyro.param("shift", torch.tensor(0.1, dtype=dtype))
+        for name, x in (("x", -apart), ("y", apart)):
+            pyro.sample(name, dist.Normal(locs[z] + shift, 1.0), obs=torch.tensor(x, dtype=dtype))
+
+    loss, grads = loss_and_grads(Estimator_ELBO(max_plate_nesting=0), model, no_guide)
+    logits, shift = (pyro.param(name) for name in ("logits", "shift"))
+    fit = sum(dist.Normal(locs + shift, 1.0).log_prob(torch.tensor(x)) for x in (-apart, apart))
+    expected = -(logits.log_softmax(-1) + fit).logsumexp(-1)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grads, [*torch.autograd.grad(expected, [logits, shift])])
