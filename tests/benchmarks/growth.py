@@ -167,7 +167,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes[1][column].set_xlabel(axis)
     for row, label in enumerate(("seconds of a step", "bytes, peak of a step")):
         axes[row][0].set_ylabel(label)
-        axes[row][0].set_ylim(top=30 * axes[row][0].get_ylim()[1])  # for the legends
+        axes[row][0].set_ylim(top=300 * axes[row][0].get_ylim()[1])  # for the legends
     others = "one site, one particle, batch 100, 10 categories"
     figure.suptitle(f"Growth of a step along each axis; the others are {others}")
     figure.tight_layout()

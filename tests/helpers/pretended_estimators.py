@@ -183,6 +183,17 @@ def dtypes() -> dict[str, Case]:
     return cases
 
 
+def takes_schedule(kind: type[Estimator]) -> bool:
+    """Return whether an estimator has a temperature that may be a schedule."""
+    if "temperature" not in inspect.signature(kind).parameters:
+        return False
+    try:
+        kind(temperature=estimators.Linear(1.0, 0.5, 10))
+    except TypeError:
+        return False
+    return True
+
+
 def choices() -> dict[str, Case]:
     """Every schedule, every baseline, and every learnable estimator by its name."""
     schedules = {
@@ -200,7 +211,7 @@ def choices() -> dict[str, Case]:
         f"{kind.__name__}/{name}": partial(kind, schedule)
         for kind in CLASSES.values()
         for name, schedule in schedules.items()
-        if "Schedule" in str(inspect.signature(kind).parameters.get("temperature"))
+        if takes_schedule(kind)
     }
     made["GumbelRao/few_draws"] = lambda: estimators.GumbelRao(0.5, num_samples=2)
     made |= {name: partial(Score, baseline) for name, baseline in baselines.items()}
