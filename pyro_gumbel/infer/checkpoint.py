@@ -146,7 +146,7 @@ def load_checkpoint(path: str | os.PathLike[str], svi: SVI | None = None) -> dic
     _load_optimizer(path, svi, state["optimizer"], _names(modules)[0])
     own = state["processes"][0]
     if isinstance(svi, CapturedSVI):
-        svi.reset()  # recordings hold the tensors from before
+        svi.reset()  # recordings know the tensors of before, some by their ids
     if isinstance(svi, DistributedSVI) and len(state["processes"]) == num_processes():
         own = state["processes"][rank()]
         if own["streams"] is not None:

@@ -417,17 +417,19 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def zero_the_middle(path):
-    """A disk that lost a page."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2 - 300 : len(content) // 2 + 300] = bytes(600)
-    path.write_bytes(content)
+def change_a_weight(path):
+    """torch.load would read it."""
+    weight = torch.load(path)["modules"]["model.self"]["encoder.0.weight"]
+    content, before = path.read_bytes(), weight.numpy().tobytes()
+    assert content.count(before) == 1
+    path.write_bytes(content.replace(before, (weight + 1).numpy().tobytes()))
+    assert torch.load(path)["format"]
 
 
 BAD = {
     "cut": (cut, "is not a complete checkpoint"),
     "empty": (lambda path: path.write_bytes(b""), "is not a complete checkpoint"),
-    "a lost page": (zero_the_middle, "is not a complete checkpoint"),
+    "another weight": (change_a_weight, "is not a complete checkpoint"),
     "text": (lambda path: path.write_text("step 3"), "is not a complete checkpoint"),
     "code": (lambda path: torch.save(Path("x"), path), "is not a complete checkpoint"),
     "a pickle": (
