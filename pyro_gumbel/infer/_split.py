@@ -256,7 +256,7 @@ class SplitStep(Messenger):
 
     def _check_agreement(self, run: Run, estimators: Mapping[str, Estimator]) -> None:
         """Meet what is new in this step, and compare the terms outside of the plate."""
-        met = self._met() if self.traced is not None else {}
+        met = self._met()
         new = {name: value for name, value in met.items() if name not in self._params}
         own = dict(new)
         for name, estimator in estimators.items():

@@ -16,7 +16,7 @@ from pyro_gumbel.estimators import Call
 from pyro_gumbel.infer._processes import sum_over_processes
 from pyro_gumbel.infer._split import OtherValues, SplitStep
 from pyro_gumbel.infer._state import finish_step
-from pyro_gumbel.infer.elbo import ParticleELBO
+from pyro_gumbel.infer.elbo import Estimate, ParticleELBO
 
 __all__ = ["DistributedSVI"]
 
@@ -113,8 +113,7 @@ class DistributedSVI(SVI):
         split, call = self._split, Call(model, guide, args, kwargs)
         if not split.begin(call):
             return self.elbo.loss(model, guide, *args, **kwargs)
-        with split.step(call):
-            loss = self.elbo.exact_loss(call, split=split)
+        loss = self._run(call, lambda: self.elbo.exact_loss(call, split))
         (total,) = sum_over_processes([loss.double()])
         warn_if_nan(total, "loss")
         return total.item()
@@ -125,17 +124,25 @@ class DistributedSVI(SVI):
             return self._evaluate(model, guide, *args, **kwargs)
         if not split.begin(call):
             return self.elbo.loss_and_grads(model, guide, *args, **kwargs)
-        while True:
-            try:
-                with split.step(call), poutine.trace(param_only=True) as split.traced:
-                    estimate = self.elbo.estimate(call, split=split)
-                    finish_step(estimate.estimators)
-                    if estimate.surrogate.requires_grad:
-                        estimate.surrogate.backward(retain_graph=self.elbo.retain_graph)
-                break
-            except OtherValues:
-                continue
+
+        def step() -> Estimate:
+            estimate = self.elbo.estimate(call, split=split)
+            finish_step(estimate.estimators)
+            if estimate.surrogate.requires_grad:
+                estimate.surrogate.backward(retain_graph=self.elbo.retain_graph)
+            return estimate
+
+        estimate = self._run(call, step)
         loss = split.reduce(estimate.loss, estimate.estimators)
         if is_validation_enabled():
             warn_if_nan(loss, "loss")
         return loss
+
+    def _run(self, call: Call, compute: Callable[[], Any]) -> Any:
+        """Compute by the streams of this step, anew if processes had other parameters."""
+        while True:
+            try:
+                with self._split.step(call), poutine.trace(param_only=True) as self._split.traced:
+                    return compute()
+            except OtherValues:
+                continue

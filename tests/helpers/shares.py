@@ -335,6 +335,21 @@ def late(rank):
     return {**store, **program.state_dict()}
 
 
+def met(rank):
+    """The losses where a random parameter is met, and its value."""
+    values = []
+
+    def model(x):
+        value = pyro.param("late", lambda: torch.randn(())) if values else torch.zeros(())
+        values.append(value.item())
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(value + pyro.param("loc", torch.zeros(())), 1.0), obs=x)
+
+    svi = split(model, lambda x: None)
+    svi.evaluate_loss(torch.ones(3 + rank))
+    return svi.evaluate_loss(torch.ones(3 + rank)), svi.step(torch.ones(3 + rank)), values[-1]
+
+
 def resumed(rank, folder):
     """A run that is saved and loaded, and one that is not."""
 
@@ -437,7 +452,7 @@ def main(folder: Path, rank: int) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
     found: dict = {case: train(case, SHARES[rank]) for case in CASES}
-    for other in (draws, sometimes, minibatches, shared_minibatches, late, refusals):
+    for other in (draws, sometimes, met, minibatches, shared_minibatches, late, refusals):
         found[other.__name__] = other(rank)
     found["resumed"] = resumed(rank, folder)
     torch.save(found, folder / f"{rank}.pt")

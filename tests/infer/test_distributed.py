@@ -104,6 +104,15 @@ def test_parameters_that_start_differently_or_late_agree(of_two):
         assert torch.equal(other[name], value), name
 
 
+def test_a_step_that_meets_a_parameter_is_taken_at_one_value(of_two):
+    one, other = (found["met"] for found in of_two)
+    assert one == other
+    *losses, value = one
+    assert value != 0
+    expected = -7 * dist.Normal(value, 1.0).log_prob(torch.tensor(1.0))
+    assert losses == pytest.approx([expected.item()] * 2, rel=1e-5)
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(of_two):
     for found in of_two:
         expected, resumed, more = found["resumed"]
