@@ -255,20 +255,22 @@ def draws(rank):
     return torch.stack(outside), torch.stack(inside)[:, :20], torch.rand(3)
 
 
-def sometimes(rank):
-    """A parameter that one process meets in a step, after all have met it before."""
-    steps = []
+def sometimes(rank, size=None):
+    """A parameter that all meet in two steps, one process in two more, and none afterwards."""
+    now = 0
 
     def model(x):
         loc = pyro.param("loc", torch.zeros(()))
-        if len(steps) < 3 or rank == 0:
-            loc = loc + pyro.param("shift", torch.zeros(()))
+        if now < 2 or (rank == 0 and now < 4):
+            data = len(x) if now < 2 else 3  # of the first process
+            loc = loc + pyro.param("shift", torch.zeros(())) * (torch.arange(len(x)) < data)
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
-    svi = split(model, lambda x: steps.append(None))
-    for _ in range(6):
-        svi.step(torch.ones(3 + rank))
+    svi = split(model, lambda x: None)
+    for step in range(6):
+        now = step
+        svi.step(torch.ones(size or 3 + rank))
     return [pyro.param(name).detach() for name in ("loc", "shift")]
 
 
