@@ -1,4 +1,7 @@
-"""The README's program runs, and its tables, commands and links match the package."""
+"""The README's program runs, and its tables, commands and links match the package.
+
+So do the tables of the manual's overview, which has one row for each name.
+"""
 
 from __future__ import annotations
 
@@ -22,29 +25,34 @@ README = (ROOT / "README.md").read_text()
 PAGES = {"README.md": README, "examples/README.md": (ROOT / "examples/README.md").read_text()}
 
 
-def first_column(heading: str) -> list[str]:
-    """Read the class names in the first column of the table that follows a heading."""
-    section = README.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
-    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
-    return [name for cell in rows for name in re.findall(r"`(\w+)", cell)]
-
-
+OVERVIEW = (ROOT / "docs/guide/overview.md").read_text()
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def rows(page: str, heading: str) -> list[tuple[list[str], str]]:
+    """Read the names in the first cell, and the second cell, of each row below a heading."""
+    section = page.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    cells = [line.split("|")[1:3] for line in section.splitlines() if re.match(r"\| \[?`", line)]
+    return [(re.findall(r"`(\w+)", first), second.strip()) for first, second in cells]
+
+
+def first_column(page: str, heading: str) -> list[str]:
+    return [name for names, _ in rows(page, heading) for name in names]
 
 
 @pytest.fixture(scope="module")
 def names() -> dict[str, Any]:
-    """Run the quickstart, and return its variables. The programs after it continue it."""
+    """Run the quickstart, and return its variables."""
     names: dict[str, Any] = {}
+    (quickstart,) = PROGRAMS
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(PROGRAMS[0], "README.md", "exec"), names)
+        exec(compile(quickstart, "README.md", "exec"), names)
     assert printed.getvalue().startswith("tensor(")
     return names | {"fitted": names["pyro"].param("centres_loc").detach()}
 
 
-def test_the_first_programs_are_short() -> None:
-    for program in PROGRAMS[:2]:
-        assert len([line for line in program.splitlines() if line.strip()]) <= 25
+def test_quickstart_is_short() -> None:
+    assert len([line for line in PROGRAMS[0].splitlines() if line.strip()]) <= 25
 
 
 def test_quickstart_finds_the_clusters(names: dict[str, Any]) -> None:
@@ -54,58 +62,44 @@ def test_quickstart_finds_the_clusters(names: dict[str, Any]) -> None:
     assert (names["fitted"] - centres).abs().max() < 0.2
 
 
-def test_later_programs(
-    names: dict[str, Any], capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch
-) -> None:
-    """A sum finds the clusters, too, and a run is saved."""
-    exec(compile(PROGRAMS[1], "README.md", "exec"), names)
-    assert capsys.readouterr().out.startswith("tensor(")
-    draws = names["draws"]
-    shapes = {name: tuple(value.shape) for name, value in draws.items()}
-    assert shapes == {"weights": (20, 2), "centres": (20, 2), "z": (20, 200)}
-    # One datum in 160 is nearer to the other centre, at half the distance of 5.
-    shares = draws["z"].float().mean(0).round().reshape(2, 100).mean(1)
-    assert shares.min() < 0.05
-    assert shares.max() > 0.95
-    monkeypatch.chdir(tmp_path)
-    for program in PROGRAMS[2:]:
-        exec(compile(program, "README.md", "exec"), names)
-    assert torch.load(tmp_path / "run.pt")["more"] == {"step": 20}
-
-
 def test_every_distribution_has_a_row() -> None:
     classes = {
         name for name in distributions.__all__ if isinstance(getattr(distributions, name), type)
     }
-    assert set(first_column("Distributions")) == classes
+    assert set(first_column(OVERVIEW, "Distributions")) == classes
 
 
-def test_every_estimator_has_a_row() -> None:
-    classes = {
-        name
-        for name in estimators.__all__
-        if issubclass(getattr(estimators, name), Estimator) and name != "Estimator"
+def is_kind(name: str, kind: type) -> bool:
+    return issubclass(getattr(estimators, name), kind) and name != kind.__name__
+
+
+@pytest.mark.parametrize("page", [README, OVERVIEW], ids=["README", "overview"])
+def test_every_estimator_has_a_row(page: str) -> None:
+    listed = [name for name in first_column(page, "Estimators") if not is_kind(name, Baseline)]
+    assert sorted(listed) == sorted(n for n in estimators.__all__ if is_kind(n, Estimator))
+
+
+@pytest.mark.parametrize("page", [README, OVERVIEW], ids=["README", "overview"])
+def test_bias_column_matches_the_classes(page: str) -> None:
+    claims = {
+        name: re.match("yes|no|exact", claim)
+        for names, claim in rows(page, "Estimators")
+        for name in names
+        if not is_kind(name, Baseline)
     }
-    assert set(first_column("Estimators")) == classes
+    answers = {name: answer is not None and answer[0] != "no" for name, answer in claims.items()}
+    assert answers == {name: getattr(estimators, name).unbiased for name in claims}
 
 
-def test_bias_column_matches_the_classes() -> None:
-    rows = re.findall(r"^\| `(\w+)[^|]*\| (yes|no|exact)\b", README, flags=re.MULTILINE)
-    said = {name: answer != "no" for name, answer in rows}
-    assert len(said) == len(first_column("Estimators"))
-    assert said == {name: getattr(estimators, name).unbiased for name in said}
-
-
-def test_baselines_are_named() -> None:
-    for name in estimators.__all__:
-        kind = getattr(estimators, name)
-        assert not issubclass(kind, Baseline) or kind is Baseline or f"`{name}" in README
+def test_every_baseline_has_a_row() -> None:
+    listed = {name for name in first_column(OVERVIEW, "Estimators") if is_kind(name, Baseline)}
+    assert listed == {name for name in estimators.__all__ if is_kind(name, Baseline)}
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_pictures_and_links_exist(page: str) -> None:
     folder = (ROOT / page).parent
-    targets = re.findall(r"\]\(([^)#:]+)\)", PAGES[page])
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGES[page])
     assert targets
     for target in targets:
         assert (folder / target).exists(), target
@@ -118,9 +112,8 @@ def test_pictures_are_small() -> None:
         assert picture.stat().st_size < 200_000, picture.name
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_commands_parse(page: str) -> None:
-    text = PAGES[page].replace("\\\n", " ")
+def test_commands_parse() -> None:
+    text = "".join(PAGES.values()).replace("\\\n", " ")
     commands = re.findall(r"python (examples/vae\.py[^\n`]*)", text)
     assert commands
     for command in commands:
