@@ -40,17 +40,17 @@ LONG_RUN = (
     "estimators={'reference': 'auto'}, num_draws=100_000, project=8, seed=1)['reference']."
 )
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
-_ELEMENTS = 20_000  # rows times elements of plates in one run
-_COMPARED = 6  # runs with one value an element
-_KINDS = 4  # of elements of a plate
+_ELEMENTS = 20_000  # the most rows times plate elements in one run
+_COMPARED = 6  # runs with one state per element
+_KINDS = 4  # groups of plate elements that share a state
 
 
 class NotListable(ValueError):
-    """States cannot be listed, or are too many: there is no exact gradient."""
+    """The states cannot be enumerated, or are too many, for an exact gradient."""
 
 
 class Minibatches(Messenger):
-    """Gives minibatches to plates, and notes the sites of plates that draw one."""
+    """Gives plates their minibatches, and records the sites that choose minibatches."""
 
     def __init__(self, indices: Mapping[str, Tensor] = NOTHING) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Minibatches(Messenger):
 
 
 def plain_estimator(msg: Any) -> Estimator:
-    """Choose an estimator that leaves draws and scores as the distribution makes them."""
+    """Choose an estimator that keeps the distribution's own draws and log-probabilities."""
     return Pathwise() if unwrap(msg["fn"]).has_rsample else Score()
 
 
@@ -75,9 +75,10 @@ def run(
     layout: Layout | None = None,
     dependence: Dependence | None = None,
 ) -> Run:
-    """Run the guide at ``values`` of latent sites and plates, and the model on the guide's.
+    """Run the guide at given ``values``, and the model at the guide's values.
 
-    All other values are drawn. With a ``layout`` values are rows of its plate.
+    ``values`` has values of latent sites and indices of plates, by name. All other sites are
+    drawn. With a ``layout``, each row of a value is an element of the layout's plate.
     """
     layout = layout or Layout()
     sampler = Sampler(
@@ -116,8 +117,8 @@ def discrete_sites(sites: Mapping[str, Any]) -> list[DiscreteSite]:
             continue  # one state
         if not fn.has_enumerate_support:
             raise NotListable(
-                f"Site {name!r} ({type(fn).__name__}) cannot be enumerated, so there is no exact "
-                f"gradient to be had. Take {LONG_RUN}"
+                f"Site {name!r} ({type(fn).__name__}) cannot be enumerated, so the exact gradient "
+                f"cannot be computed. Use {LONG_RUN}"
             )
         support = support_values(fn).reshape(-1, *fn.event_shape)
         inner_shape = tuple(fn.batch_shape[len(fn.batch_shape) - event_dims(site["fn"]) :])
@@ -128,10 +129,10 @@ def discrete_sites(sites: Mapping[str, Any]) -> list[DiscreteSite]:
 
 @dataclass(frozen=True)
 class States:
-    """All joint states, numbered, where elements of ``parallel`` plates are summed one by one.
+    """All joint states, numbered. Elements of ``parallel`` plates are summed separately.
 
-    A state has a number for each site, that of the joint value of the site's variables in one
-    element of the parallel plates. Numbers have the shape ``(rows, plates...)``.
+    A state consists of one number for each site. The number indexes the joint values of the site's
+    variables in one element of the parallel plates. Numbers have the shape ``(rows, plates...)``.
     """
 
     sites: list[DiscreteSite]
@@ -139,14 +140,14 @@ class States:
     nesting: int  # number of dimensions that the programs' plates take
 
     def shape(self, site: DiscreteSite) -> tuple[int, ...]:
-        """The shape of a site's variables, where a parallel plate has one element."""
+        """Return the shape of a site's variables, with one element for a parallel plate."""
         shape = list(site.batch_shape)
         for name in self.parallel & set(site.plates):
             shape[site.plates[name]] = 1
         return (*shape, *site.inner_shape)
 
     def size(self, site: DiscreteSite) -> int:
-        """Number of joint values of a site's variables."""
+        """Return the number of joint values of a site's variables."""
         return len(site.support) ** math.prod(self.shape(site))
 
     @property
@@ -159,7 +160,7 @@ class States:
         return self.parallel & set(site.plates) <= set(plates)
 
     def numbers(self, states: Tensor) -> dict[str, Tensor]:
-        """Split states, ``(rows,)``, into numbers of the sites, alike in all elements."""
+        """Split states, ``(rows,)``, into the sites' numbers, equal in all elements."""
         states, found = states.reshape(-1, *(1,) * self.nesting), {}
         for site in self.sites:
             found[site.name] = states.remainder(self.size(site))
@@ -167,7 +168,10 @@ class States:
         return found
 
     def states(self, numbers: Mapping[str, Tensor], plates: Mapping[str, int]) -> Tensor:
-        """The state in each element of a term; sites without bearing on it have number 0."""
+        """Return the state of each element of a term.
+
+        Sites that the term cannot depend on have number 0.
+        """
         found, stride = torch.zeros((1,) * (self.nesting + 1), dtype=torch.long), 1
         for site in self.sites:
             if self.has_bearing(site, plates):
@@ -176,7 +180,10 @@ class States:
         return found
 
     def values(self, numbers: Mapping[str, Tensor], *, rows: bool = True) -> dict[str, Tensor]:
-        """The sites' values: each row a state, left of all plates, or the only row itself."""
+        """Return the sites' values, one row for each state, left of all plates.
+
+        Without ``rows``, return the only row, without its dimension.
+        """
         values = {}
         for site in self.sites:
             shape, ones = self.shape(site), (1,) * (self.nesting - len(site.batch_shape))
@@ -190,7 +197,7 @@ class States:
         return values
 
     def reduce(self, value: Tensor, plates: Mapping[str, int]) -> Tensor:
-        """Bring a term to ``(rows, plates...)``, and sum it over plates that are not parallel."""
+        """Reshape a term to ``(rows, plates...)``, and sum over plates that are not parallel."""
         value = left_filled(value, self.nesting + 1)
         kept = {dim for name, dim in plates.items() if name in self.parallel}
         summed = [dim for dim in range(-self.nesting, 0) if dim not in kept]
@@ -201,11 +208,14 @@ class States:
 def find_states(
     call: Call, given: Mapping[str, Tensor], limit: int
 ) -> tuple[States | None, States]:
-    """Choose the plates whose elements are summed one by one: as many as possible.
+    """Choose as many plates as possible whose elements can be summed separately.
 
-    A plate whose elements meet in a term outside of it is not one of them. For the others runs
-    are compared. Return the states, or ``None`` if no choice of at most ``limit`` agrees with
-    single runs; and the fewest states that there may be.
+    A plate is excluded if a term outside of it depends on a site inside. For the other plates runs
+    are compared.
+
+    Returns:
+        The states, or ``None`` if no choice with at most ``limit`` states agrees with single runs;
+        and the states if all these plates could be chosen, which are the fewest.
     """
     with Dependence() as dependence:
         first = run(call, given, dependence=dependence)
@@ -231,7 +241,7 @@ def find_states(
 
 
 def expectations(call: Call, given: Mapping[str, Tensor], states: States) -> Iterator[Tensor]:
-    """Yield the parts of the ELBO, a few states at a time, each with its gradient."""
+    """Yield parts of the ELBO, each a sum over a few states, with gradient."""
     elements = max((math.prod(site.batch_shape) for site in states.sites), default=1)
     for some in torch.arange(states.count).split(max(1, _ELEMENTS // max(elements, 1))):
         values = states.values(states.numbers(some))
@@ -240,7 +250,7 @@ def expectations(call: Call, given: Mapping[str, Tensor], states: States) -> Ite
 
 
 def _weigh(found: Run, states: States, rows: int) -> Tensor:
-    """Sum the terms of a run whose rows are states, each with the probability of its state."""
+    """Sum the terms of a run whose rows are states, weighted by their probabilities."""
     total = torch.zeros(())
     for term in found.terms:
         plates = plate_dims(term.frames)
@@ -249,7 +259,7 @@ def _weigh(found: Run, states: States, rows: int) -> Tensor:
             if states.has_bearing(site, plates):
                 log_prob = found.log_prob(site.name)
                 log_weight = log_weight + states.reduce(log_prob, site.plates)
-            else:  # each of its values counts alike
+            else:  # the term is the same for all its values: average
                 log_weight = log_weight - math.log(states.size(site))
         value = states.reduce(term.value, plates)
         weight, value = torch.broadcast_tensors(log_weight.exp(), value)
@@ -260,11 +270,12 @@ def _weigh(found: Run, states: States, rows: int) -> Tensor:
 
 
 def _agrees(call: Call, given: Mapping[str, Tensor], states: States) -> bool:
-    """Compare runs of one state, whose elements differ, with a run whose rows are states.
+    """Return whether the elements of parallel plates can be summed separately.
 
-    In a single run each element of a parallel plate takes one of a few states. In a row all
-    elements are in the same state. So an element has the terms of its state's row, unless a
-    program mixes rows or an element sees the values of another.
+    Compare single runs, whose elements are in different states, with one run whose rows are
+    states. In a row all elements are in the same state. The terms of an element must equal those
+    in the row of its state. They differ if a program mixes rows, or if an element depends on the
+    values of another.
     """
     singles = []
     for repeat in range(_COMPARED):
@@ -281,10 +292,11 @@ def _agrees(call: Call, given: Mapping[str, Tensor], states: States) -> bool:
 
 
 def _draw_numbers(states: States, repeat: int) -> dict[str, Tensor]:
-    """Draw a number for each element of each site; elements of one kind have the same numbers.
+    """Draw a number for each element of each site. Elements of one group share it.
 
-    In the first two repeats all have the first value, or all the last, and later one kind of
-    elements has either: hard functions are seldom extreme elsewhere.
+    In the first two repeats all elements have the first value, or all the last. In later repeats
+    one group has the first value, and another the last. Functions with jumps usually have their
+    extremes there.
     """
     sizes = {n: s.batch_shape[s.plates[n]] for s in states.sites for n in s.plates}
     kinds = {name: torch.randperm(size) % _KINDS for name, size in sizes.items()}
@@ -304,9 +316,9 @@ def _draw_numbers(states: States, repeat: int) -> dict[str, Tensor]:
 def _run_rows(
     call: Call, given: Mapping[str, Tensor], states: States, met: Tensor, taken: set[int]
 ) -> Run | None:
-    """Run the programs on rows; ``None`` if a term is not laid out as rows and plates say.
+    """Run the programs with one state per row. Return ``None`` if a term has another shape.
 
-    Rows are repeated until their number differs from the sizes of plates, ``taken``.
+    The last row is repeated until the number of rows differs from the sizes of plates, ``taken``.
     """
     nesting = states.nesting
     rows = next(rows for rows in itertools.count(len(met)) if rows not in taken)
@@ -322,7 +334,7 @@ def _run_rows(
         shape = left_filled(term.value, nesting + 1).shape
         own = plate_dims(term.frames).values()
         stray = any(shape[dim] != 1 for dim in range(-nesting, 0) if dim not in own)
-        # What is computed from values that differ between rows has a number for each of them.
+        # A term that depends on the guide's values must have an element for each row.
         fine = {rows} if names & found.guide.keys() else {1, rows}
         if stray or len(shape) > nesting + 1 or shape[0] not in fine:
             return None
@@ -330,7 +342,7 @@ def _run_rows(
 
 
 def _same(single: Run, own: list[Tensor], together: Run, states: States, met: Tensor) -> bool:
-    """Compare a single run with the rows of its elements' states, ``own`` for each term."""
+    """Return whether the terms of a single run equal the rows of their states, ``own``."""
     if [term.site for term in single.terms] != [term.site for term in together.terms]:
         return False
     for one, many, elements in zip(single.terms, together.terms, own, strict=True):
@@ -346,7 +358,7 @@ def _same(single: Run, own: list[Tensor], together: Run, states: States, met: Te
 
 
 def walk(call: Call, given: Mapping[str, Tensor], limit: int) -> Iterator[Tensor]:
-    """Yield the parts of the ELBO state by state, for programs whose course depends on values."""
+    """Yield the part of each state in the ELBO, for programs that branch on values."""
     waiting: list[dict[str, Tensor]] = [{}]
     visited = 0
     while waiting:
@@ -364,7 +376,7 @@ def walk(call: Call, given: Mapping[str, Tensor], limit: int) -> Iterator[Tensor
         if visited + len(waiting) + states.count > limit:
             raise NotListable(
                 f"exact_gradient: more than {limit:,} joint states, visited one by one. Raise "
-                f"max_states, or take {LONG_RUN}"
+                f"max_states, or use {LONG_RUN}"
             )
         (rows,) = states.values(states.numbers(torch.arange(states.count))).values()
         waiting += [{**values, missing[0].name: row} for row in rows]

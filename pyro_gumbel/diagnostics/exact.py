@@ -158,7 +158,7 @@ class _ExactSum:
             raise NotListable(
                 f"exact_gradient: {fewest.count:,} joint states of the sites "
                 f"{[site.name for site in fewest.sites]}{each} are more than "
-                f"max_states={self.max_states:,}. Raise max_states, or take {LONG_RUN}"
+                f"max_states={self.max_states:,}. Raise max_states, or use {LONG_RUN}"
             )
         parts = expectations(self.call, given, states) if states else walk(self.call, given, limit)
         loss, number = 0.0, 0
@@ -202,7 +202,7 @@ class _ExactSum:
                     f"exact_gradient: terms of plate {name!r} depend on the rest of their "
                     f"minibatch, as by batch normalisation: there are {number:,} minibatches, "
                     f"more than max_states={self.max_states:,}. Put such modules into .eval(), "
-                    "run the whole plate (subsample_size=None), raise max_states, or take "
+                    "run the whole plate (subsample_size=None), raise max_states, or use "
                     f"{LONG_RUN}"
                 )
             choose = itertools.permutations if ordered else itertools.combinations
