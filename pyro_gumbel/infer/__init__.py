@@ -1,4 +1,4 @@
-"""How an ELBO is built: who gets which estimator, on which particles, at what cost."""
+"""Losses with a gradient estimator for each site, and loops that train by them."""
 
 from pyro_gumbel.estimators.registry import estimator_names
 from pyro_gumbel.infer._dependence import GradientWarning

@@ -1,4 +1,4 @@
-"""Classify torch operations by the use of their arguments' values, and undo their writes."""
+"""Classify torch operations by the arguments whose values they use, and undo their writes."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Undo(TorchDispatchMode):
         return result
 
     def __enter__(self) -> Any:
-        # The compiler never compiles code again that it meets under a dispatch mode.
+        # torch.compile gives up for good on code that it meets under a dispatch mode.
         loaded = "torch._dynamo" in sys.modules  # else nothing is compiled
         stance = torch.compiler.set_stance("force_eager") if loaded else nullcontext()
         self._stance: AbstractContextManager[Any] = stance
@@ -122,7 +122,7 @@ class Undo(TorchDispatchMode):
 
 
 def storage_of(tensor: Tensor) -> UntypedStorage | None:
-    """Return the memory of a tensor, ``None`` if it has none of its own, like a sparse one."""
+    """Return a tensor's storage, or ``None`` for a tensor without one, such as a sparse one."""
     try:
         return tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):
@@ -137,7 +137,7 @@ def written_arguments(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tens
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """Yield what is in a nest of lists, tuples and dicts."""
+    """Yield the leaves of nested lists, tuples and dicts."""
     if isinstance(value, (list, tuple)):
         for item in value:
             yield from leaves(item)
@@ -230,7 +230,7 @@ _SHAPED_BY_SECOND = frozenset(["masked_select", "repeat_interleave"])
 _SELECTIONS = frozenset(["getitem", "narrow", "tensor_split"])
 _CONVERSIONS = frozenset(["__bool__", "__complex__", "__float__", "__index__", "__int__"])
 _CONSTRUCTORS = frozenset(["as_tensor", "asarray", "tensor"])
-# Their integers count elements, and depend on the second argument alone.
+# Their integer results count elements, and depend only on the second argument.
 _PACKINGS = frozenset(["pack_padded_sequence", "pad_packed_sequence"])
 # Code of distributions, and of our losses' checks. The number that a loss returns is not a check.
 _LIBRARIES = (
@@ -252,12 +252,12 @@ class Operation:
     """A call of a torch function.
 
     Attributes:
-        name: The function's name without leading and trailing underscores, the same for the
-            in-place form; the name of an attribute is preceded by a point.
+        name: The function's name without leading and trailing underscores, so that the in-place
+            form has the same name. The name of an attribute starts with a point.
         inputs: The tensors among the arguments.
         sources: The inputs whose values are used, not only their shape, dtype or device.
-        below_autograd: Whether this is an operator of the dispatcher, as TorchScript calls them:
-            its result has no gradient yet.
+        below_autograd: Whether this is an operator of the dispatcher, as TorchScript calls them.
+            Its result has no gradient yet.
     """
 
     def __init__(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -301,7 +301,7 @@ class Operation:
 
     @property
     def selectors(self) -> list[Tensor]:
-        """The arguments whose values choose the part of the first that the result is a view of."""
+        """The arguments whose values choose which part of the first the result views."""
         return tensors(self.args[1:]) if self.name in _SELECTIONS else []
 
     @property
@@ -311,7 +311,7 @@ class Operation:
 
     @property
     def converts(self) -> bool:
-        """Whether it makes numbers of tensors, of which torch warns if they have a gradient."""
+        """Whether the function converts tensors to numbers, so that torch warns of gradients."""
         if self.name in _CONSTRUCTORS:
             return bool(self.args) and not isinstance(self.args[0], Tensor)
         return getattr(self.func, "__name__", "") in _CONVERSIONS
@@ -330,7 +330,7 @@ class Operation:
         return self.sources if numbers else []
 
     def written(self) -> list[Tensor]:
-        """List, after the call, the inputs that it wrote to."""
+        """Return the inputs that the call wrote to. Valid after the call."""
         if self.below_autograd:
             return written_arguments(self.func, self.args, self.kwargs)
         pairs = zip(self.inputs, self._versions, strict=True)
@@ -354,13 +354,13 @@ def reads_shape_alone(func: Any) -> bool:
 
 
 def version(tensor: Tensor) -> int:
-    """Return how often a tensor was written to, as far as torch counts it."""
-    # Private: torch has no public count of writes.
+    """Return torch's count of writes to a tensor, 0 for an inference tensor."""
+    # Private: torch has no public name for this count.
     return 0 if tensor.is_inference() else tensor._version
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """List the tensors in a nest of arguments or results, without ``torch.func`` wrappers."""
+    """List the tensors in nested arguments or results, without ``torch.func`` wrappers."""
     return [_bare(leaf) for leaf in leaves(value) if isinstance(leaf, Tensor)]
 
 
@@ -372,7 +372,7 @@ def _bare(tensor: Tensor) -> Tensor:
 
 
 def detached(value: Any) -> Any:
-    """Copy a nest of arguments, with all tensors detached."""
+    """Copy nested arguments, and detach all tensors."""
     return pytree.tree_map_only(Tensor, Tensor.detach, value)
 
 

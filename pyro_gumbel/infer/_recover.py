@@ -1,4 +1,4 @@
-"""Draw, decode or weigh the sites that a model sums over, given draws of the guide."""
+"""Draw or decode the sites that a model sums over, or compute their probabilities."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["Recovered", "recover"]
 
 
 class Recovered(dict[str, Tensor]):
-    """Joint draws by the name of the site: one chain."""
+    """Joint draws of one chain, by the name of the site."""
 
 
 def recover(
@@ -53,8 +53,8 @@ def recover(
 
     Given the guide's values, the summed sites have an exact posterior: along a chain, draws come
     from forward filtering and backward sampling. *Unbiased*: draws are independent, and exact
-    given the guide's. *Cost*: a preflight, which counts plates, and a run of guide and model for
-    each draw, or one for all draws if ``parallel``.
+    given the guide's values. *Cost*: one run of guide and model to count plates, and one for each
+    draw. If ``parallel``, one run makes all draws.
 
     The draws fit Pyro's ``Predictive(model, draws)`` and
     ``pyro_gumbel.diagnostics.to_arviz(..., posterior=draws)``.
@@ -74,14 +74,15 @@ def recover(
         **kwargs: Keyword arguments of both.
 
     Returns:
-        The guide's sites, but for auxiliary ones, and the summed sites by name,
-        ``(num_samples,) + shape of a value``; of marginals ``(num_samples,) + plates + (K,)``.
+        Tensors by name, for the guide's sites that are not auxiliary and for the summed sites.
+        Values have the shape ``(num_samples,) + shape of the site``. Marginals have
+        ``(num_samples,) + plates + (K,)``.
 
     Raises:
         ValueError: If both ``decode`` and ``marginals`` are set, if the model has no summed site,
-            if a plate draws a minibatch, if the logarithm of a sum cannot be scaled, as with a
-            summed site outside of a subsampled plate, if the data have probability zero, if draws
-            differ in sites or shapes, or as the losses raise it.
+            if a plate draws a minibatch, if factors of one sum have different scales (as when a
+            summed site is outside of a subsampled plate), if the data have probability zero, or if
+            draws differ in sites or shapes. The errors of the losses are raised, too.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -129,16 +130,16 @@ def _join(name: str, draws: list[dict[str, Tensor]]) -> Tensor:
 
 
 class _Whole(SharedSubsample):
-    """Refuses minibatches that nobody else would know."""
+    """Refuses plates that draw a minibatch, because the result does not hold its indices."""
 
     def _pyro_sample(self, msg: Message) -> None:
         if site_is_subsample(msg) and msg["value"] is None:
             size, drawn = (getattr(msg["fn"], name) for name in ("size", "subsample_size"))
             if drawn is not None and drawn < size:
                 raise ValueError(
-                    f"recover: plate {msg['name']!r} draws {drawn} of {size} data, and nothing "
-                    "would show which. Choose them by pyro.plate(..., subsample=indices), or run "
-                    "the programs on all data."
+                    f"recover: plate {msg['name']!r} draws {drawn} of {size} data, and the result "
+                    "would not show which. Choose them by pyro.plate(..., subsample=indices), or "
+                    "run the programs on all data."
                 )
         super()._pyro_sample(msg)
 
@@ -179,11 +180,11 @@ def _by_draw(value: Tensor, site: Any, layout: Layout, event_dim: int) -> Tensor
 
 
 def _plate_symbols(trace: Trace) -> dict[str, str]:
-    """Return a symbol for each plate, inner plates first, as Pyro's backward sampling puts them.
+    """Return a symbol for each plate, inner plates first.
 
-    It joins draws whose plates are in the order of their symbols.
+    Pyro's backward sampling expects the plates of draws in the order of their symbols.
     """
-    nesting: dict[str, int] = {}  # the fewest plates around a site in this one
+    nesting: dict[str, int] = {}  # the smallest number of plates around a site in this plate
     for site in trace.nodes.values():
         frames = site_frames(site) if site["type"] == "sample" else ()
         for frame in frames:
@@ -218,7 +219,7 @@ class _Posterior:
                     raw = scale_and_mask(raw, mask=site["mask"])
                 self._terms.takes(site, raw, layout.total_nesting)
         self._symbols = {name: s["infer"]["_enumerate_symbol"] for name, s in self.sites.items()}
-        # Each site's own factor. With one value it lacks the dimension: nothing is summed.
+        # Each site's own factor. A site of one value has no dimension to sum, and is left out.
         self._own = {
             factor.name: factor
             for factor in self._terms.factors
@@ -231,7 +232,7 @@ class _Posterior:
         for factor in self._terms.factors:
             factor.value = _sorted(factor.value)
             sizes.update(zip(factor.dims, factor.value.shape, strict=True))
-            # Pyro's draws need plates of several elements only.
+            # Pyro's backward sampling needs only plates of several elements.
             factor.frames = {dim: f for dim, f in factor.frames.items() if dim in factor.dims}
         for factor in self._own.values():
             require_backward(factor.value)
@@ -243,8 +244,8 @@ class _Posterior:
         for name, _, _, total in self._terms.sums(ring):
             if torch.isneginf(total).any():
                 raise ValueError(
-                    f"recover: given the guide's draw, no value of the summed site {name!r}, or "
-                    "of those linked to it, gives the data a positive probability."
+                    "recover: the data have probability zero given the guide's draw, whatever the "
+                    f"values of the summed site {name!r} and of the sites summed with it."
                 )
             yield total
 
@@ -262,7 +263,7 @@ class _Posterior:
     def probs(self) -> dict[str, Tensor]:
         """Return marginal probabilities, ``plates + (K,)``, with gradient.
 
-        They are the derivatives of the log evidence in the log-probabilities.
+        A probability is the derivative of the log evidence by the value's log-probability.
         """
         create_graph = torch.is_grad_enabled()
         found = {
