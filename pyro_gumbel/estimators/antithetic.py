@@ -111,7 +111,7 @@ class ARMS(Estimator):
         both = (2 * rarer ** (1 / (self.num_samples - 1)) - 1).clamp(min=0) ** (
             self.num_samples - 1
         )
-        # The gradient of a certain variable is zero; its 0/0 is set to its limit, one.
+        # If a variable is certain, rho is 0/0. Its limit is one, and the gradient is zero.
         spread = (rarer - both).clamp(min=torch.finfo(probs.dtype).tiny)
         rho = torch.where(rarer > 0, probs * (1 - probs) / spread, 1.0)
         advantage = site.per_variable(site.cost - site.cost.mean(0)) / (self.num_samples - 1)
@@ -168,7 +168,7 @@ class DisARMTree(Estimator):
 def _tree(logits: Tensor) -> list[Tensor]:
     """Return log-odds of all nodes by level, root first; each level is ``(..., 2^depth)``."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # Finite, so that subtrees of impossible leaves keep finite gradients.
+    # Keep logits finite, so that subtrees of impossible leaves have finite gradients.
     low = torch.finfo(logits.dtype).min / 1e8
     leaves = 1 << max(logits.shape[-1] - 1, 1).bit_length()
     mass = pad(logits.clamp(min=low), (0, leaves - logits.shape[-1]), value=low)
@@ -181,7 +181,7 @@ def _tree(logits: Tensor) -> list[Tensor]:
 
 
 def _level(alpha: Tensor, first: Tensor, second: Tensor, height: int) -> Tensor:
-    """Return a level's term of the surrogate, for nodes ``height`` levels above the leaves."""
+    """Return one level's term of the surrogate. Its nodes are ``height`` levels above leaves."""
     nodes = torch.stack([first, second]) >> height
     turns = (torch.stack([first, second]) >> (height - 1)) & 1
     met = alpha.expand(nodes.shape[0], *alpha.shape).gather(-1, nodes.unsqueeze(-1)).squeeze(-1)

@@ -33,11 +33,11 @@ class Pathwise(Estimator):
     ``rsample`` and a cost differentiable in the value. *Cost*: one evaluation.
 
     Args:
-        sticking_the_landing: Omit the score, the gradient of ``log q`` in its parameters at a
-            fixed value, whose mean is zero. Without it the variance vanishes if a guide of one
-            site equals the posterior. The score is kept if a bound of the support is learnt
-            (``Uniform(low, high)``), since its mean is then not zero. This costs another
-            evaluation of ``log q``, which needs the inverse of a flow.
+        sticking_the_landing: Omit the score: the gradient of ``log q`` in its parameters at a
+            fixed value. Its mean is zero. Without it the variance vanishes if a guide of one site
+            equals the posterior. The score is kept if a bound of the support is learnt, as in
+            ``Uniform(low, high)``, because its mean is then not zero. This option costs another
+            evaluation of ``log q``. A flow must have an inverse for it.
 
     References:
         Auto-Encoding Variational Bayes (Kingma, Welling, 2014), https://arxiv.org/abs/1312.6114;
@@ -127,7 +127,7 @@ def path_of_score(fn: Distribution, value: Tensor, *, instead: str) -> Tensor:
     """
     if not value.requires_grad:
         return torch.zeros((), dtype=value.dtype, device=value.device)
-    # A caching transform would differentiate log_prob of the value itself through its input.
+    # Detached, because a transform with a cache would differentiate through its cached input.
     given = value.detach().requires_grad_()
     with torch.enable_grad():
         score = score_given(fn, given, instead=instead).sum()

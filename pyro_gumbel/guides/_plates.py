@@ -20,10 +20,10 @@ __all__ = ["find_data_plate", "read_plates"]
 
 
 def find_data_plate(trace: Trace, plate: str | None) -> str:
-    """Return the name of the plate of the encoder's rows, which is ``plate`` if it is given.
+    """Return the name of the data plate, whose elements are the rows of the encoder.
 
-    This is the vectorised plate with observed and latent sites. If there are several, it is the
-    plate that contains all sites of the others.
+    This is ``plate`` if it is given. Otherwise it is the vectorised plate with observed and latent
+    sites. If there are several, it is the plate that contains all sites of the others.
     """
     latent = guided_sites(trace)
     observed = observed_sites(trace)
@@ -124,9 +124,9 @@ class _PlateReader(Messenger):
 def read_plates(
     model: Callable[..., Any], names: Iterable[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Run the model up to a site in each named plate; return ``pyro.plate``'s arguments by name.
+    """Run the model until every named plate has a site, and return each plate's arguments.
 
-    With other plates than the model's, the guide would give the ELBO a wrong scale.
+    If the guide's plates differed from the model's, the ELBO would have a wrong scale.
     """
     reader = _PlateReader(names)
     if not reader.missing:

@@ -32,18 +32,18 @@ class AutoAmortized(StructuredGuide):
     Normal, LogNormal, Beta, Dirichlet, Gamma, Poisson and Geometric sites have a guide of their
     own family. Other continuous sites have a normal distribution that ``biject_to`` transforms to
     their support. Latents outside the plate have variational parameters, of the same families.
-    Draws are independent given the features, or given the sites before as well if
-    ``autoregressive``.
+    Given the features, sites are independent. If ``autoregressive``, a site also depends on the
+    earlier sites of the plate.
 
-    The guide reads the model's plates in every call, so minibatches may differ in size, by
-    ``pyro.plate("data", total, subsample_size=len(x))``, ``subsample=indices``, or draws inside
-    the model. In the latter case the encoder may return rows for all data, or call
-    ``pyro.subsample`` itself. To read the plates, the part of the model up to its first site in
-    the data plate runs twice per step.
+    The guide reads the model's plates in every call, so minibatches may differ in size. The model
+    chooses a minibatch by ``pyro.plate("data", total, subsample_size=len(x))`` or by
+    ``subsample=indices``, or draws one. If it draws one, the encoder may return rows for all data,
+    or call ``pyro.subsample`` itself. To read the plates, the guide runs the model up to its first
+    site in the data plate. This part of the model runs twice per step.
 
     Shapes: ``encoder(*args, **kwargs)`` is ``(N, features)``, with one row per element of the
-    plate or of its subsample. A site in further plates inside the data plate gets the parameters
-    of all its elements from one row. ``state_dict`` also contains the encoder.
+    plate or of its subsample. If a site is in further plates inside the data plate, one row gives
+    the parameters of all its elements. ``state_dict`` also contains the encoder.
 
     Args:
         model: The model.
