@@ -21,7 +21,7 @@ def chi_square(codes, probs):
     possible = probs > 0
     assert counts[~possible].sum() == 0
     expected = probs[possible] * codes.numel()
-    rare = expected < 5  # pooled, as the approximation wants it
+    rare = expected < 5  # pooled, because the approximation needs larger counts
     observed = counts[possible]
     if rare.any():
         observed = torch.cat([observed[~rare], observed[rare].sum().reshape(1)])
@@ -31,7 +31,7 @@ def chi_square(codes, probs):
 
 
 def code(values, base):
-    """Number the patterns of ``(K, draws)`` categories, the first value first."""
+    """Encode ``(K, draws)`` categories as integers. The first value is the leading digit."""
     total = torch.zeros_like(values[0])
     for value in values:
         total = base * total + value

@@ -1,4 +1,4 @@
-"""A program whose processes are killed in a step and in a save, and started again.
+"""Train a program that is killed in a step and in a save, and resume it.
 
 python tests/helpers/killed_run.py FOLDER
 """
@@ -21,7 +21,7 @@ STEPS = 8
 
 
 def train(path: Path, kill: str) -> None:
-    """Train to the last step from the file, if there is one, and save after each step."""
+    """Load the file if it exists, train to the last step, and save after each step."""
     step = 0
 
     def model(x):
@@ -56,7 +56,7 @@ def train(path: Path, kill: str) -> None:
 
 
 def start(path: Path, kill: str) -> None:
-    """Run in another process, and print how it ended."""
+    """Train in another process, and check that it was killed or succeeded."""
     child = os.fork()
     if child == 0:
         train(path, kill)

@@ -1,4 +1,4 @@
-"""Repeated losses and gradients, and how far two series of them are apart."""
+"""Repeated losses and gradients, and the difference of two series of them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from helpers.user_programs import Setup
 
 Step = Callable[[], tuple[float, dict[str, Tensor]]]
 
-SIGHT = 5.0  # standard errors that make a difference
-_SHOWN = 8  # a parameter of more elements is seen by its sum and a few random projections
+SIGHT = 5.0  # a difference of so many standard errors is reported
+_SHOWN = 8  # larger parameters are compared by their sum and a few random projections
 _ROUNDING = 1e-4  # relative error that single precision may make
 
 
 def gradient_step(compute: Callable[[], float | Tensor]) -> Step:
-    """Make a step of what computes a loss and leaves gradients, found as ``SVI`` finds them."""
+    """Make a step from a function that computes a loss and leaves gradients.
+
+    Parameters are found as ``SVI`` finds them.
+    """
 
     def step() -> tuple[float, dict[str, Tensor]]:
         with poutine.trace(param_only=True) as capture:
@@ -41,11 +44,11 @@ def gradient_step(compute: Callable[[], float | Tensor]) -> Step:
 
 
 class Draws:
-    """A series of losses and gradients, of which draw ``i`` has the ``i``-th seed.
+    """A series of losses and gradients. Draw ``i`` has the ``i``-th seed.
 
     Attributes:
         names: ``"loss"``, then parameters' names with the index of a feature.
-        rows: One row a draw, one column a feature, for one replicate.
+        rows: A row for each draw and a column for each feature, per replicate.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class Draws:
         return torch.stack(self._rows)
 
     def upto(self, count: int) -> Draws:
-        """Draw until there are that many."""
+        """Extend the series to ``count`` draws, and return it."""
         if len(self._rows) < count:
             with self._setup.parameters():
                 self._draw(count)
@@ -77,14 +80,14 @@ class Draws:
                 self.parameters = sorted(pyro.get_param_store().keys())
             parts = {"loss": torch.tensor([loss], dtype=torch.float64)}
             for name in self.parameters:
-                # Where structure varies a run need not meet every parameter.
+                # If the structure varies, a run may not use every parameter.
                 unused = torch.zeros_like(pyro.get_param_store()._params[name])
                 parts[name] = _features(gradients.get(name, unused))
             self.names = [f"{name}#{i}" for name, part in parts.items() for i in range(len(part))]
             self._rows.append(torch.cat(list(parts.values())) / self._setup.copies)
 
     def scale(self) -> Tensor:
-        """The size that an error of a feature is seen against: its parameter's largest."""
+        """Return the size of each feature's parameter: that of its largest feature."""
         size = self.rows.mean(0).abs().tolist()
         owners = [name.split("#")[0] for name in self.names]
         largest = max(size[1:], default=0.0)
@@ -106,15 +109,15 @@ def _features(gradient: Tensor) -> Tensor:
 
 @dataclass
 class Difference:
-    """How far two series are apart.
+    """The difference of two series.
 
     Attributes:
-        worst: The feature that is furthest off.
-        z: How far, in standard errors.
-        resolution: The error, relative to its parameter's gradient, that is seen in every feature.
-        got: The mean of the feature.
-        expected: What it should be.
-        draws: How many there were.
+        worst: The feature with the largest difference.
+        z: This difference in standard errors.
+        resolution: The smallest error, relative to its parameter, that is found in every feature.
+        got: The mean of the worst feature.
+        expected: Its mean in the reference.
+        draws: The number of draws.
     """
 
     worst: str
@@ -128,8 +131,8 @@ class Difference:
 def difference(draws: Draws, reference: Draws, *, gradient: bool = True) -> Difference:
     """Compare every feature, or the loss alone.
 
-    Draws of the same seed may have had the same random numbers. Where it helps their differences
-    are taken one by one, and series that draw alike are seen to be equal at once.
+    Draws of the same seed may use the same random numbers. A feature is compared by paired
+    differences if these have the smaller standard error. So equal series are found equal at once.
     """
     ours, theirs = draws.rows, reference.rows
     both = min(len(ours), len(theirs))
