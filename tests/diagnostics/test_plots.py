@@ -111,7 +111,7 @@ def test_plot_efficiency() -> None:
     table = compare_gradients(draws, exact)
     figure = plot_efficiency(table)
     assert len(figure.axes) == 2
-    # The bars' names are the points' too: one colour each, in a table of any order.
+    # A row has one colour in both panels, whatever the order of rows.
     points, bars = figure.axes
     names = [text.get_text() for text in bars.get_yticklabels()]
     assert names == list(table.index)

@@ -45,7 +45,7 @@ quantified = settings(max_examples=60, deadline=None, derandomize=True, database
 
 @st.composite
 def cases(draw, dtypes=tuple(PRECISION)):
-    """A distribution of a family, and its exact probabilities, ``batch + (C,)``, 1 first."""
+    """Draw a distribution and its exact probabilities, ``batch + (C,)``; a bit has 1 first."""
     family = draw(st.sampled_from(sorted(FAMILIES)))
     form = draw(st.sampled_from(["probs", "logits"]))
     dtype = draw(st.sampled_from(dtypes))
@@ -116,7 +116,7 @@ def test_draws_follow_the_masses(case):
 
 @quantified
 @given(cases(), st.integers(0, 2), st.booleans())
-def test_wrappers_come_off_and_go_on(case, joined, masked):
+def test_wrappers_are_removed_and_put_back(case, joined, masked):
     fn, _ = case
     joined = min(joined, len(fn.batch_shape))
     mask = torch.rand(fn.batch_shape) < 0.5
@@ -134,8 +134,8 @@ def test_wrappers_come_off_and_go_on(case, joined, masked):
 
 
 @pytest.mark.parametrize("expanded", [False, True])
-def test_these_checks_see_clamped_logits(expanded):
-    """Torch's own logits of small probabilities, and the masses read here."""
+def test_clamped_logits_are_not_used(expanded):
+    """Torch clamps the logits of small probabilities. Masses come from the probabilities."""
     probs = torch.tensor([1e-6, 0.0, 1.0], dtype=torch.bfloat16)
     fn = dist.OneHotCategorical(probs=probs)
     assert fn.logits[1] > -6
@@ -146,7 +146,7 @@ def test_these_checks_see_clamped_logits(expanded):
 
 @pytest.mark.parametrize("read_before", [False, True])
 def test_given_logits_are_read_without_a_copy(read_before):
-    """Also if torch has computed the probabilities, which took another two passes."""
+    """This includes logits whose probabilities torch has computed before."""
     fn = dist.Categorical(logits=torch.randn(4, 300))
     if read_before:
         assert fn.probs.shape == (4, 300)

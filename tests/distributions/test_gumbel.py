@@ -155,7 +155,7 @@ def test_truncated_is_the_conditional_of_a_gumbel(upper):
 
 
 @pytest.mark.parametrize("upper", UPPERS)
-def test_law_of_truncated_samples(upper):
+def test_distribution_of_truncated_samples(upper):
     d = truncated(upper)
     draws = d.sample((50_000,))
     assert (draws <= upper).all()

@@ -230,11 +230,11 @@ def test_a_temperature_that_is_trained_starts_from_a_number(make, temperature):
 
 
 @pytest.mark.parametrize("make", [*TEMPERED, Rebar])
-def test_numbers_of_numpy_are_temperatures(make):
+def test_numpy_numbers_are_accepted_as_temperatures(make):
     assert make(np.float32(0.5)).temperature == 0.5
 
 
-def test_numbers_of_numpy_become_pythons():
+def test_numpy_numbers_become_python_numbers():
     assert repr(GumbelSoftmax(np.float32(0.5))) == "GumbelSoftmax(0.5)"
     assert repr(Linear(np.float64(1), np.float32(0.5), np.int64(3))) == "Linear(1.0, 0.5, 3)"
     assert repr(MovingAverage(np.float32(0.5))) == "MovingAverage(0.5)"

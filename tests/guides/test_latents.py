@@ -78,7 +78,7 @@ def ids(case: Any) -> str | None:
 
 
 @pytest.mark.parametrize(("prior", "family"), SAME_FAMILY, ids=ids)
-def test_guide_of_the_same_family_is_the_prior_at_first(prior: Any, family: type) -> None:
+def test_guide_of_the_same_family_starts_at_the_prior(prior: Any, family: type) -> None:
     guide = AutoAmortized(model_of(prior), Constant())
     fn = guide.posterior(torch.zeros(N))["z"]
     assert type(unwrap(fn)) is family
@@ -89,7 +89,7 @@ def test_guide_of_the_same_family_is_the_prior_at_first(prior: Any, family: type
 
 
 @pytest.mark.parametrize("prior", TRANSPORTED, ids=ids)
-def test_other_continuous_sites_get_a_normal_moved_to_their_support(prior: Any) -> None:
+def test_other_continuous_sites_get_a_normal_transformed_to_their_support(prior: Any) -> None:
     guide = AutoAmortized(model_of(prior), Constant())
     value = guide(torch.zeros(N))["z"]
     assert value.shape == (N, *prior.event_shape)
@@ -131,7 +131,7 @@ def test_gradients_reach_the_encoder(prior: Any, vectorize: bool) -> None:
 @pytest.mark.parametrize(
     "prior", [prior for prior, _ in SAME_FAMILY if prior.support.is_discrete], ids=ids
 )
-def test_mean_field_guide_is_the_prior_at_first(prior: Any) -> None:
+def test_mean_field_guide_starts_at_the_prior(prior: Any) -> None:
     fn = AutoDiscrete(model_of(prior)).posterior(torch.zeros(N))["z"]
     value = prior.sample((N,))
     torch.testing.assert_close(fn.log_prob(value), prior.log_prob(value), rtol=1e-4, atol=1e-4)

@@ -32,7 +32,7 @@ POINTS = torch.tensor([0.3, -1.0, 2.0, 0.8, -0.4], dtype=DOUBLE)
 
 @pytest.mark.parametrize("choice", ["score", "auto", "enumerate"])
 def test_analytic_kl_changes_noise_only(choice):
-    """100 steps of 300 particles, both ways, on a chain whose terms it may replace."""
+    """Compare 100 steps of 300 particles with and without, on a chain with closed-form terms."""
     problem = nested()
     estimator = Enumerate() if choice == "enumerate" else choice
     elbo, gradient = exact_gradient(problem)
@@ -61,8 +61,8 @@ def test_analytic_kl_is_exact_without_data():
     assert losses.pop() == pytest.approx(exact, rel=1e-12)
 
 
-def test_analytic_kl_only_where_model_and_guide_are_scaled_alike():
-    """A tempered prior: 0.5 log p - log q has no KL divergence as its mean. 100 x 1,000 draws."""
+def test_analytic_kl_needs_equal_scales_in_model_and_guide():
+    """With a tempered prior the mean of log q - 0.5 log p is not a KL divergence."""
 
     def model():
         with poutine.scale(scale=0.5):
@@ -78,8 +78,8 @@ def test_analytic_kl_only_where_model_and_guide_are_scaled_alike():
     check_loss(losses, elbo)
 
 
-def test_analytic_kl_not_where_the_order_of_sites_differs():
-    """In the guide b comes first, in the model a. The KL of a given b has no closed form."""
+def test_analytic_kl_needs_the_same_order_of_sites():
+    """The guide draws b first, and the model a. The KL of a given b has no closed form."""
 
     def model():
         a = pyro.sample("a", dist.Bernoulli(constant(0.2, POINTS)))
@@ -162,8 +162,8 @@ def scaled_after_folding(loc):
     ],
     ids=["folded and half", "folded", "folded within"],
 )
-def test_bases_stand_for_transformed_distributions_only_where_one_to_one(q, p):
-    """The divergence of the bases is another: it is estimated, from the same draws."""
+def test_kl_of_bases_needs_a_bijective_transform(q, p):
+    """Otherwise the bases have another KL divergence, so the KL is estimated from draws."""
 
     def model():
         pyro.sample("z", p)

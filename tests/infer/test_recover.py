@@ -1,4 +1,4 @@
-"""Recovered sites have the exact posterior given the guide's draw, by brute force."""
+"""Recovered sites follow the exact posterior given the guide's draw, from brute force."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def ragged(x: Tensor) -> None:
 
 
 def nested(x: Tensor) -> None:
-    """A global site, one in a plate and one in two plates, in another order than they nest."""
+    """A global site, one in a plate and one in two. The outer plate is the rightmost dimension."""
     y = pyro.sample("y", dist.Bernoulli(0.3), infer=SUM)
     rows, columns = pyro.plate("rows", 2, dim=-1), pyro.plate("columns", 3, dim=-2)
     with rows:
@@ -141,7 +141,7 @@ def seen(name: str, site: str, value: Tensor) -> Tensor:
 
 @ALL
 @MODES
-def test_marginals_are_those_of_all_values(name: str, parallel: bool) -> None:
+def test_marginals_equal_sums_over_all_values(name: str, parallel: bool) -> None:
     model, x, sites = MODELS[name]
     found = recover(model, no_guide, x, marginals=True, num_samples=2, parallel=parallel)
     values, scores = joint(name)
@@ -190,7 +190,7 @@ def test_decoding_finds_the_most_probable_values(name: str, parallel: bool) -> N
             )
 
 
-def test_marginals_have_the_gradient_of_all_values() -> None:
+def test_marginals_have_the_gradient_of_sums_over_all_values() -> None:
     found = recover(chain, no_guide, SHORT, marginals=True)["z2"][0, 1]
     step = pyro.get_param_store()._params["step"]
     (grad,) = torch.autograd.grad(found, step)
@@ -230,7 +230,7 @@ def conditional(found: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 @MODES
-def test_probabilities_are_given_the_guides_draws(parallel: bool) -> None:
+def test_probabilities_are_conditional_on_the_guides_draws(parallel: bool) -> None:
     options = {"num_samples": 5, "marginals": True, "parallel": parallel}
     found = recover(mixture, guide_of_mixture, X, **options)
     assert found.keys() == {"weight", "locs", "z"}
@@ -241,13 +241,13 @@ def test_probabilities_are_given_the_guides_draws(parallel: bool) -> None:
     assert grad.abs().min() > 0.1  # through the guide's draw
 
 
-def test_draws_and_values_are_given_the_guides_draws() -> None:
+def test_draws_and_decoded_values_are_conditional_on_the_guides_draws() -> None:
     found = recover(mixture, guide_of_mixture, X, num_samples=1000, parallel=True)
     probs = conditional(found, X)
     error = (probs * (1 - probs)).mean(0) ** 0.5 / 1000**0.5
     assert found["z"].shape == (1000, 6)
     assert (((found["z"] - probs).mean(0)) / error).abs().max() < 5
-    # Draws that ignore the guide's would have the same mean, and not this product.
+    # Draws that ignored the guide's draws would have the same mean, but another product.
     product = (found["z"] - probs) * (probs - probs.mean(0))
     assert (product.mean(0) / (product.std(0) / 1000**0.5)).abs().max() < 5
     best = recover(mixture, guide_of_mixture, X, num_samples=9, decode=True)
@@ -255,7 +255,7 @@ def test_draws_and_values_are_given_the_guides_draws() -> None:
 
 
 @MODES
-def test_each_program_runs_once_for_a_draw_and_once_before(parallel: bool) -> None:
+def test_each_program_runs_once_per_draw_and_once_before(parallel: bool) -> None:
     runs = []
 
     def counted(program: Program) -> Program:
@@ -272,8 +272,8 @@ def test_each_program_runs_once_for_a_draw_and_once_before(parallel: bool) -> No
         assert runs.count(mixture) == runs.count(guide_of_mixture) == (2 if parallel else 5)
 
 
-def test_both_modes_give_the_same_values_at_the_same_noise() -> None:
-    """One draw of either mode, bit for bit."""
+def test_both_modes_give_the_same_draw_for_a_seed() -> None:
+    """A draw in a loop equals a parallel one, bit for bit."""
     found = []
     for parallel in (False, True):
         pyro.set_rng_seed(3)
@@ -288,7 +288,7 @@ def test_auxiliary_sites_are_left_out() -> None:
 
 
 @MODES
-def test_a_predictive_takes_the_draws(parallel: bool) -> None:
+def test_predictive_accepts_the_draws(parallel: bool) -> None:
     draws = recover(nested, no_guide, X, num_samples=400)
     unmarked = poutine.infer_config(nested, lambda site: {})
     uncondition = poutine.uncondition(unmarked)
@@ -311,7 +311,7 @@ def test_a_given_minibatch_is_recovered(parallel: bool) -> None:
     torch.testing.assert_close(found["z"][..., 1], conditional(found, X[index]))
 
 
-def test_a_minibatch_that_nobody_knows_is_refused() -> None:
+def test_a_plate_that_draws_a_minibatch_is_refused() -> None:
     def model(x: Tensor) -> None:
         with pyro.plate("data", 6, subsample_size=2) as index:
             z = pyro.sample("z", dist.Bernoulli(0.3), infer=SUM)
@@ -339,7 +339,7 @@ def test_plates_may_depend_on_the_draw() -> None:
     torch.testing.assert_close(found["z"][:, 1], expected)
 
 
-def test_draws_of_other_sites_are_refused() -> None:
+def test_draws_that_differ_in_sites_are_refused() -> None:
     def model(x: Tensor) -> None:
         count = int(pyro.sample("count", dist.Bernoulli(0.5)))
         for i in range(1 + count):
@@ -373,7 +373,7 @@ REFUSED: dict[str, tuple[Program, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_cannot_be_recovered_is_refused(message: str) -> None:
+def test_programs_and_options_without_an_answer_are_refused(message: str) -> None:
     model, options = REFUSED[message]
     with pytest.raises(ValueError, match=message):
         recover(model, no_guide, X, **options)

@@ -70,7 +70,7 @@ def test_sites_outside_the_plate_that_depend_on_it_are_refused(estimator, kind, 
 @pytest.mark.parametrize(
     "estimator", [LocalExpectation(), SumAndSample(1), UnorderedSet(2)], ids=repr
 )
-def test_sites_outside_the_plate_that_do_not_are_not(estimator, vectorize):
+def test_sites_outside_the_plate_that_do_not_depend_on_it_are_accepted(estimator, vectorize):
     model, guide = outside_its_plate("independent")
     elbo = Estimator_ELBO(2, vectorize_particles=vectorize, max_plate_nesting=1)
     assert elbo.loss_and_grads(model, config_gradient(guide, {"z": estimator})).isfinite()
@@ -97,7 +97,7 @@ UNSUITED = [
 
 
 def one_site(fn, estimator):
-    """Programs of one latent site, wrapped as given."""
+    """Return a model and a guide with one latent site."""
 
     def program():
         with pyro.plate("n", 2):
@@ -108,7 +108,7 @@ def one_site(fn, estimator):
 
 @vectorized
 @pytest.mark.parametrize(("estimator", "family", "need", "instead"), UNSUITED)
-def test_a_site_that_cannot_be_served_is_named(estimator, family, need, instead, vectorize):
+def test_an_unsupported_site_is_named(estimator, family, need, instead, vectorize):
     model, guide = one_site(SITES[family](), estimator)
     elbo = Estimator_ELBO(vectorize_particles=vectorize)
     with pytest.raises(
@@ -140,7 +140,7 @@ def test_arguments_out_of_range(make, message):
 @pytest.mark.parametrize(
     "make", [ARMS, DoubleControlVariate, Rodeo, SumAndSample, UnorderedSet, Estimator_ELBO]
 )
-def test_integers_of_any_library(make):
+def test_integers_of_other_libraries_are_accepted(make):
     made = make(np.int64(3))
     numbers = {name: value for name, value in vars(made).items() if name.startswith("num_")}
     assert numbers

@@ -42,12 +42,12 @@ class Critic(nn.Module):
 
 
 Make = Callable[[str], Estimator]
-# Relaxed draws stand for hard ones in the cost, so that its gradient has to be whole.
+# These replace hard draws in the cost by relaxed ones, so they need its whole gradient.
 NEED_SMOOTH: dict[str, Make] = {
     "rebar": lambda family: Rebar(),
     "relax": lambda family: Relax(Critic(family)),
 }
-# The gradient enters control variates of mean zero, whatever it is.
+# The gradient enters only control variates, whose mean is zero for any gradient.
 ANY_COST: dict[str, Make] = {
     "muprop": lambda family: MuProp(),
     "double control variate": lambda family: DoubleControlVariate(3),
@@ -80,7 +80,7 @@ def refused(reader: str, what: str) -> str:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("family", "read"), JUMPS)
 @pytest.mark.parametrize("make", NEED_SMOOTH.values(), ids=NEED_SMOOTH)
-def test_unbiased_ones_refuse(make: Make, family: str, read: str, place: str) -> None:
+def test_unbiased_estimators_refuse_jumps(make: Make, family: str, read: str, place: str) -> None:
     programs = placed(FAMILIES[family], FAMILIES[family].jumps[read], place, size=2)
     guide = config_gradient(programs.guide, {"z": make(family)})
     with pytest.raises(ValueError, match=refused(PLACES[place], "Re")):
@@ -88,7 +88,7 @@ def test_unbiased_ones_refuse(make: Make, family: str, read: str, place: str) ->
 
 
 def warnings_of(elbo: Estimator_ELBO, programs: Programs, estimator: Estimator) -> list[str]:
-    """Run two steps, and return what is warned of."""
+    """Run two steps, and return the warnings."""
     guide = config_gradient(programs.guide, {"z": estimator})
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -100,7 +100,7 @@ def warnings_of(elbo: Estimator_ELBO, programs: Programs, estimator: Estimator) 
 
 @pytest.mark.parametrize(("family", "read"), JUMPS)
 @pytest.mark.parametrize("make", BIASED.values(), ids=BIASED)
-def test_biased_ones_warn_once(make: Make, family: str, read: str) -> None:
+def test_biased_estimators_warn_once(make: Make, family: str, read: str) -> None:
     programs = placed(FAMILIES[family], FAMILIES[family].jumps[read], "one site", size=2)
     (message,) = warnings_of(Estimator_ELBO(), programs, make(family))
     assert re.search(refused("x0", ""), message)
@@ -110,7 +110,9 @@ def test_biased_ones_warn_once(make: Make, family: str, read: str) -> None:
 @pytest.mark.parametrize("read", ["argmax", "both"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["gumbel_softmax", "reinmax"])
-def test_biased_ones_warn_wherever_it_is(name: str, family: str, read: str, place: str) -> None:
+def test_biased_estimators_warn_in_any_place(
+    name: str, family: str, read: str, place: str
+) -> None:
     programs = placed(FAMILIES[family], FAMILIES[family].jumps[read], place, size=2)
     (message,) = warnings_of(Estimator_ELBO(), programs, BIASED[name](family))
     assert re.search(refused(PLACES[place], ""), message)
@@ -118,7 +120,7 @@ def test_biased_ones_warn_wherever_it_is(name: str, family: str, read: str, plac
 
 @pytest.mark.parametrize("read", ONE_HOT.jumps)
 @pytest.mark.parametrize("make", FOR_ONE_HOT.values(), ids=FOR_ONE_HOT)
-def test_biased_ones_for_one_hot_sites_warn(make: Make, read: str) -> None:
+def test_biased_one_hot_estimators_warn(make: Make, read: str) -> None:
     programs = placed(ONE_HOT, ONE_HOT.jumps[read], "one site", size=2)
     guide = config_gradient(programs.guide, {"z": make("one-hot")})
     with pytest.warns(GradientWarning, match=refused("x0", "")):
@@ -129,7 +131,9 @@ def test_biased_ones_for_one_hot_sites_warn(make: Make, read: str) -> None:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("make", NEED_SMOOTH.values(), ids=NEED_SMOOTH)
-def test_smooth_programs_are_served(make: Make, family: str, place: str, vectorize: bool) -> None:
+def test_smooth_programs_are_accepted(
+    make: Make, family: str, place: str, vectorize: bool
+) -> None:
     programs = placed(FAMILIES[family], FAMILIES[family].smooth, place)
     elbo = Estimator_ELBO(vectorize_particles=vectorize, max_plate_nesting=2)
     assert programs.worst_z(elbo, make(family)) < 5
@@ -138,14 +142,14 @@ def test_smooth_programs_are_served(make: Make, family: str, place: str, vectori
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("family", "read"), JUMPS)
 @pytest.mark.parametrize("make", ANY_COST.values(), ids=ANY_COST)
-def test_control_variates_serve_jumps(make: Make, family: str, read: str, place: str) -> None:
+def test_control_variates_accept_jumps(make: Make, family: str, read: str, place: str) -> None:
     programs = placed(FAMILIES[family], FAMILIES[family].jumps[read], place)
     assert programs.worst_z(Estimator_ELBO(), fill(make(family))) < 5
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("read", BIT.jumps)
-def test_rodeo_serves_jumps(read: str, place: str) -> None:
+def test_rodeo_accepts_jumps(read: str, place: str) -> None:
     programs = placed(BIT, BIT.jumps[read], place)
     assert programs.worst_z(Estimator_ELBO(), fill(Rodeo(3))) < 5
 
@@ -158,7 +162,7 @@ def test_reinmax_is_exact_for_quadratic_costs(family: str, place: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_chain_of_biased_ones_gives_no_warning(family: str) -> None:
+def test_a_chain_of_biased_estimators_gives_no_warning(family: str) -> None:
     programs = placed(FAMILIES[family], FAMILIES[family].smooth, "guide", size=2)
     guide = config_gradient(programs.guide, {"z": ReinMax(), "y": ReinMax()})
     Estimator_ELBO().loss_and_grads(programs.model, guide)
@@ -180,8 +184,8 @@ def reader(read: Callable[..., Tensor]) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("vectorize", [False, True])
-def test_a_jump_that_only_other_data_meet(vectorize: bool) -> None:
-    """The program reads its data into Python, so that its course is not known from one batch."""
+def test_a_jump_that_only_later_data_reach(vectorize: bool) -> None:
+    """The program branches on its data, so one batch does not show every branch."""
 
     def read(z: Tensor, x: Tensor) -> Tensor:
         return z @ TABLE if x.sum() > 0 else TABLE[z.argmax(-1)]
@@ -214,8 +218,8 @@ def test_a_jump_behind_a_reparameterised_value(vectorize: bool) -> None:
         elbo.loss_and_grads(model, configured)
 
 
-def test_a_jump_that_few_values_show() -> None:
-    """Only if all four elements take the third category, one time in 81."""
+def test_a_jump_that_few_values_cause() -> None:
+    """All four elements must take the third category, which happens once in 81 draws."""
 
     def read(z: Tensor) -> Tensor:
         return z @ TABLE + (z[..., 2] > 0.5).all() * 1.0
@@ -253,7 +257,7 @@ LIKELIHOODS: dict[str, Callable[[Tensor], dist.TorchDistribution]] = {
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
-def test_case_distinctions_of_distributions_are_no_jumps(name: str) -> None:
+def test_case_distinctions_of_distributions_are_not_jumps(name: str) -> None:
     def model() -> None:
         with pyro.plate("data", 4):
             z = pyro.sample("z", dist.OneHotCategorical(torch.ones(3)))

@@ -1,4 +1,4 @@
-"""Models with data that are partly missing sum over what is missing, as TraceEnum_ELBO does."""
+"""Models sum over missing labels and missing data as TraceEnum_ELBO does."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ CASES: dict[str, tuple[Program, Program]] = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("validate", [True, False])
-def test_loss_and_gradients_are_pyros(name: str, validate: bool) -> None:
+def test_loss_and_gradients_equal_pyros(name: str, validate: bool) -> None:
     model, guide = CASES[name]
     results = []
     with pyro.validation_enabled(validate):

@@ -173,7 +173,7 @@ def test_a_class_that_overrides_anything_else_is_of_the_family(family, name):
 
 
 @families
-def test_wrapped_ones_are_as_bare_ones(family):
+def test_wrapped_distributions_count_as_bare_ones(family):
     for kind, expected in ((family, True), (override(family, "sample"), False)):
         fn = build(kind, (4,))
         same = fn.expand(fn.batch_shape)
@@ -188,7 +188,7 @@ def test_wrapped_ones_are_as_bare_ones(family):
 
 
 class FromFeatures(dist.OneHotCategorical):
-    """The usual subclass: a constructor of its own, and the expand that it has to have then."""
+    """The usual subclass: its own constructor, and the ``expand`` that this requires."""
 
     def __init__(self, features, weight):
         self.features = features
@@ -201,7 +201,7 @@ class FromFeatures(dist.OneHotCategorical):
 
 
 class TorchExpanded(FromFeatures):
-    """Left to Pyro's ExpandedDistribution, whose batch shape is a plain tuple."""
+    """Expands by Pyro's ExpandedDistribution, whose batch shape is a plain tuple."""
 
     def expand(self, batch_shape, _instance=None):
         return TorchDistributionMixin.expand(self, batch_shape)
@@ -228,7 +228,7 @@ SERVING = {"one_hot": SERVING_ONE_HOT, "bit": SERVING_BIT, "index": SERVING_INDE
 def gradient(
     model, guide, estimator, *, vectorize=True, elbo=Estimator_ELBO, particles=2, **options
 ):
-    """One loss and gradient for each copy, in the one parameter."""
+    """Return the loss and the gradient of ``logits``, both per copy."""
     pyro.clear_param_store()
     bound = elbo(particles, vectorize_particles=vectorize, max_plate_nesting=1, **options)
     with warnings.catch_warnings():
@@ -248,7 +248,7 @@ def value_term(kind, value):
 
 
 def programs(kind, q, p):
-    """A latent in a plate of copies, which all share the guide's logits."""
+    """Return programs with a latent in a plate of copies that share the guide's logits."""
     prior = PRIOR[0].logit() if kind == "bit" else PRIOR.log()
     start = START[0] if kind == "bit" else START
 
@@ -266,7 +266,7 @@ def programs(kind, q, p):
 
 
 def exact(kind, q, p):
-    """Loss, gradient and the standard deviation of the loss of one copy."""
+    """Return loss, gradient and standard deviation of the loss, for one copy."""
     start = (START[0] if kind == "bit" else START).clone().requires_grad_()
     prior = PRIOR[0].logit() if kind == "bit" else PRIOR.log()
     values = q(logits=start).enumerate_support()
@@ -278,7 +278,7 @@ def exact(kind, q, p):
 
 
 def check(found, expected, *, spread=3.0):
-    """Compare means over copies: no estimate here has a standard deviation of more."""
+    """Compare means over copies. ``spread`` bounds the standard deviation of a gradient."""
     (loss, grad), (exact_loss, exact_grad, deviation) = found, expected
     assert abs(loss - exact_loss) < 5 * deviation / math.sqrt(COPIES) + 1e-9
     assert (grad - exact_grad).abs().max() < 5 * spread / math.sqrt(COPIES)
@@ -287,7 +287,7 @@ def check(found, expected, *, spread=3.0):
 @pytest.mark.parametrize("kind", ["index", "one_hot", "bit"])
 @pytest.mark.parametrize("side", ["guide", "model", "both"])
 @pytest.mark.parametrize("choice", ["auto", "enumerate"])
-def test_other_laws_are_drawn_and_scored_by_their_own_methods(kind, side, choice):
+def test_overriding_classes_are_drawn_and_scored_by_their_own_methods(kind, side, choice):
     q = PLAIN[kind] if side == "model" else ODD[kind]
     p = PLAIN[kind] if side == "guide" else ODD[kind]
     model, guide = programs(kind, q, p)
@@ -297,7 +297,7 @@ def test_other_laws_are_drawn_and_scored_by_their_own_methods(kind, side, choice
 
 
 @pytest.mark.parametrize("kind", ["one_hot", "bit", "index"])
-def test_other_laws_are_refused_by_name_with_the_way_to_opt_in(kind):
+def test_overriding_classes_are_refused_by_name_with_the_way_to_opt_in(kind):
     model, guide = programs(kind, ODD[kind], PLAIN[kind])
     refused = [e for e in SERVING[kind] if not isinstance(e, (E.Score, E.Enumerate))]
     for estimator in refused:
@@ -309,7 +309,7 @@ def test_other_laws_are_refused_by_name_with_the_way_to_opt_in(kind):
 
 @pytest.mark.parametrize("estimator", SERVING_ONE_HOT, ids=repr)
 @pytest.mark.parametrize("subclass", [FromFeatures, TorchExpanded], ids=lambda c: c.__name__)
-def test_a_constructor_of_its_own_changes_nothing(estimator, subclass):
+def test_an_own_constructor_changes_nothing(estimator, subclass):
     """The same random numbers give the same gradient as the ancestor's."""
     features = torch.tensor([[1.0, 0.5], [-0.3, 0.8]])
     locs = torch.tensor([0.3, -0.8, 1.1])
@@ -343,7 +343,7 @@ def test_a_constructor_of_its_own_changes_nothing(estimator, subclass):
     [(kind, estimator) for kind, serving in SERVING.items() for estimator in serving],
     ids=str,
 )
-def test_every_estimator_scores_another_law_in_the_model(kind, estimator, vectorize):
+def test_every_estimator_scores_an_overriding_class_in_the_model(kind, estimator, vectorize):
     model, guide = programs(kind, PLAIN[kind], ODD[kind])
     expected = exact(kind, PLAIN[kind], ODD[kind])
     for options in ({}, {"analytic_kl": True}):
@@ -385,8 +385,8 @@ def test_every_override_is_called_and_changes_nothing(family, name, side, choice
 
 @kinds
 @pytest.mark.parametrize("side", ["guide", "model"])
-def test_bounds_of_other_laws(kind, side):
-    """Two importance samples, by the joint values of both."""
+def test_bounds_of_overriding_classes(kind, side):
+    """The bound of two importance samples equals the sum over the values of both."""
     q = PLAIN[kind] if side == "model" else ODD[kind]
     p = PLAIN[kind] if side == "guide" else ODD[kind]
     model, guide = programs(kind, q, p)
@@ -405,8 +405,8 @@ def test_bounds_of_other_laws(kind, side):
 
 @kinds
 @pytest.mark.parametrize("choice", ["score", "enumerate"])
-def test_other_laws_that_cannot_be_expanded(kind, choice):
-    """Pyro repeats their draws; its ExpandedDistribution has a plain tuple for a batch shape."""
+def test_overriding_classes_that_cannot_be_expanded(kind, choice):
+    """Pyro's ExpandedDistribution repeats their draws. Its batch shape is a plain tuple."""
     members = {"expand": TorchDistributionMixin.expand}
     fixed = type("Fixed", (ODD[kind],), members)
     model, guide = programs(kind, fixed, fixed)
@@ -416,14 +416,14 @@ def test_other_laws_that_cannot_be_expanded(kind, choice):
 
 
 @kinds
-def test_exact_gradient_of_other_laws(kind):
+def test_exact_gradient_of_overriding_classes(kind):
     model, guide = programs(kind, ODD[kind], ODD[kind])
     found = exact_gradient(model, guide)["logits"].values / COPIES
     torch.testing.assert_close(torch.as_tensor(found), exact(kind, ODD[kind], ODD[kind])[1])
 
 
 @kinds
-def test_autoguide_of_another_law_starts_at_the_prior(kind):
+def test_autoguide_of_an_overriding_class_starts_at_the_prior(kind):
     prior = PRIOR[0].logit() if kind == "bit" else PRIOR.log()
 
     def model():
@@ -475,8 +475,8 @@ def test_draws_are_those_of_the_class_itself():
 
 @pytest.mark.parametrize("vectorize", [False, True], ids=["looped", "vectorised"])
 @pytest.mark.parametrize("estimator", [E.DisARM(), E.ARMS(3), E.LocalExpectation()], ids=repr)
-def test_another_reparameterised_law_beside_coupled_bits(estimator, vectorize):
-    """A folded normal in both programs: what it adds to the loss is zero."""
+def test_an_overriding_pathwise_class_beside_coupled_bits(estimator, vectorize):
+    """Both programs have the same folded normal, so it adds zero to the loss."""
     start = START[0].clone().requires_grad_()
 
     def model():
@@ -498,7 +498,7 @@ def test_another_reparameterised_law_beside_coupled_bits(estimator, vectorize):
     check(found, (loss.item(), torch.autograd.grad(loss, start)[0], 2.0))
 
 
-def test_closed_forms_are_not_handed_down():
+def test_closed_forms_are_not_inherited():
     plain = dist.OneHotCategorical(logits=START)
     for odd in (OddOneHot(logits=START), type("Odd", (OneHot,), {"sample": None})(logits=START)):
         for q, p in ((odd, plain), (plain, odd), (odd, odd)):

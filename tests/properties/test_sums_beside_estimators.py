@@ -65,7 +65,7 @@ def guide(index: Tensor) -> None:
 
 
 def guide_with_assignments(index: Tensor) -> None:
-    """The same, and the assignments by their exact conditional, which has no parameters."""
+    """The same guide, and the assignments from their exact conditional, without parameters."""
     weights, locs, shift, logits = parameters()
     x = X[index].unsqueeze(-1)
     with pyro.plate("data", 5, subsample=index), poutine.scale(scale=0.8):
