@@ -162,7 +162,7 @@ class Search:
         self.reference = best.draws if long.draws is None else long.draws
 
     def _mix(self, rivals: list[Trial], seed: int) -> None:
-        """Give single sites of the best candidate to the estimators that came next."""
+        """Try the runners-up at single sites of the best candidate."""
         sites = list(rivals[0].config)
         for site in sites if len(sites) > 1 else []:
             best, *others = self.order()

@@ -37,16 +37,16 @@ def plot_gradients(
     average: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Draw the gradients of each coordinate over one another, an interval an estimator.
+    """Draw an interval of each coordinate of the gradient for each estimator.
 
-    The intervals are those of means of ``average`` draws: the position shows the bias, the width
+    An interval is that of means of ``average`` draws. Its position shows the bias, and its width
     the noise that remains after so many draws. The reference is a point.
 
     Args:
         draws: What :func:`gradient_draws` returns.
         reference: What :func:`exact_gradient` returns, or draws of an unbiased estimator.
         var_names: Parameters to draw.
-        average: Draws in a mean; by default a twentieth of a chain, ``1`` for the draws.
+        average: Draws in a mean. The default is a twentieth of a chain; 1 shows single draws.
         **kwargs: For ``arviz.plot_forest``.
 
     Returns:
@@ -186,7 +186,7 @@ def _lines(histories: Any) -> dict[str, xr.Dataset]:
 
 
 def _limits(histories: Iterable[xr.Dataset]) -> tuple[float, float]:
-    """Leave the first steep steps out of sight: what differs between estimators comes later."""
+    """Return limits of the axis, without the steep first tenth of the steps."""
     late = [h.elbo.isel(draw=slice(h.sizes["draw"] // 10, None)).values for h in histories]
     low = min(float(np.nanpercentile(values, 1)) for values in late)
     high = max(float(np.nanmax(values)) for values in late)
@@ -195,13 +195,13 @@ def _limits(histories: Iterable[xr.Dataset]) -> tuple[float, float]:
 
 
 def plot_efficiency(table: pd.DataFrame) -> Any:
-    """Draw variance against cost, and bias beside, from a table of :func:`compare_gradients`.
+    """Draw variance against cost, and the bias, from a table of :func:`compare_gradients`.
 
-    Lines join points of the same variance times seconds: along one of them, more draws make up for
-    more variance.
+    Lines join points of the same variance times seconds. Estimators on one line are equally
+    efficient.
 
     Args:
-        table: One row an estimator; with a reference the bias is drawn too.
+        table: One row for each estimator. If it has a bias, the bias is drawn, too.
 
     Returns:
         The matplotlib figure.

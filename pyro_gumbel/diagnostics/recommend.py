@@ -86,60 +86,60 @@ def recommend(
     progress: bool = True,
     **kwargs: Any,
 ) -> Recommendation:
-    r"""Measure the estimators that can serve a guide's sites, and recommend one for each.
+    r"""Measure the estimators that support a guide's sites, and recommend one for each.
 
     Candidates are ranked by the mean squared error of the gradient after ``step_seconds`` of
     averaging their draws (``error`` in the table),
 
     .. math:: \|\mathrm{bias}\|^2 + \mathrm{tr}\,\Sigma \cdot s / t
 
-    with ``s`` the seconds that one draw takes and ``t`` those of ``step_seconds``, plus its
-    own standard error (``error_mcse``), so that none leads that was measured little and was lucky.
-    Those that miss a part of the cost come after the others. With ``budget_evaluations`` the cost
-    of a draw is in evaluations of the model in place of seconds: the answer then does not depend
-    on the machine.
+    where ``s`` is the seconds of one draw and ``t`` is ``step_seconds``. The standard error of
+    this estimate (``error_mcse``) is added, so that a candidate with few draws does not lead by
+    chance. Candidates that miss a part of the cost are ranked last. With ``budget_evaluations``
+    the cost of a draw is counted in evaluations of the model. The answer then does not depend on
+    the machine.
 
-    Training averages noise over steps, but not bias: a longer ``step_seconds`` favours estimators
-    without bias, a shorter one those with little noise. The reference for the bias is the exact
-    gradient, where the states can be summed in a quarter of the budget, else a long run of the
-    most efficient unbiased candidate; a bias below what the budget can show counts as none.
+    Training averages noise over steps, but not bias. A longer ``step_seconds`` favours estimators
+    without bias, and a shorter one favours those with little noise. The reference for the bias is
+    the exact gradient if a quarter of the budget suffices to sum the states. Otherwise it is a
+    long run of the most efficient unbiased candidate. A bias too small to detect counts as zero.
 
-    First every candidate serves all sites that it can; at the others stand the defaults. The
-    better half is measured for longer, over and over, until few are left (successive halving).
-    Then single sites of the best are given to the estimators that came next. Where a moving
-    average is ahead by no more than noise, the next without one is recommended: in training the
-    costs that it averages move.
+    First each candidate is used at all sites that it supports, with the defaults at the others.
+    The better half is measured for longer, again and again, until few are left (successive
+    halving). Then the runners-up are tried at single sites of the best candidate. If a moving
+    average leads by no more than noise, the best candidate without one is recommended, because the
+    costs that it averages change during training.
 
     Args:
         model: The model.
-        guide: The guide, at parameters where the choice is to hold: the ranking changes as
-            training goes on.
+        guide: The guide, at the parameters for which to choose. The ranking changes during
+            training.
         *args: Arguments of both.
-        budget_seconds: Time that the measurement may take, about: what has begun is brought to its
-            end, and an answer takes a few draws of at least one candidate.
+        budget_seconds: Approximate time of the measurement. Draws that have begun are completed,
+            and at least one candidate gets a few draws.
         budget_evaluations: Evaluations of the model instead of seconds.
-        step_seconds: Time over which noise is averaged; by default that of a hundred draws of the
-            cheapest candidate.
+        step_seconds: Time over which noise is averaged. The default is the time of a hundred draws
+            of the cheapest candidate.
         step_evaluations: The same in evaluations, for ``budget_evaluations``.
-        candidates: Estimators by label; by default every one of the package that needs no network.
-        num_particles: The particles of all candidates; by default as many as each needs.
-        vectorize_particles: Whether they are evaluated in one run.
+        candidates: Estimators by label. The default is all estimators that need no network.
+        num_particles: Particles of every candidate. By default each gets as many as it needs.
+        vectorize_particles: Whether particles are evaluated in one run.
         params: Parameters whose gradient matters, as in :func:`gradient_draws`.
-        max_states: States up to which the exact gradient is tried.
+        max_states: The largest number of states for which the exact gradient is tried.
         seed: Seed of the measurement.
         progress: Show a progress bar.
         **kwargs: Keyword arguments of both programs.
 
     Returns:
-        The recommendation. Its message says where the answer is within noise, and where the bias
-        of what is recommended is visible.
+        The recommendation. Its message says if the ranking is within noise, and if the recommended
+        estimators have a visible bias.
 
     Raises:
         TypeError: If an argument is of another kind.
         ValueError: If the guide has no latent site, no candidate runs and gives finite gradients,
             a budget is not positive, or a step is not in the budget's unit.
 
-    An error of the programs themselves, while their states are summed, is raised as it is.
+    Errors of the programs themselves are raised unchanged while their states are summed.
 
     Example:
         >>> from pyro_gumbel.infer import config_gradient
