@@ -303,7 +303,7 @@ def _left_dimensions_explained(sampler: Sampler) -> Iterator[None]:
         )
         if left and over_shapes:
             error.add_note(
-                f"Values came with dimensions on the left of the plates: {' and '.join(left)} of "
+                f"Values have dimensions on the left of the plates: {' and '.join(left)} of "
                 "the batch shape. Write operations that broadcast over them, such as "
                 "Vindex(loc)[..., z] (pyro.ops.indexing) for loc[z], or "
                 "(z.unsqueeze(-2) @ weight).squeeze(-2) for z @ weight; or use "

@@ -41,18 +41,18 @@ __all__ = ["OtherValues", "SplitStep"]
 
 
 class OtherValues(Exception):
-    """A step met parameters for the first time, and other processes had other values."""
+    """New parameters of a step had different values in different processes."""
 
 
 class SplitStep(Messenger):
     """Splits the steps of an SVI among processes.
 
-    As a handler around both programs it makes the scale of a subsampled plate that of all
-    minibatches together.
+    It is a handler around both programs. It scales a subsampled plate as if all minibatches were
+    one.
 
     Attributes:
-        streams: The states of the process's own generators, and those that all share.
-        traced: The trace of the parameters of the step.
+        streams: The states of the process's own generators, and of the shared ones.
+        traced: The trace of the step's parameters.
     """
 
     def __init__(self, elbo: ParticleELBO, plates: tuple[str, ...]) -> None:
@@ -71,7 +71,7 @@ class SplitStep(Messenger):
         self._sizes: dict[str, int] = {}  # number of values of each site
 
     def begin(self, call: Call) -> bool:
-        """Return whether there are several processes; in the first step let all start alike."""
+        """Return whether there are several processes. If so, agree before the first step."""
         if num_processes() == 1:
             return False
         if not self._has_begun:
@@ -117,8 +117,8 @@ class SplitStep(Messenger):
             if differing := sorted(dict(other.items() ^ shapes[0].items())):
                 raise ValueError(
                     f"DistributedSVI: the processes 0 and {number} have different parameters or "
-                    f"shapes: {differing}. Have every process meet the same ones in a step, and "
-                    "keep what belongs to a datum out of parameters of the share's size."
+                    f"shapes: {differing}. Let every process use the same parameters in a step, "
+                    "and do not give a parameter the size of a process's share of the data."
                 )
         values = of_first([own[name].detach().cpu() for name in sorted(own)])
         changed = False
@@ -129,7 +129,7 @@ class SplitStep(Messenger):
 
     @contextmanager
     def step(self, call: Call) -> Iterator[None]:
-        """Run the programs of a step by the streams; if it fails, these stay."""
+        """Run a step's programs by the streams. A failed step leaves the streams unchanged."""
         leaves = pytree.tree_leaves((call.args, dict(call.kwargs)))
         self._lengths = {len(x) for x in leaves if isinstance(x, Tensor) and x.dim()}
         self._factors.clear()
@@ -219,7 +219,7 @@ class SplitStep(Messenger):
         return self._frame(frames) is not None
 
     def share(self, passes: Passes) -> Passes:
-        """Let terms outside of the split plate count once, and meet new parameters."""
+        """Count terms outside of the split plate once, and agree on new parameters."""
         if not self._found:
             raise ValueError(
                 f"DistributedSVI: expected a plate {' or '.join(self._plates) or 'to split'}, got "
@@ -255,7 +255,7 @@ class SplitStep(Messenger):
                 _refuse(term.site, f"is in the weights of {name}. Use Estimator_ELBO")
 
     def _check_agreement(self, run: Run, estimators: Mapping[str, Estimator]) -> None:
-        """Meet what is new in this step, and compare the terms outside of the plate."""
+        """Agree on new parameters, and compare the terms outside of the plate."""
         met = self._met()
         new = {name: value for name, value in met.items() if name not in self._params}
         own = dict(new)
@@ -279,10 +279,10 @@ class SplitStep(Messenger):
             found = gather(outside)
             site = max(outside, key=lambda name: max(abs(x[name] - found[0][name]) for x in found))
             values = [round(each[site], 4) for each in found]
-            _refuse(site, f"has other values in each process, {values}. Put it into the plate")
+            _refuse(site, f"differs between processes, {values}. Put it into the plate")
 
     def _met(self) -> dict[str, Tensor]:
-        """Return the parameters that the step has met so far."""
+        """Return the parameters that the step has used so far."""
         nodes = self.traced.trace.nodes
         return {n: nodes[n]["value"].unconstrained() for n in self.traced.trace.param_nodes}
 
@@ -336,7 +336,7 @@ def _refuse(site: str, reason: str) -> NoReturn:
 
 
 class _SplitCosts(Costs):
-    """The terms of one process: those outside of the split plate are in every process."""
+    """The terms of one process. Terms outside of the split plate are in every process."""
 
     def __init__(self, costs: Costs, split: SplitStep) -> None:
         super().__init__(costs.terms, costs.enumerated, costs.layout)

@@ -41,14 +41,15 @@ _MULTI_TENSOR = [getattr(torch.optim, name) for name in _NAMES]
 
 
 class CapturedSVI(SVI):
-    r"""Pyro's ``SVI`` with a step that runs without Pyro, once it is recorded.
+    r"""Pyro's ``SVI`` with a step that is recorded once, and then runs without Pyro.
 
-    The first step with arguments of given shapes is eager; the second is recorded, which takes as
-    long as ten. Later ones replay the operations, on a GPU as CUDA graphs, the optimiser's too
-    where its settings stay. Losses, gradients, draws and all states are those of ``SVI``.
+    The first step with arguments of given shapes is eager. The second is recorded, which takes as
+    long as ten steps. Later steps replay the operations, on a GPU as CUDA graphs. The optimiser is
+    replayed, too, while its settings stay the same. Losses, gradients, draws and all states are
+    those of ``SVI``.
 
-    * **Inputs**, read anew at every step: tensors among the arguments; parameters; parameters and
-      buffers of modules; schedules, baselines and other states of estimators.
+    * **Inputs**, read anew at every step: tensors among the arguments; Pyro's parameters; the
+      parameters and buffers of modules; schedules, baselines and other states of estimators.
     * **Frozen**: every other value that Python computes or reads while the step is recorded, such
       as a number in a global, a closure or a plain object, and the branches taken.
     * **Recorded anew** where they differ: shapes and other arguments than tensors; modes and plain
@@ -60,8 +61,8 @@ class CapturedSVI(SVI):
 
     The first replay, and one of every ``check_every``, is compared with an eager step of the same
     random numbers. A difference raises an error that names the parameter, and that step changes
-    nothing. Where Pyro's validation is on, replays compute the checks of distributions, too. If
-    one fails, or the loss is NaN, the step is taken anew as ``SVI`` takes it.
+    nothing. If Pyro's validation is on, replays also compute the checks of distributions. If a
+    check fails, or the loss is NaN, the step is repeated as an eager step.
 
     Args:
         model: The model.
@@ -112,7 +113,7 @@ class CapturedSVI(SVI):
         self._zeros: dict[Tensor, Tensor | None] = {}  # left in ``.grad``
 
     def reset(self) -> None:
-        """Forget every recording; the next step of each kind is an eager one."""
+        """Forget all recordings. The next step of each kind is eager."""
         self._steps.clear()
         self._zeros.clear()
 

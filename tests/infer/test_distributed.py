@@ -128,7 +128,7 @@ REFUSED = {
     "sequential": r"cannot split the sequential plate 'data'. Write with pyro.plate",
     "no plate": r"expected a plate to split, got none.* first dimension, \[4\]",
     "another name": r"expected a plate images, got none",
-    "other values": r"site 'y', outside .* has other values in each process, \[.*, .*\]",
+    "other values": r"site 'y', outside .* differs between processes, \[.*, .*\]",
     "of each datum": r"'locs' has a value for each of the 4 data .*plate\('data', N, subsample",
     "other parameters": r"processes 0 and 1 have different parameters .*\['loc0', 'loc1'\]",
 }
