@@ -35,7 +35,7 @@ from pyro_gumbel.distributions._numerics import (
 
 
 def sole_parameter(probs: Any, logits: Any) -> tuple[str, Any]:
-    """Return name and value of the one that is given; raise ``ValueError`` unless it is one."""
+    """Return name and value of the given parameter. Raise ``ValueError`` unless it is one."""
     if (probs is None) == (logits is None):
         given = "neither" if probs is None else "both"
         raise ValueError(

@@ -60,9 +60,9 @@ class RelaxedOneHot(TemperedCategorical, Relaxation):
     ``rsample`` is that of the relaxed sample. Mean, variance, mode and entropy have a closed form
     only in this case.
 
-    A category of probability zero has coordinate zero, and the density is that of the others; it
-    is zero for a value with weight on it. Samples are plain tensors without attributes, computed
-    in float32 or better.
+    A category of probability zero has coordinate zero, and the density is that of the other
+    categories. A value with weight on an impossible category has density zero. Samples are plain
+    tensors without attributes, computed in float32 or better.
 
     Shapes: ``probs`` or ``logits`` are ``(..., C)``. ``temperature`` broadcasts against ``...``,
     with or without a trailing 1, to ``batch_shape``. ``event_shape`` is ``(C,)``.

@@ -45,7 +45,7 @@ _PARAMETERS: dict[type, tuple[str, ...]] = {
     dist.Geometric: ("logits",),
     dist.NegativeBinomial: ("total_count", "logits"),
 }
-_INFINITE_LOGIT = 20.0  # replaces an infinite logit at the start: e^-20 is 2e-9
+_INFINITE_LOGIT = 20.0  # replaces an infinite initial logit; e^-20 is 2e-9
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def _has_values_of(prior: Any, family: type) -> bool:
 
 
 def _number(prior: Any, name: str) -> Tensor:
-    """Return a parameter of a prior; logits of finitely many values are its log-masses."""
+    """Return a parameter of a prior. For one of finitely many values, logits are log-masses."""
     if name != "logits" or not prior.has_enumerate_support or isinstance(prior, dist.Binomial):
         return getattr(prior, name)
     if is_bit(prior):
@@ -285,7 +285,7 @@ def _total_count(name: str, prior: Any) -> float:
 
 
 def _uniform_support(name: str, support: Constraint) -> Constraint:
-    """Replace bounds that are tensors of equal numbers by one number, as batches vary."""
+    """Replace bounds that are tensors of equal numbers by one number, since batches vary."""
     if isinstance(support, constraints.independent):
         base = _uniform_support(name, support.base_constraint)
         return constraints.independent(base, support.reinterpreted_batch_ndims)
