@@ -99,10 +99,10 @@ class Block:
 
     @property
     def carriers(self) -> float:
-        """How many draws carry the trace: the count over the kurtosis of the distances.
+        """The effective number of draws in the trace: their count over the distances' kurtosis.
 
-        That is a third of normal draws in one dimension, ``k`` if all but ``k`` are alike, and
-        0 if all are.
+        It is a third of the count for normal draws in one dimension. It is ``k`` if all draws but
+        ``k`` are equal, and 0 if all are.
         """
         if not self.trace:
             return 0.0

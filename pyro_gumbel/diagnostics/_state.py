@@ -217,7 +217,7 @@ def _check_known(name: str, found: list[str], leaves: dict[str, Tensor]) -> None
 
 
 def check_complete(leaves: dict[str, Tensor], params: Params) -> None:
-    """Refuse to go on if a gradient reached a parameter that the trial runs did not meet."""
+    """Raise an error if a gradient reached a parameter that the trial runs did not use."""
     if params is not None and not isinstance(params, Mapping):
         return
     recorded = {id(leaf) for leaf in leaves.values()}

@@ -279,8 +279,8 @@ def _tail_notes(khat: float, norms: np.ndarray) -> list[str]:
         notes.append("some draws are not finite")
     if khat > _HEAVY and norms.size >= _TAIL_DRAWS:
         notes.append(
-            f"heavy tails (khat {khat:.2f}): the variance may be infinite, its estimate and all "
-            "standard errors say little"
+            f"heavy tails (khat {khat:.2f}): the variance may be infinite, so its estimate and "
+            "all standard errors are unreliable"
         )
     return notes
 

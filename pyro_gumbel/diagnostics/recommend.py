@@ -196,7 +196,7 @@ def _check_budget(
 
 
 def _candidates(sites: Mapping[str, Any], given: Any, num_particles: int | None) -> list[Trial]:
-    """Make a candidate of each estimator: defaults serve the sites that it cannot serve."""
+    """Make a candidate of each estimator, with defaults at sites that it does not support."""
     if not sites:
         raise ValueError("recommend: the guide has no latent site, so there is nothing to choose.")
     named = _known_estimators() if given is None else given
@@ -225,7 +225,7 @@ def _candidates(sites: Mapping[str, Any], given: Any, num_particles: int | None)
             trial = Trial(label, config, num_particles or max(needed, more))
             found.setdefault(trial.key, trial)
     if not found:
-        raise ValueError(f"recommend: no candidate of {list(named)} can serve a site.")
+        raise ValueError(f"recommend: no candidate of {list(named)} supports a site.")
     return list(found.values())
 
 

@@ -1,4 +1,4 @@
-"""What Concrete distributions share: a temperature, and draws that may be discrete."""
+"""The common part of Concrete distributions: a temperature, and optionally hard draws."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Route(Enum):
-    """How the gradient passes a site.
+    """The route of the gradient through a site.
 
     Attributes:
         SCORE: The surrogate weighs scores with detached costs.

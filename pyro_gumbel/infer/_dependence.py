@@ -33,7 +33,7 @@ __all__ = ["Dependence", "GradientWarning", "Mark", "Marks", "ReachedTerm", "che
 
 
 class Mark(enum.IntEnum):
-    """How a value reached a result. Of several paths the largest mark counts.
+    """The kind of path from a value to a result. Of several paths the largest mark counts.
 
     Attributes:
         CASE: Without a gradient, but only in the code of distributions: by a check of the support,

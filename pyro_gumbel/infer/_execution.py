@@ -82,7 +82,7 @@ class Plans:
         self._alive.pop(key, None)
 
     def __reduce__(self) -> Any:
-        return Plans, ()  # a copy meets programs of its own
+        return Plans, ()  # a copy plans for its own programs
 
 
 def _anchors(program: Callable[..., Any]) -> list[Any]:
@@ -108,7 +108,7 @@ def structure_of(call: Call) -> Hashable:
 
 
 class Split(Protocol):
-    """How processes share a step."""
+    """The protocol by which processes share a step."""
 
     def drawing(self, msg: Message) -> AbstractContextManager[Any]:
         """Return a context in which to draw the value of a site."""

@@ -149,7 +149,7 @@ class Sampler(Dimensions):
         enumerate: Give sites that are summed all their values; else one draw.
         values: Values to give to sites instead.
         dependence: Follows the values through the programs.
-        verify: Check that branches meet their owner's distribution as the main path did.
+        verify: Check that branches reach their owner's distribution as the main path did.
         drawing: Returns a context in which to draw the value of a site.
 
     Attributes:

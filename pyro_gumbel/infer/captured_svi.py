@@ -138,7 +138,7 @@ class CapturedSVI(SVI):
                 self.reset()
                 raise
         if step is not None:
-            with suppress(Differs):  # it meets other parameters than the first step did
+            with suppress(Differs):  # it uses other parameters than the first step
                 return self._record(step, call, tensors)
         loss, step = self._eager_step(call)
         step.parts, step.updater = parts, Updater(step.leaves, self._zeros)
@@ -179,7 +179,7 @@ class CapturedSVI(SVI):
             )
 
     def _eager_step(self, call: Call) -> tuple[float, CapturedStep]:
-        """Take the step that ``SVI`` takes, and note what it meets."""
+        """Take the step that ``SVI`` takes, and record what it uses."""
         with Surroundings() as surroundings, poutine.trace(param_only=True) as traced:
             loss, surrogate, estimators = self.elbo.step(call)
         nodes = traced.trace.nodes

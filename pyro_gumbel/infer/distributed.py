@@ -38,15 +38,15 @@ class DistributedSVI(SVI):
     * Terms outside of the plate count once. Sites there have one draw, which all processes share,
       and their estimators read the costs of all processes.
 
-    Processes may have the same seed. Within a step each draws from a stream of its own, and the
-    generators are left as they were, so that ``torch.randperm`` gives all the same order.
+    Processes may have the same seed. Within a step each draws from its own stream. The generators
+    are left as they were, so ``torch.randperm`` gives the same order in all processes.
 
     The parameters, buffers and estimators are those of the first process. Gradients are summed,
     and moving averages of costs and the buffers of modules, such as those of batch normalisation,
     are averaged. Every process calls ``step`` and ``evaluate_loss`` equally often, and returns
-    the same loss. Each meets the same parameters, in the first step or later; those with a value
-    for each datum need a subsampled plate. The first step runs the programs once more, which
-    leaves nothing behind.
+    the same loss. All must use the same parameters, in the first step or later. A parameter with a
+    value for each datum needs a subsampled plate. The first step runs the programs once more, and
+    undoes what this run changed.
 
     Args:
         model: The model.

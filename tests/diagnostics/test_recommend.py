@@ -332,7 +332,7 @@ def broken_model() -> None:
             some_site,
             {"candidates": {"p": Pathwise()}},
             ValueError,
-            r"no candidate of \['p'\] can serve a site",
+            r"no candidate of \['p'\] supports a site",
         ),
         (
             broken_model,
