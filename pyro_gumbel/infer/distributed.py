@@ -32,7 +32,7 @@ class DistributedSVI(SVI):
     dimension of an argument.
 
     * Terms in a split plate of the size of the share, ``pyro.plate("data", len(x))``, add up over
-      processes. Shares may differ in size.
+      processes. Shares may differ in size; none is empty.
     * In a subsampled plate, ``pyro.plate("data", N, subsample_size=b)``, each process draws
       a minibatch of its own, and the terms are those of all minibatches together.
     * Terms outside of the plate count once. Sites there have one draw, which all processes share,
