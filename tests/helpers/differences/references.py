@@ -71,7 +71,7 @@ def _importance_step(setup: Setup, count: int, *, vectorized: bool) -> Step:
     dim = -setup.nesting - 1
 
     def weigh() -> tuple[Tensor, Tensor, float]:
-        """Log weights and the scores of sites that are not reparameterised; the plates' scale."""
+        """Log weights and scores of what is not reparameterised; the plates' scale."""
         with pyro.validation_enabled(False):  # the plate of particles is around both
             traces = get_importance_trace("flat", math.inf, setup.model, setup.guide, (), {})
         model, guide = traces
@@ -84,9 +84,9 @@ def _importance_step(setup: Setup, count: int, *, vectorized: bool) -> Step:
         weight = sum(sign * _keep(site["log_prob"], dims) for site, sign in sites) / scale
         score = torch.zeros_like(weight)
         for site, sign in sites:
-            drawn = sign < 0 and not site["is_observed"]
-            if drawn and not site["fn"].has_rsample:
-                score = score + _keep(site["fn"].log_prob(site["value"]), dims)
+            if sign < 0 and not site["is_observed"]:
+                part = site["fn"].score_parts(site["value"]).score_function
+                score = score + (_keep(part, dims) if isinstance(part, Tensor) else part)
         return weight, score, scale
 
     def particles() -> tuple[Tensor, Tensor, float]:

@@ -161,7 +161,7 @@ def _loss_of_read_into_python(z_, b_):
     copies=1,
     draws=800,
     importance=False,
-    refused=GRADIENT_OF_THE_COST,
+    refused=(*GRADIENT_OF_THE_COST, "captured*", "Enumerate*"),
 )
 def read_into_python(n):
     def model():
@@ -249,7 +249,7 @@ def layers_of_bits(n):
     return model, guide
 
 
-@program(reference="enum")
+@program(reference="enum", refused=("Rebar*",))
 def stops_by_masks(n):
     """Attend, infer, repeat: each step is there if the one before was."""
 

@@ -181,7 +181,7 @@ def epsilon_greedy_in_model(n):
     return model, guide
 
 
-@program(reference="enum")
+@program(reference="enum", refused=("GumbelSoftmax*", "MuProp*", "Rebar*"))
 def noisy_bits(n):
     """One in the guide, one in the model."""
 
