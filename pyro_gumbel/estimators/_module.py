@@ -47,6 +47,9 @@ class StatefulModule(nn.Module):
     loaded_at = 0  # when a state was last loaded, by the clock above
     has_met_site = False  # whether its parameters have a site's device and dtype; copies do not
 
+    def __init__(self) -> None:  # torch's own takes any arguments
+        super().__init__()
+
     def __repr__(self) -> str:
         parts = []
         for name, parameter in inspect.signature(type(self).__init__).parameters.items():

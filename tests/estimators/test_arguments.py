@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import numpy as np
@@ -21,6 +22,8 @@ from helpers.faulty import (
 from torch import nn
 
 from pyro_gumbel.estimators import (
+    DisARM,
+    Enumerate,
     Exponential,
     GappedStraightThrough,
     GumbelRao,
@@ -30,6 +33,7 @@ from pyro_gumbel.estimators import (
     Linear,
     LocalExpectation,
     MovingAverage,
+    MuProp,
     NeuralBaseline,
     Rebar,
     ReinMax,
@@ -243,3 +247,10 @@ def test_numpy_numbers_become_python_numbers():
 def test_backward_temperature_is_checked_by_its_own_name():
     with pytest.raises(ValueError, match="backward_temperature must be positive; got 0"):
         GumbelStraightThrough(1.0, backward_temperature=0)
+
+
+@pytest.mark.parametrize("kind", [DisARM, Enumerate, LeaveOneOut, MuProp])
+def test_signatures_of_what_takes_no_argument(kind: type) -> None:
+    assert not inspect.signature(kind).parameters
+    with pytest.raises(TypeError):
+        kind(2)
