@@ -191,10 +191,16 @@ def _check_values(name: str, site: Any, guide_fn: Any) -> None:
 
 
 def _check_index(name: str, site: Any, guide_fn: Any) -> None:
-    fn = unwrap(site["fn"])
-    if is_categorical(fn) and not bool(fn.support.check(site["value"]).all()):
+    fn, value = unwrap(site["fn"]), site["value"]
+    if is_categorical(fn) and value.is_floating_point():
         raise ValueError(
-            f"At site {name!r}, the guide's {_name(guide_fn)} drew {int(site['value'].max())}, "
+            f"At site {name!r}, the guide's {_name(guide_fn)} draws values of {value.dtype}, and "
+            f"the model's {_name(fn)} has integers, which may be an index. Write {_name(fn)} in "
+            "the guide, too."
+        )
+    if is_categorical(fn) and not bool(fn.support.check(value).all()):
+        raise ValueError(
+            f"At site {name!r}, the guide's {_name(guide_fn)} drew {int(value.max())}, "
             f"and the model's {_name(fn)} has the values 0 to {fn.param_shape[-1] - 1}. Give both "
             "the same number of categories."
         )

@@ -225,6 +225,7 @@ ROWS = {
             site(lambda: dist.Categorical(logits=torch.eye(4)[3] * 9)),
             "drew 3, and .* has the values 0 to 2",
         ),
+        (INDEX, BIT, "Bernoulli draws values of torch.float32, and the model's Categorical has"),
     ],
 )
 def test_a_value_that_breaks_the_model_is_named_first(latent, guide, pattern, vectorize):
