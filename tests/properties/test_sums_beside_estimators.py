@@ -138,10 +138,11 @@ def test_a_sum_has_no_more_variance_than_exact_conditional_draws(name: str) -> N
     variances: dict[str, list[float]] = {}
     for program in (guide, config_gradient(guide_with_assignments, {"on": name})):
         elbo = Estimator_ELBO(2, default=name, **options)
-        steps = [step(elbo, program, BATCHES[0]) for _ in range(600)]
+        steps = [step(elbo, program, BATCHES[0]) for _ in range(1500)]
         for key in steps[0]:
             rows = torch.stack([grads[key] for grads in steps])
             variances.setdefault(key, []).append(rows.var(0).sum().item())
     for key, (summed, drawn) in variances.items():
-        assert summed < 1.2 * drawn, key  # the ratio has a standard error of about 0.08
-    assert variances["locs"][0] < 0.8 * variances["locs"][1]
+        # The loss and the gradient of its site are alike; the ratio has a standard error of 0.08.
+        assert summed < 1.4 * drawn + 1e-20, key
+    assert variances["locs"][0] < 0.2 * variances["locs"][1]
