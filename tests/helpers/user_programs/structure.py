@@ -65,7 +65,14 @@ def factor_in_guide(n):
     return model, guide
 
 
-@program(reference="trace", vectorized=False, copies=1, draws=800, importance=False)
+@program(
+    reference="trace",
+    vectorized=False,
+    copies=1,
+    draws=800,
+    importance=False,
+    refused=("captured*", "Enumerate*", "Rebar*"),
+)
 def varying_structure(n):
     """A second site that exists only if the first one is 1."""
 
