@@ -41,3 +41,9 @@ def isolated() -> Iterator[None]:
     set_rng_state(generators)
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def in_float64(isolated: None) -> None:
+    """Compute in double precision, which the other fixture ends."""
+    torch.set_default_dtype(torch.float64)

@@ -23,13 +23,7 @@ Program = Callable[..., Any]
 MODES = pytest.mark.parametrize("parallel", [False, True])
 
 
-@pytest.fixture(autouse=True)
-def in_float64():
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    pyro.set_rng_seed(0)
-    yield
-    torch.set_default_dtype(default)
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 def no_guide(*args: Any) -> None:

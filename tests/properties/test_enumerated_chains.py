@@ -27,12 +27,7 @@ X = torch.tensor([0.3, -1.2, 2.1, 0.4, 1.7, -0.6], dtype=torch.float64)
 Loop = Callable[..., Iterable[int]]
 
 
-@pytest.fixture(autouse=True)
-def in_float64():
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(default)
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 def all_paths(steps: Iterable[int], history: int = 1) -> Iterable[int]:

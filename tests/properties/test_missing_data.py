@@ -25,13 +25,7 @@ LABELS = torch.tensor([0, 1, 0, 1])
 LOCS = torch.tensor([-0.5, 2.0], dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def in_float64():
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    pyro.set_rng_seed(0)
-    yield
-    torch.set_default_dtype(default)
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 def weights() -> Tensor:

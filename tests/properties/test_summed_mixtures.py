@@ -25,13 +25,7 @@ SUM = {"enumerate": "parallel"}
 Program = Callable[..., Any]
 
 
-@pytest.fixture(autouse=True)
-def in_float64():
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    pyro.set_rng_seed(0)
-    yield
-    torch.set_default_dtype(default)
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 def planted(size: int = 30) -> tuple[Tensor, Tensor]:

@@ -21,12 +21,7 @@ SUM = {"enumerate": "parallel"}
 X = torch.tensor([0.3, -1.2, 2.1, 0.4, 1.7, -0.6], dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def in_float64():
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(default)
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 def nothing(*args: Any) -> None:

@@ -29,13 +29,7 @@ Gradients = dict[str, Tensor]
 Program = Callable[[Tensor], Any]
 
 
-@pytest.fixture(autouse=True)
-def in_float64():
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    pyro.set_rng_seed(0)
-    yield
-    torch.set_default_dtype(default)
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 def parameters() -> tuple[Tensor, Tensor, Tensor, Tensor]:
