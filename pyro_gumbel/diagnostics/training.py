@@ -130,7 +130,7 @@ def _steps(
         nonlocal norm
         with poutine.trace(param_only=True) as capture:
             loss = replica.elbo.loss_and_grads(model, guide, *args, **kwargs)
-        # The optimiser moves parameters of estimators, too; they are no part of the gradient.
+        # The optimiser moves parameters of estimators, too; the gradient omits them.
         sites = capture.trace.nodes.items()
         leaves = (s["value"].unconstrained() for n, s in sites if not n.startswith("gradient$"))
         norms = [leaf.grad.norm().double().cpu() for leaf in leaves if leaf.grad is not None]

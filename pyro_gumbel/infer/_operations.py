@@ -289,14 +289,14 @@ class Operation:
 
     @property
     def jumps(self) -> bool:
-        """Whether the function is discontinuous, even if it has a gradient."""
+        """True if the function is discontinuous, even if it has a gradient."""
         if self.name in _DIVISIONS:
             return self.kwargs.get("rounding_mode") is not None
         return self.name in _STEPS or self.name in _COMPARISONS
 
     @property
     def compares(self) -> bool:
-        """Whether the function compares, or combines comparisons."""
+        """True if the function compares, or combines comparisons."""
         return self.name in _COMPARISONS
 
     @property
@@ -311,7 +311,7 @@ class Operation:
 
     @property
     def converts(self) -> bool:
-        """Whether the function converts tensors to numbers, so that torch warns of gradients."""
+        """True if it converts tensors to numbers, for which torch warns of a lost gradient."""
         if self.name in _CONSTRUCTORS:
             return bool(self.args) and not isinstance(self.args[0], Tensor)
         return getattr(self.func, "__name__", "") in _CONVERSIONS

@@ -56,7 +56,7 @@ class Case:
         return self.size or FULL
 
     def coefficient(self, scale: Any, *masks: Any) -> Tensor:
-        """What stands before a log-density in the log weight, ``(elements,)``."""
+        """The factor of a log-density in the log weight, ``(elements,)``."""
         total = torch.full((self.elements,), FULL / self.elements) * torch.tensor(scale)
         for mask in masks:
             total = total * torch.tensor(mask)

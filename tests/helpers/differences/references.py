@@ -1,4 +1,4 @@
-"""What a program's loss and gradient are, by Pyro's own losses or by their definition."""
+"""A program's loss and gradient by Pyro's own losses or by their definition."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from helpers.user_programs import Program, Setup
 
 @dataclass(frozen=True)
 class Quantity:
-    """What is estimated, and how many particles do so.
+    """The estimated quantity, and its number of particles.
 
     The ELBO is one quantity for any number of particles; a reference with as many may have the
     very random numbers.

@@ -20,7 +20,7 @@ Pair = tuple[Callable[..., Any], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Program:
-    """How to make a model and a guide, and how to compare losses on them.
+    """The makers of a model and a guide, and the settings of the comparison.
 
     Attributes:
         make: Makes the two, given a number of independent replicates.
