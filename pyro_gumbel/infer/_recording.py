@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_gumbel.infer._operations import Undo, storage_of, tensors, written_arguments
-from pyro_gumbel.infer._state import preserved_rng
+from pyro_gumbel.infer._state import preserved_rng, set_torch_generators, torch_generators
 
 __all__ = ["CudaGraph", "NotRecordable", "Recording", "is_library", "record", "restorer"]
 
@@ -114,19 +114,6 @@ def is_library(frame: Any) -> bool:
     """Return whether a frame runs code of torch, Pyro, this package or Python's own."""
     package = str(frame.f_globals.get("__name__")).partition(".")[0]
     return package in _LIBRARIES or package in sys.stdlib_module_names
-
-
-def torch_generators() -> list[Tensor]:
-    """Return the states of torch's generators."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *cuda]
-
-
-def set_torch_generators(states: Sequence[Tensor]) -> None:
-    """Restore what :func:`torch_generators` returned."""
-    torch.set_rng_state(states[0])
-    if states[1:]:
-        torch.cuda.set_rng_state_all(states[1:])
 
 
 def restorer(tensors: Sequence[Tensor]) -> Callable[[], None]:

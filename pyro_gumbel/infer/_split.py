@@ -25,7 +25,6 @@ from pyro_gumbel.estimators import Call, Estimator, MovingAverage
 from pyro_gumbel.infer._checks import PARTICLE_PLATE
 from pyro_gumbel.infer._costs import Costs, Frames, Term, site_frames
 from pyro_gumbel.infer._processes import gather, num_processes, of_first, rank, sum_over_processes
-from pyro_gumbel.infer._recording import set_torch_generators, torch_generators
 from pyro_gumbel.infer._run import Run
 from pyro_gumbel.infer._site_view import Passes, SiteView
 from pyro_gumbel.infer._state import (
@@ -34,6 +33,8 @@ from pyro_gumbel.infer._state import (
     held_objects,
     preserved_rng,
     set_generator_states,
+    set_torch_generators,
+    torch_generators,
 )
 from pyro_gumbel.infer.elbo import Estimator_ELBO, ParticleELBO
 

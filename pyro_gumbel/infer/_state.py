@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import types
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -36,8 +36,10 @@ __all__ = [
     "meet_site",
     "preserved_rng",
     "set_generator_states",
+    "set_torch_generators",
     "show_parameters",
     "sole_step",
+    "torch_generators",
 ]
 
 # The modules whose classes a file may name.
@@ -69,10 +71,22 @@ def sole_step() -> Iterator[None]:
         _step.release()
 
 
+def torch_generators() -> list[Tensor]:
+    """Return the states of torch's generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def set_torch_generators(states: Sequence[Tensor]) -> None:
+    """Restore what :func:`torch_generators` returned."""
+    torch.set_rng_state(states[0])
+    if states[1:]:
+        torch.cuda.set_rng_state_all(states[1:])
+
+
 def generator_states() -> tuple[dict, list[torch.Tensor]]:
     """Return the states of Python's, NumPy's and torch's generators, those of CUDA included."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return pyro.util.get_rng_state(), cuda
+    return pyro.util.get_rng_state(), torch_generators()[1:]
 
 
 def set_generator_states(states: tuple[dict, list[torch.Tensor]]) -> None:
